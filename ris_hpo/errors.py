@@ -1,0 +1,83 @@
+"""Every error a user can meet, each with its exit code.
+
+The message is one line: what was found, what was expected, what to do. The command line prints that line and exits with
+``exit_code``; a program catches the class. Anything that is not a ``RisHpoError`` is a bug and shows its traceback.
+"""
+
+
+class RisHpoError(Exception):
+    """Base of all errors that are the input's or the surroundings' fault, not a bug."""
+
+    exit_code = 1
+
+
+class ConfigError(RisHpoError):
+    """A run configuration or TOML file that cannot be used: unknown key, wrong type, impossible bounds."""
+
+    exit_code = 3
+
+
+class SpaceError(ConfigError):
+    """A search space that is not known, cannot be read or does not fit the study it is used with."""
+
+    exit_code = 4
+
+
+class SceneFileError(RisHpoError):
+    """A scene or estimate file that is missing, malformed or holds values that no scene has."""
+
+    exit_code = 5
+
+
+class CheckpointError(RisHpoError):
+    """A checkpoint that is missing, damaged or belongs to another network or configuration."""
+
+    exit_code = 6
+
+
+class StoreError(RisHpoError):
+    """A trial store that cannot be opened, reached, written or understood."""
+
+    exit_code = 7
+
+
+class StudyError(RisHpoError):
+    """A study that does not exist, is empty, or does not allow what was asked of it."""
+
+    exit_code = 8
+
+
+class NumericalError(RisHpoError):
+    """A computation without a finite answer, with the quantity and the bounded repair that did not help."""
+
+    exit_code = 9
+
+
+class TrainingDivergedError(NumericalError):
+    """Training that cannot go on: a non-finite loss (with the term's name) or repeatedly skipped steps."""
+
+    exit_code = 10
+
+
+class ProofError(RisHpoError):
+    """A network that does not pass phase 0, with the self-test that failed."""
+
+    exit_code = 11
+
+
+class GateError(RisHpoError):
+    """A curriculum phase that did not pass its gate, with the evidence."""
+
+    exit_code = 12
+
+
+class WorkerError(RisHpoError):
+    """A worker pool that cannot do its work: crash loop, no device, no free memory."""
+
+    exit_code = 13
+
+
+class DeviceError(RisHpoError):
+    """A device that was asked for and is not there, or has too little memory."""
+
+    exit_code = 14

@@ -1,0 +1,168 @@
+"""The surface and its array response: the one copy of geometry, steering and Jacobian.
+
+Axes: the surface lies in the y-z plane, centred at the origin, boresight +x. Element (i_h, i_v) stands at
+y = (i_h - (N_H - 1)/2) d, z = (i_v - (N_V - 1)/2) d and has the flat index n = i_v N_H + i_h (horizontal fastest).
+
+A source at azimuth az (from +x toward +y), elevation el (from the x-y plane toward +z) and range r from the centre has
+the *cosine coordinates* (v, w, rho) = (cos el sin az, sin el, 1/r). With p_n = (0, y_n, z_n), P_n = |p_n|^2 and
+q_n = y_n v + z_n w, the exact path difference is
+
+    delta_n = d_n - r = (rho P_n - 2 q_n) / (1 + D_n),      D_n = d_n / r = sqrt(1 - 2 rho q_n + rho^2 P_n),
+
+which is free of cancellation and becomes the planar -q_n at rho = 0. From 2 delta + rho delta^2 = rho P - 2 q:
+
+    d delta / d q = -1 / D,        d delta / d rho = (P - delta^2) / (2 D).
+
+The array response is a_n = exp(-j 2 pi delta_n / lambda) / sqrt(N), of unit norm.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ris_hpo.config import Spec
+
+WaveModel = Literal["exact", "fresnel", "planar"]
+
+
+class Geometry(Spec):
+    """A uniform planar surface and the wave model used for it."""
+
+    num_horizontal: int = Field(12, ge=1, le=256)
+    num_vertical: int = Field(12, ge=1, le=256)
+    wavelength_m: float = Field(0.3, gt=0)
+    spacing_wavelengths: float = Field(0.5, gt=0)
+    wave: WaveModel = "exact"
+
+    @property
+    def num_elements(self) -> int:
+        """N = N_H N_V."""
+        return self.num_horizontal * self.num_vertical
+
+    def element_positions(self, device: torch.device | None = None, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Positions [N, 2] of the elements on the (y, z) axes, in metres."""
+        d = self.spacing_wavelengths * self.wavelength_m
+        y = (torch.arange(self.num_horizontal, device=device, dtype=dtype) - (self.num_horizontal - 1) / 2) * d
+        z = (torch.arange(self.num_vertical, device=device, dtype=dtype) - (self.num_vertical - 1) / 2) * d
+        return torch.stack([y.repeat(self.num_vertical), z.repeat_interleave(self.num_horizontal)], dim=-1)
+
+
+class Cosines(NamedTuple):
+    """Cosine coordinates: v = cos el sin az, w = sin el, rho = 1/r in 1/m; tensors of one shape."""
+
+    v: Tensor
+    w: Tensor
+    rho: Tensor
+
+
+def to_cosines(azimuth: Tensor, elevation: Tensor, range_m: Tensor) -> Cosines:
+    """(az, el, r) in radians and metres to cosine coordinates."""
+    return Cosines(torch.cos(elevation) * torch.sin(azimuth), torch.sin(elevation), 1 / range_m)
+
+
+def from_cosines(cosines: Cosines) -> tuple[Tensor, Tensor, Tensor]:
+    """Cosine coordinates to (azimuth, elevation, range_m) in the half-space x > 0; v, w are clipped to the unit disc."""
+    w = cosines.w.clamp(-1, 1)
+    elevation = torch.asin(w)
+    limit = torch.cos(elevation).clamp(min=torch.finfo(w.dtype).tiny)
+    azimuth = torch.asin((cosines.v / limit).clamp(-1, 1))
+    return azimuth, elevation, 1 / cosines.rho
+
+
+def path_difference(geometry: Geometry, cosines: Cosines) -> Tensor:
+    """delta_n = d_n - r in metres, [..., N], under the geometry's wave model."""
+    return _path_difference(geometry, cosines)[0]
+
+
+def steering(geometry: Geometry, azimuth: Tensor, elevation: Tensor, range_m: Tensor) -> Tensor:
+    """Array response a, unit norm.
+
+    Args:
+        geometry: the surface.
+        azimuth: radians, any shape [...].
+        elevation: radians, same shape.
+        range_m: metres from the surface's centre, same shape.
+
+    Returns:
+        Complex tensor [..., N] of the inputs' precision.
+    """
+    return cosine_steering(geometry, to_cosines(azimuth, elevation, range_m))
+
+
+def cosine_steering(geometry: Geometry, cosines: Cosines) -> Tensor:
+    """Array response [..., N] at cosine coordinates."""
+    return _response(geometry, path_difference(geometry, cosines))
+
+
+def cosine_steering_jacobian(geometry: Geometry, cosines: Cosines) -> tuple[Tensor, Tensor]:
+    """Array response and its derivatives along (v, w, rho).
+
+    Returns:
+        a [..., N] and da [..., 3, N].
+    """
+    delta, slope_q, slope_rho, positions = _path_difference(geometry, cosines)
+    a = _response(geometry, delta)
+    y, z = positions.unbind(-1)
+    slopes = torch.stack([slope_q * y, slope_q * z, slope_rho], dim=-2)
+    wavenumber = 2 * math.pi / geometry.wavelength_m
+    return a, (-1j * wavenumber) * slopes * a.unsqueeze(-2)
+
+
+def steering_jacobian(
+    geometry: Geometry, azimuth: Tensor, elevation: Tensor, range_m: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Array response and its derivatives along (azimuth [1/rad], elevation [1/rad], range [1/m]).
+
+    Returns:
+        a [..., N] and da [..., 3, N].
+    """
+    a, d_cosines = cosine_steering_jacobian(geometry, to_cosines(azimuth, elevation, range_m))
+    chain = cosine_jacobian(azimuth, elevation, range_m)
+    return a, torch.einsum("...cs,...cn->...sn", chain.to(d_cosines.dtype), d_cosines)
+
+
+def cosine_jacobian(azimuth: Tensor, elevation: Tensor, range_m: Tensor) -> Tensor:
+    """d(v, w, rho) / d(az, el, r), [..., 3, 3], row = cosine coordinate."""
+    zero = torch.zeros_like(azimuth)
+    sin_az, cos_az, sin_el, cos_el = azimuth.sin(), azimuth.cos(), elevation.sin(), elevation.cos()
+    rows = [cos_el * cos_az, -sin_el * sin_az, zero, zero, cos_el, zero, zero, zero, -range_m.pow(-2)]
+    return torch.stack(rows, dim=-1).unflatten(-1, (3, 3))
+
+
+def position_jacobian(azimuth: Tensor, elevation: Tensor, range_m: Tensor) -> Tensor:
+    """d(x, y, z) / d(az, el, r), [..., 3, 3], row = Cartesian coordinate, in m/rad, m/rad and 1."""
+    sin_az, cos_az, sin_el, cos_el = azimuth.sin(), azimuth.cos(), elevation.sin(), elevation.cos()
+    r, zero = range_m, torch.zeros_like(range_m)
+    rows = [
+        -r * cos_el * sin_az, -r * sin_el * cos_az, cos_el * cos_az,
+        r * cos_el * cos_az, -r * sin_el * sin_az, cos_el * sin_az,
+        zero, r * cos_el, sin_el,
+    ]  # fmt: skip
+    return torch.stack(rows, dim=-1).unflatten(-1, (3, 3))
+
+
+def _path_difference(geometry: Geometry, cosines: Cosines) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """delta, d delta/d q, d delta/d rho, each [..., N], and the element positions [N, 2]."""
+    positions = geometry.element_positions(cosines.v.device, cosines.v.dtype)
+    y, z = positions.unbind(-1)
+    squared = y * y + z * z
+    q = cosines.v.unsqueeze(-1) * y + cosines.w.unsqueeze(-1) * z
+    rho = cosines.rho.unsqueeze(-1)
+    if geometry.wave == "planar":
+        return -q, -torch.ones_like(q), torch.zeros_like(q), positions
+    if geometry.wave == "fresnel":  # second order in rho, with the -(p.u)^2 term that the usual formula drops
+        curvature = (squared - q * q) / 2
+        return rho * curvature - q, -1 - rho * q, curvature, positions
+    ratio = torch.sqrt((1 - 2 * rho * q + rho * rho * squared).clamp(min=1e-12))
+    delta = (rho * squared - 2 * q) / (1 + ratio)
+    return delta, -1 / ratio, (squared - delta * delta) / (2 * ratio), positions
+
+
+def _response(geometry: Geometry, delta: Tensor) -> Tensor:
+    phase = (-2 * math.pi / geometry.wavelength_m) * delta
+    return torch.polar(torch.full_like(phase, 1 / math.sqrt(geometry.num_elements)), phase)

@@ -1,0 +1,286 @@
+"""Scenes: near-field sources seen by a base station through the surface, simulated in batches on the device.
+
+    y_l = H diag(c_l) A s_l + n_l,   l = 1..L
+
+with y [B, L, M], H [B, M, N], c [B, L, N], A [B, N, K], s [B, L, K]. The sensing matrix of a snapshot is
+T_l = H diag(c_l); G_l = T_l A is what the receiver sees of the sources.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from ris_hpo.config import Spec
+from ris_hpo.errors import ConfigError
+from ris_hpo.physics.array import Geometry, steering
+from ris_hpo.physics.random import SceneRandom
+from ris_hpo.physics.sources import Sources
+
+Interval = tuple[float, float]
+
+
+class SceneSpec(Spec):
+    """The distribution that scenes are drawn from; intervals are uniform."""
+
+    geometry: Geometry = Geometry()
+    num_antennas: int = Field(16, ge=1, le=1024)
+    num_snapshots: int = Field(16, ge=1, le=4096)
+    max_sources: int = Field(5, ge=1, le=5)
+    num_sources: tuple[int, int] = (1, 5)
+    azimuth_deg: Interval = (-60.0, 60.0)
+    elevation_deg: Interval = (-30.0, 30.0)
+    range_m: Interval = (0.5, 10.0)
+    snr_db: Interval = (-5.0, 20.0)
+    power_law: Literal["equal", "path_loss"] = "equal"
+    power_spread_db: float = Field(3.0, ge=0, le=30)
+    symbols: Literal["independent", "coherent"] = "independent"
+    rician_factor: Interval = (0.5, 10.0)
+    codes: Literal["random", "dft", "hadamard"] = "random"
+    code_bits: int = Field(3, ge=1, le=8)
+    channel_error_db: Interval | None = None
+    noise_power_error_db: float = Field(0.0, ge=0, le=30)
+
+    @model_validator(mode="after")
+    def _check(self) -> SceneSpec:
+        for name in ("num_sources", "azimuth_deg", "elevation_deg", "range_m", "snr_db", "rician_factor"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name}: lower bound {low} is above upper bound {high}")
+        if not 1 <= self.num_sources[0] <= self.num_sources[1] <= self.max_sources:
+            raise ValueError(f"num_sources: {self.num_sources} must lie within 1..max_sources={self.max_sources}")
+        if not -90 < self.azimuth_deg[0] <= self.azimuth_deg[1] < 90:
+            raise ValueError(f"azimuth_deg: {self.azimuth_deg} must lie within -90..90, in front of the surface")
+        if not -90 < self.elevation_deg[0] <= self.elevation_deg[1] < 90:
+            raise ValueError(f"elevation_deg: {self.elevation_deg} must lie within -90..90")
+        if self.range_m[0] <= 0 or self.rician_factor[0] < 0:
+            raise ValueError("range_m must be positive and rician_factor not negative")
+        if self.channel_error_db is not None and self.channel_error_db[0] > self.channel_error_db[1]:
+            raise ValueError(f"channel_error_db: {self.channel_error_db} is not an interval")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Scenes:
+    """A batch of scenes: what the receiver has, and the truth where it is known.
+
+    Attributes:
+        geometry: the surface.
+        y: complex64 [B, L, M] snapshots.
+        bs_ris_channel: complex64 [B, M, N], H as the receiver knows it.
+        ris_codes: complex64 [B, L, N], unit modulus.
+        noise_power: float32 [B], per complex entry of y, as the receiver knows it.
+        truth: the sources, or None.
+        snr_db: float32 [B], or None.
+        symbols: complex64 [B, L, K_max] as sent (power included), or None; the deterministic bound needs them.
+        true_channel: complex64 [B, M, N] where it differs from the known one, else None.
+    """
+
+    geometry: Geometry
+    y: Tensor
+    bs_ris_channel: Tensor
+    ris_codes: Tensor
+    noise_power: Tensor
+    truth: Sources | None = None
+    snr_db: Tensor | None = None
+    symbols: Tensor | None = None
+    true_channel: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.y.shape[0]
+
+    def __getitem__(self, index: Any) -> Scenes:
+        """Select scenes by slice, boolean mask or index tensor."""
+        return self._map(lambda value: value[index])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the scenes live."""
+        return self.y.device
+
+    def to(self, device: torch.device | str) -> Scenes:
+        """Move to a device."""
+        return self._map(lambda value: value.to(device))
+
+    def sensing_matrices(self) -> Tensor:
+        """T_l = H diag(c_l), complex [B, L, M, N]."""
+        return self.bs_ris_channel.unsqueeze(1) * self.ris_codes.unsqueeze(2)
+
+    def require_truth(self) -> Sources:
+        """The true sources.
+
+        Raises:
+            ConfigError: the scenes carry no truth.
+        """
+        if self.truth is None:
+            raise ConfigError("these scenes carry no truth (num_sources, azimuth, elevation, range_m); cannot score")
+        return self.truth
+
+    @staticmethod
+    def cat(parts: Sequence[Scenes]) -> Scenes:
+        """Join batches of one geometry and shape; an optional field is kept where every part has it."""
+        fields: dict[str, Any] = {"geometry": parts[0].geometry}
+        for field in dataclasses.fields(Scenes)[1:]:
+            values = [getattr(part, field.name) for part in parts]
+            if any(value is None for value in values):
+                fields[field.name] = None
+            else:
+                fields[field.name] = Sources.cat(values) if field.name == "truth" else torch.cat(values)
+        return Scenes(**fields)
+
+    def _map(self, function: Any) -> Scenes:
+        fields: dict[str, Any] = {"geometry": self.geometry}
+        for field in dataclasses.fields(self)[1:]:
+            value = getattr(self, field.name)
+            if isinstance(value, Sources):
+                fields[field.name] = value._map(function)
+            else:
+                fields[field.name] = None if value is None else function(value)
+        return Scenes(**fields)
+
+
+def simulate(
+    spec: SceneSpec,
+    seed: int,
+    index: Tensor | range,
+    *,
+    num_sources: Tensor | None = None,
+    snr_db: Tensor | None = None,
+    device: torch.device | str = "cpu",
+) -> Scenes:
+    """Draw scenes; scene i depends on (spec, seed, i) alone, never on the batch or the device.
+
+    Args:
+        spec: the distribution.
+        seed: family of scenes; training, validation and test use different ones.
+        index: scene indices [B] (int64) or a range.
+        num_sources: [B] to fix K instead of drawing it.
+        snr_db: [B] to fix the SNR instead of drawing it.
+        device: where to compute.
+
+    Returns:
+        Scenes with truth, symbols and realised SNR: mean over (l, m) of |noise-free y|^2 / noise power.
+    """
+    where = torch.device(device)
+    if isinstance(index, range):
+        index = torch.arange(index.start, index.stop, index.step, device=where)
+    random = SceneRandom(seed, index.to(where))
+    geometry, k_max = spec.geometry, spec.max_sources
+    num_snapshots, num_antennas = spec.num_snapshots, spec.num_antennas
+
+    if num_sources is None:
+        low, high = spec.num_sources
+        num_sources = low + random.integers("num_sources", high - low + 1)
+    mask = torch.arange(k_max, device=where) < num_sources.to(where).unsqueeze(-1)
+    azimuth = random.between("azimuth", spec.azimuth_deg, k_max).deg2rad()
+    elevation = random.between("elevation", spec.elevation_deg, k_max).deg2rad()
+    range_m = random.between("range", spec.range_m, k_max)
+    if spec.power_law == "path_loss":
+        power = range_m.pow(-2)
+    else:
+        power = 10 ** (random.between("power", (-spec.power_spread_db, spec.power_spread_db), k_max) / 10)
+    power = power * mask
+    truth = Sources(azimuth, elevation, range_m, power, mask)
+
+    symbols = random.complex_normal("symbols", num_snapshots, k_max)
+    if spec.symbols == "coherent":
+        symbols = symbols[:, :1].expand(-1, num_snapshots, -1)
+    symbols = symbols * power.sqrt().unsqueeze(1)
+
+    channel = rician_channel(spec, random)
+    codes = code_book(spec, random)
+    wave = torch.einsum("bkn,blk->bln", steering(geometry, azimuth, elevation, range_m), symbols)
+    clean = torch.einsum("bmn,bln->blm", channel, codes * wave)
+    if snr_db is None:
+        snr_db = random.between("snr", spec.snr_db)
+    snr_db = snr_db.to(where, torch.float32)
+    noise_power = clean.abs().square().mean((1, 2)) / 10 ** (snr_db / 10)
+    noise = random.complex_normal("noise", num_snapshots, num_antennas)
+    y = clean + noise * noise_power.sqrt()[:, None, None]
+
+    known, true_channel = channel, None
+    if spec.channel_error_db is not None:
+        error_db = random.between("channel_error_db", spec.channel_error_db)
+        scale = (10 ** (error_db / 10) * channel.abs().square().mean((1, 2))).sqrt()
+        error = random.complex_normal("channel_error", num_antennas, geometry.num_elements)
+        known, true_channel = channel + scale[:, None, None] * error, channel
+    if spec.noise_power_error_db:
+        bound = spec.noise_power_error_db
+        noise_power = noise_power * 10 ** (random.between("noise_power_error", (-bound, bound)) / 10)
+    return Scenes(geometry, y, known, codes, noise_power, truth, snr_db, symbols, true_channel)
+
+
+def grid_of_cells(
+    spec: SceneSpec, seed: int, snr_db: Sequence[float], num_sources: Sequence[int], per_cell: int, **options: Any
+) -> Scenes:
+    """``per_cell`` scenes for every pair of SNR and source count, SNR outermost.
+
+    Raises:
+        ConfigError: a source count outside 1..max_sources.
+    """
+    if not all(1 <= k <= spec.max_sources for k in num_sources):
+        raise ConfigError(f"source counts {list(num_sources)} must lie within 1..{spec.max_sources}")
+    snr = torch.tensor(list(snr_db), dtype=torch.float32).repeat_interleave(len(num_sources) * per_cell)
+    count = torch.tensor(list(num_sources)).repeat_interleave(per_cell).repeat(len(snr_db))
+    return simulate(spec, seed, range(len(snr)), num_sources=count, snr_db=snr, **options)
+
+
+def rician_channel(spec: SceneSpec, random: SceneRandom) -> Tensor:
+    """H [B, M, N] = (sqrt(kappa/(kappa+1)) a_bs a_ris^H + sqrt(1/(kappa+1)) W) / sqrt(M), W iid CN(0, 1).
+
+    The line of sight leaves the surface as a plane wave inside the sources' sector and reaches a half-wavelength
+    linear array at the base station from a direction uniform in its sine; |a_bs,m| = |a_ris,n| = 1.
+    """
+    geometry, num_antennas = spec.geometry, spec.num_antennas
+    kappa = random.between("rician", spec.rician_factor)[:, None, None]
+    sine = random.between("bs_direction", (-1.0, 1.0)).unsqueeze(-1)
+    elements = torch.arange(num_antennas, device=sine.device, dtype=sine.dtype)
+    a_bs = torch.polar(torch.ones_like(sine * elements), math.pi * sine * elements)
+    planar = geometry.replaced({"wave": "planar"})
+    azimuth = random.between("ris_azimuth", spec.azimuth_deg).deg2rad()
+    elevation = random.between("ris_elevation", spec.elevation_deg).deg2rad()
+    a_ris = steering(planar, azimuth, elevation, torch.ones_like(azimuth)) * math.sqrt(geometry.num_elements)
+    scattered = random.complex_normal("scattered", num_antennas, geometry.num_elements)
+    sight = a_bs.unsqueeze(-1) * a_ris.conj().unsqueeze(-2)
+    return ((kappa / (kappa + 1)).sqrt() * sight + (1 / (kappa + 1)).sqrt() * scattered) / math.sqrt(num_antennas)
+
+
+def code_book(spec: SceneSpec, random: SceneRandom) -> Tensor:
+    """Phase codes c [B, L, N] of unit modulus.
+
+    ``random``: independent phases of ``code_bits`` bits. ``dft``: every (N/L)-th beam of the 2-D DFT from a random
+    first one, quantised to ``code_bits``. ``hadamard``: likewise rows of the Sylvester matrix of order >= N, cut to N.
+    """
+    geometry, num_snapshots = spec.geometry, spec.num_snapshots
+    n, levels = geometry.num_elements, 1 << spec.code_bits
+    if spec.codes == "random":
+        digits = 48 // spec.code_bits
+        words = random.words("codes", -(-num_snapshots * n // digits))
+        shifts = torch.arange(digits, device=words.device) * spec.code_bits
+        steps = ((words.unsqueeze(-1) >> shifts) & (levels - 1)).flatten(1)[:, : num_snapshots * n]
+        turns = torch.arange(levels, device=words.device, dtype=torch.float32) * (2 * math.pi / levels)
+        table = torch.polar(torch.ones_like(turns), turns)
+        return table[steps].unflatten(-1, (num_snapshots, n))
+    order = n if spec.codes == "dft" else 1 << (n - 1).bit_length()
+    stride = max(1, order // num_snapshots)
+    first = random.integers("codes", order).unsqueeze(-1)
+    row = (first + stride * torch.arange(num_snapshots, device=first.device)) % order
+    element = torch.arange(n, device=first.device)
+    if spec.codes == "hadamard":
+        common = row.unsqueeze(-1) & element
+        parity = torch.zeros_like(common)
+        for bit in range(order.bit_length()):
+            parity ^= (common >> bit) & 1
+        return (1 - 2 * parity).to(torch.complex64)
+    horizontal, vertical = geometry.num_horizontal, geometry.num_vertical
+    cycles = (row % horizontal).unsqueeze(-1) * (element % horizontal) / horizontal
+    cycles = cycles + (row // horizontal).unsqueeze(-1) * (element // horizontal) / vertical
+    phase = torch.round(cycles * levels) * (2 * math.pi / levels)
+    return torch.polar(torch.ones_like(phase), phase).to(torch.complex64)
