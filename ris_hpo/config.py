@@ -128,4 +128,7 @@ def _first_problem(cls: type[BaseModel], error: ValidationError) -> str:
         known = list(owner.model_fields) if hasattr(owner, "model_fields") else []
         return f"unknown key '{path}'{suggestion(str(problem['loc'][-1]), known)}"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{path or 'value'}: {message[0].lower()}{message[1:]} (found {problem['input']!r})"
+    message = message[0].lower() + message[1:]
+    if isinstance(problem["input"], Mapping):  # a rule over several keys: its message names them
+        return f"{path}: {message}" if path else message
+    return f"{path or 'value'}: {message} (found {problem['input']!r})"

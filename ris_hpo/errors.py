@@ -81,3 +81,9 @@ class DeviceError(RisHpoError):
     """A device that was asked for and is not there, or has too little memory."""
 
     exit_code = 14
+
+
+class OutputError(RisHpoError):
+    """A file or folder that cannot be written: no such folder, no permission, disk full."""
+
+    exit_code = 15

@@ -1,0 +1,1 @@
+"""The search service: studies, stores, exact budgets, workers, and what is shown of them."""

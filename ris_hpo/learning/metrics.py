@@ -35,9 +35,9 @@ class Scores:
     """Figures over a set of scenes; angles in degrees, lengths in metres.
 
     ``k_acc``, ``k_under``, ``k_over`` sum to 1. ``success`` is the share of scenes with K^ = K and every source within
-    5 deg, 5 deg and 1 m. ``rmspe_m`` and the medians run over matched pairs, uncapped (NaN-free: 0 without any pair
-    is impossible to tell from perfect, so they are infinite then and written as such). ``gospa_m`` has p = 2,
-    alpha = 2 and a cut-off of 2 m (Rahmathullah, Garcia-Fernandez and Svensson, FUSION 2017).
+    5 deg, 5 deg and 1 m. ``rmspe_m`` and the medians run over matched pairs, uncapped; without any pair they are
+    infinite (``null`` in JSON). ``gospa_m`` has p = 2, alpha = 2 and a cut-off of 2 m (Rahmathullah,
+    Garcia-Fernandez and Svensson, "Generalized optimal sub-pattern assignment metric", FUSION 2017).
     """
 
     k_loc: float
@@ -58,14 +58,14 @@ class Scores:
     median_range_m: float
     num_scenes: int
 
-    def as_dict(self) -> dict[str, float]:
-        """Name to figure."""
-        return dataclasses.asdict(self)
+    def as_dict(self) -> dict[str, float | None]:
+        """Name to figure, fit for JSON: None where infinite."""
+        return {name: value if math.isfinite(value) else None for name, value in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Scores:
         """Inverse of :meth:`as_dict`."""
-        return cls(**values)
+        return cls(**{name: math.inf if value is None else value for name, value in values.items()})
 
 
 @dataclass(frozen=True, slots=True)

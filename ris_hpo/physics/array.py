@@ -113,9 +113,7 @@ def cosine_steering_jacobian(geometry: Geometry, cosines: Cosines) -> tuple[Tens
     return a, (-1j * wavenumber) * slopes * a.unsqueeze(-2)
 
 
-def steering_jacobian(
-    geometry: Geometry, azimuth: Tensor, elevation: Tensor, range_m: Tensor
-) -> tuple[Tensor, Tensor]:
+def steering_jacobian(geometry: Geometry, azimuth: Tensor, elevation: Tensor, range_m: Tensor) -> tuple[Tensor, Tensor]:
     """Array response and its derivatives along (azimuth [1/rad], elevation [1/rad], range [1/m]).
 
     Returns:

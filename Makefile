@@ -1,0 +1,56 @@
+# `make run` finishes a real study, `make test` runs the tests; both make .venv first and touch nothing outside the tree.
+PYTHON ?= python3
+SPACE ?= wide
+TRIALS ?= 8
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+.PHONY: help run test test-long bench lint format clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 20
+
+run: $(VENV)/installed  ## environment, then a study of 8 trials on CPU and SQLite (SPACE=, TRIALS=)
+	$(BIN)/ris-hpo run --space $(SPACE) --n-trials $(TRIALS) --gpus none
+
+test: $(VENV)/installed-test  ## environment, then every test but the long forms
+	$(BIN)/python -m pytest
+
+test-long: $(VENV)/installed-test  ## every test, long forms included
+	$(BIN)/python -m pytest -m ""
+
+bench: $(VENV)/installed-test  ## the benchmark table, appended to benchmarks/LOG.md
+	$(BIN)/python -m benchmarks
+
+lint: $(VENV)/installed-test  ## ruff, mypy strict, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/installed-test  ## ruff's formatter and its safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment and caches; storage/ (studies, checkpoints) stays
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first, from the constraint alone: a build that is at hand for exactly this version is then taken.
+$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing into $(VENV); the first time this takes a few minutes."
+	$(PIP) torch
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing into $(VENV); the first time this takes a few minutes."
+	$(PIP) torch
+	$(PIP) -e '.[test]'
+	@touch $@ $(VENV)/installed

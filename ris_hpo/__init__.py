@@ -1,0 +1,45 @@
+"""Train, search and certify networks that localise near-field sources through a reconfigurable intelligent surface.
+
+The public names, loaded when first used, so that ``import ris_hpo`` costs nothing:
+
+>>> from ris_hpo import SceneSpec, estimate, score, simulate
+>>> scenes = simulate(SceneSpec(), seed=1, index=range(100))
+>>> found = estimate("ml", scenes)
+>>> score(found, scenes.require_truth()).k_loc
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ris_hpo.learning.metrics import score as score
+    from ris_hpo.physics.files import load_scenes as load_scenes
+    from ris_hpo.physics.files import save_scenes as save_scenes
+    from ris_hpo.physics.scene import Scenes as Scenes
+    from ris_hpo.physics.scene import SceneSpec as SceneSpec
+    from ris_hpo.physics.scene import simulate as simulate
+    from ris_hpo.physics.sources import Sources as Sources
+
+_HOME = {
+    "SceneSpec": "physics.scene",
+    "Scenes": "physics.scene",
+    "Sources": "physics.sources",
+    "load_scenes": "physics.files",
+    "save_scenes": "physics.files",
+    "score": "learning.metrics",
+    "simulate": "physics.scene",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'ris_hpo' has no attribute '{name}'")
+    return getattr(import_module(f"ris_hpo.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,85 @@
+"""The command line: thin, and the only place that prints or sets up logging.
+
+Results go to stdout, everything else to stderr; ``--json`` leaves JSON alone on stdout. Every error that is the input's
+or the surroundings' fault is one line and the exit code of its class (``ris_hpo/errors.py``); wrong usage exits with 2,
+Ctrl-C with 130. Modules that import torch or optuna are imported inside the commands, so that ``--help`` is instant.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+from typer.exceptions import TyperException
+
+from ris_hpo.cli import display, model, study
+from ris_hpo.errors import OutputError, RisHpoError
+
+INTERRUPTED = 130
+_CANNOT_WRITE = {errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EPERM, errno.EROFS}
+
+app = typer.Typer(
+    name="ris-hpo",
+    help="Train, search and certify networks that localise near-field sources through a reconfigurable surface.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"ris-hpo {version('ris-hpo')}")
+        raise typer.Exit
+
+
+@app.callback(epilog="Example: ris-hpo run --space smoke --n-trials 4")
+def settings(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens too.")] = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Settings before the command; not a command itself."""
+    display.set_up_logging(logging.INFO if verbose else logging.WARNING)
+
+
+study.register(app)
+model.register(app)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and exit with its code."""
+    sys.exit(execute(sys.argv[1:] if arguments is None else arguments))
+
+
+def execute(arguments: Sequence[str]) -> int:
+    """Run one command; returns the exit code."""
+    command = typer.main.get_command(app)
+    assert isinstance(command, TyperGroup)
+    try:
+        code = command.main(list(arguments), prog_name="ris-hpo", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except TyperException as error:  # wrong usage
+        message = error.format_message()
+        if message:
+            display.print_error(message)
+        return error.exit_code
+    except RisHpoError as error:
+        display.print_error(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        display.print_error(f"{error.filename or 'output'}: cannot be written ({error.strerror})")
+        return OutputError.exit_code

@@ -1,0 +1,169 @@
+"""What a person sees: tables, progress, errors and logs; colour and movement on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+PLAIN_WIDTH = 120
+PLAIN_SECONDS = 10.0
+
+
+def stdout() -> Console:
+    """The console for results."""
+    return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
+
+
+def stderr() -> Console:
+    """The console for progress, notes and errors."""
+    return Console(stderr=True, width=None if sys.stderr.isatty() else PLAIN_WIDTH, highlight=False)
+
+
+def set_up_logging(level: int) -> None:
+    """Send every logger of the process to stderr, once."""
+    root = logging.getLogger()
+    for former in list(root.handlers):
+        if isinstance(former, RichHandler) or type(former) is logging.StreamHandler:
+            root.removeHandler(former)
+    handler: logging.Handler
+    if sys.stderr.isatty():
+        handler = RichHandler(console=stderr(), show_path=False, rich_tracebacks=False)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    root.addHandler(handler)
+    root.setLevel(level)
+    logging.captureWarnings(True)
+
+
+def print_error(message: str) -> None:
+    """One line on stderr, whatever the message was made of."""
+    line = " ".join(message.split())
+    stderr().print("[bold red]error:[/] ", end="", soft_wrap=True)
+    stderr().print(line, markup=False, soft_wrap=True)
+
+
+def print_note(message: str) -> None:
+    """A line for the person on stderr; never part of a result."""
+    stderr().print(message, markup=False, soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """JSON alone on stdout; a number that JSON does not have becomes null."""
+    sys.stdout.write(json.dumps(_finite(value), indent=2, allow_nan=False, default=str) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def print_result(line: str) -> None:
+    """A line on stdout at once, for a person or a pipe."""
+    print(line, flush=True)
+
+
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, text: Collection[int] = (0,)
+) -> None:
+    """Print a table on stdout; columns at the positions ``text`` hold words, the others numbers."""
+    grid = _grid(title)
+    for position, column in enumerate(columns):
+        grid.add_column(column, justify="left" if position in text else "right", overflow="fold")
+    for row in rows:
+        grid.add_row(*(cell(value) for value in row))
+    stdout().print(grid)
+
+
+def facts(title: str, pairs: Mapping[str, object]) -> None:
+    """Print name and value pairs on stdout."""
+    grid = _grid(title, show_header=False)
+    grid.add_column(style="dim")
+    grid.add_column(overflow="fold")
+    for name, value in pairs.items():
+        grid.add_row(name, cell(value))
+    stdout().print(grid)
+
+
+def _grid(title: str, *, show_header: bool = True) -> Table:
+    return Table(
+        title=title or None,
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
+        show_header=show_header,
+        box=None,
+        pad_edge=False,
+    )
+
+
+def cell(value: object) -> str:
+    """A value as it stands in a table: three decimals, a dash for nothing."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
+    return str(value)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 8 s, 3 min 20 s, 2 h 05 min."""
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+Advance = Callable[[float, str], None]
+
+
+@contextmanager
+def progress(total: float, unit: str) -> Iterator[Advance]:
+    """Progress on stderr: a bar on a terminal, else a line now and then.
+
+    Yields:
+        A function of (how much is done, a short status).
+    """
+    if sys.stderr.isatty():
+        columns = (
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+        )
+        with Progress(*columns, console=stderr(), transient=True) as bar:
+            task = bar.add_task("", total=total)
+            yield lambda done, status: bar.update(task, completed=done, description=status)
+        return
+    spoken = time.monotonic()
+
+    def say(done: float, status: str) -> None:
+        nonlocal spoken
+        now = time.monotonic()
+        if now - spoken >= PLAIN_SECONDS:
+            spoken = now
+            print_note(f"{done:,.0f} of {total:,.0f} {unit}  {status}".rstrip())
+
+    yield say

@@ -1,0 +1,79 @@
+"""Options that several commands share, and the reading of their values."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from ris_hpo.errors import ConfigError, DeviceError, OutputError
+
+if TYPE_CHECKING:
+    from ris_hpo.config import Spec
+
+S = TypeVar("S", bound="Spec")
+Json = Annotated[bool, typer.Option("--json", help="JSON alone on stdout.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
+Seed = Annotated[int, typer.Option(help="Family of scenes; the same seed gives the same scenes.")]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated. Values as in TOML."),
+]
+
+
+def changes(pairs: Sequence[str] | None) -> dict[str, Any]:
+    """Read ``KEY=VALUE`` pairs; a value is TOML, or a plain word.
+
+    Raises:
+        ConfigError: a pair without ``=``.
+    """
+    found: dict[str, Any] = {}
+    for pair in pairs or ():
+        key, sign, text = pair.partition("=")
+        if not sign or not key:
+            raise ConfigError(f"--set {pair}: expected KEY=VALUE, for example --set num_snapshots=64")
+        try:
+            found[key.strip()] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            found[key.strip()] = text
+    return found
+
+
+def changed(spec: S, pairs: Sequence[str] | None) -> S:
+    """The specification with ``--set`` applied."""
+    wanted = changes(pairs)
+    return spec.replaced(wanted) if wanted else spec
+
+
+def check_device(name: str) -> str:
+    """The device, where this machine has it.
+
+    Raises:
+        DeviceError: not a device, or not here.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise DeviceError(f"device '{name}' cannot be used: {reason}") from None
+    return name
+
+
+def check_output(path: Path, *, suffix: str | None = None) -> Path:
+    """The path of a file to write, checked before any long work.
+
+    Raises:
+        OutputError: a folder, a missing parent, another suffix.
+    """
+    if path.is_dir():
+        raise OutputError(f"{path}: is a folder, expected a file name")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: there is no folder {path.parent}")
+    if suffix and path.suffix != suffix:
+        raise OutputError(f"{path}: expected a name that ends in {suffix}")
+    return path

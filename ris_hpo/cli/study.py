@@ -1,0 +1,521 @@
+"""Commands around a study: run, worker, status, best, report, export, spaces, dashboard, doctor, replay."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from ris_hpo.cli import display, live, options
+from ris_hpo.errors import StudyError
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+    from ris_hpo.hpo.space import Dimension
+    from ris_hpo.hpo.store import Store
+
+PANEL = "Studies"
+INTERRUPTED = 130
+SHOWN_TRIALS = 12
+
+Space = Annotated[str, typer.Option(help="Name of a study file (see 'ris-hpo spaces') or its path.")]
+StudyName = Annotated[
+    str | None,
+    typer.Option("--study", help="Name of the study.", show_default="the only one in the store"),
+]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="Trial store: sqlite:///FILE or postgresql://USER@HOST/DATABASE.",
+        show_default="SQLite under storage/",
+    ),
+]
+
+
+def run(
+    space: Space = "wide",
+    n_trials: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Trials of the study that shall end, over all runs and workers.", show_default="the study's"
+        ),
+    ] = None,
+    study: Annotated[str | None, typer.Option(help="Name of the study.", show_default="the space's")] = None,
+    storage: Storage = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Worker processes.", show_default="1, or one a GPU slot")
+    ] = None,
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST", help="GPUs to use, such as 0,1, counted among the visible; or none.", show_default="all"
+        ),
+    ] = None,
+    per_gpu: Annotated[int, typer.Option(min=1, max=64, help="Workers that share a GPU.")] = 1,
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option(help="Processes here, or actors of a Ray cluster.")
+    ] = "local",
+    address: Annotated[str, typer.Option(help="The Ray cluster, with --engine ray.")] = "auto",
+    sampler: Annotated[
+        str | None, typer.Option(help="tpe, gp, cmaes, random, qmc, nsga2.", show_default="the study's")
+    ] = None,
+    pruner: Annotated[
+        str | None, typer.Option(help="asha, hyperband, median, wilcoxon, none.", show_default="the study's")
+    ] = None,
+    epochs_per_trial: Annotated[
+        int | None, typer.Option(min=1, help="Length of a trial in epochs of a fixed number of scenes.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the study.", show_default="the study's")] = None,
+    set_: options.Changes = None,
+    timeout: Annotated[float | None, typer.Option(min=0, help="Stop the study after so many seconds.")] = None,
+    gpu_hours: Annotated[float | None, typer.Option(min=0, help="Stop after so many device hours.")] = None,
+    target: Annotated[float | None, typer.Option(help="Stop when a trial reaches this k_loc.")] = None,
+    patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many trials without a better one.")] = None,
+    fork: Annotated[
+        str | None, typer.Option(metavar="NEW", help="Go on in a new study of this name, from the old one's best.")
+    ] = None,
+    warm_start: Annotated[
+        str | None, typer.Option(metavar="STUDY", help="Try another study's best trials first.")
+    ] = None,
+    no_proof: Annotated[
+        bool, typer.Option("--no-proof", help="Search without a phase-0 certificate; recorded.")
+    ] = False,
+    json_: options.Json = False,
+) -> None:
+    """Run a study: train, prune, keep. The same command resumes it, and adds nothing to a finished one."""
+    from ris_hpo.hpo.pool import LocalPool
+    from ris_hpo.hpo.space import load_study
+    from ris_hpo.hpo.store import open_store, redact
+    from ris_hpo.hpo.study import create_or_resume_study, fill_budget
+
+    changes: dict[str, Any] = {
+        "sampler.name": sampler,
+        "pruner.name": "none" if sampler == "nsga2" and pruner is None else pruner,
+        "seed": seed,
+        "stop.timeout_s": timeout,
+        "stop.gpu_hours": gpu_hours,
+        "stop.target": target,
+        "stop.patience": patience,
+        "budget.n_trials": n_trials,
+    }
+    spec = load_study(space)
+    spec = spec.replaced({key: value for key, value in changes.items() if value is not None})
+    base = options.changes(set_)
+    if base:
+        spec = spec.with_base(base)
+    if epochs_per_trial is not None:
+        spec = spec.with_epochs(epochs_per_trial)
+    spec.check()
+    store = open_store(storage)
+    proof = "no-proof" if no_proof else None
+    command = redact(shlex.join(["ris-hpo", *sys.argv[1:]]))
+    made = create_or_resume_study(
+        store, spec, name=study, fork=fork, warm_start=warm_start, proof=proof, command=command
+    )
+    name = made.study_name
+    added = fill_budget(store, made, spec.budget.n_trials)
+    display.print_note(f"study '{name}' in {store.redacted}: {spec.budget.n_trials} trials, {added} to add")
+    if engine == "ray":
+        from ris_hpo.hpo.ray_pool import RayPool
+
+        pool: Any = RayPool(
+            store, made, workers=workers or 1, address=address, gpus_per_worker=1 / per_gpu if gpus else 0
+        )
+    else:
+        pool = LocalPool(store, made, workers=workers, gpus=_gpus(gpus), per_gpu=per_gpu)
+    live.follow(pool.run(), spec.budget.n_trials)
+    _show_outcome(store, name, json_=json_)
+    if pool.ending == "interrupted":
+        display.print_note("interrupted; every trial is checkpointed, and the same command goes on from there")
+        raise typer.Exit(INTERRUPTED)
+    if pool.ending != "finished":
+        display.print_note(f"stopped by the study's rule: {pool.ending}")
+
+
+def worker(
+    study: StudyName = None,
+    storage: Storage = None,
+    device: options.Device = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="torch's choice")] = None,
+    max_trials: Annotated[int | None, typer.Option(min=1, help="Leave after so many trials.")] = None,
+    json_: options.Json = False,
+) -> None:
+    """Join a study as one more worker, from any host that reaches its store."""
+    from dataclasses import asdict
+
+    from ris_hpo.hpo.store import default_url, open_store
+    from ris_hpo.hpo.study import stored_spec
+    from ris_hpo.hpo.workers import StopSignals, WorkerJob, run_worker
+
+    if device != "cpu":
+        options.check_device(device)
+    store = open_store(storage, create=False)
+    title = choose_study(store, study)
+    rules = stored_spec(_study(store, title)).stop
+    store.close()
+    job = WorkerJob(storage or default_url(), title, device=device, threads=threads, max_trials=max_trials)
+    with StopSignals() as stop:
+        report = run_worker(job, stop=stop, notify=live.tell, rules=rules)
+    if json_:
+        display.print_json(asdict(report))
+    else:
+        display.facts("", {"study": title, "trials ended here": report.ended, "why it left": report.reason})
+    if report.reason == "stopped":
+        raise typer.Exit(INTERRUPTED)
+
+
+def status(study: StudyName = None, storage: Storage = None, json_: options.Json = False) -> None:
+    """Say where a study stands: its trials by state, the best one, what runs now."""
+    from ris_hpo.hpo.store import open_store
+
+    store = open_store(storage, create=False)
+    _show_status(store, choose_study(store, study), json_=json_)
+
+
+def best(
+    study: StudyName = None,
+    storage: Storage = None,
+    top: Annotated[int, typer.Option(min=1, max=20, help="How many of the best trials to train again.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, max=100, help="Fresh seeds for each of them and for the base.")] = 5,
+    no_confirm: Annotated[
+        bool, typer.Option("--no-confirm", help="Show the best trial as searched; train nothing.")
+    ] = False,
+    json_: options.Json = False,
+) -> None:
+    """Name the winner honestly: train the best trials again on fresh seeds, paired with the base configuration."""
+    from dataclasses import asdict
+
+    from ris_hpo.hpo import winner
+    from ris_hpo.hpo.store import open_store, storage_directory
+    from ris_hpo.hpo.study import status as status_of
+    from ris_hpo.hpo.study import stored_spec
+
+    store = open_store(storage, create=False)
+    title = choose_study(store, study)
+    chosen = _study(store, title)
+    leader = status_of(store, title).best
+    if leader is None:
+        raise StudyError(f"study '{title}' has no completed trial yet")
+    verdict: dict[str, Any] | None = None
+    if not no_confirm:
+        spec, directory = stored_spec(chosen), storage_directory() / "winner" / title
+        with display.progress((top + 1) * seeds, "runs") as advance:
+            found = winner.confirm(
+                chosen,
+                spec,
+                winner.fresh_score,
+                directory,
+                top=top,
+                seeds=seeds,
+                progress=lambda done, total, what: advance(done, what),
+            )
+        verdict = asdict(found)
+    if json_:
+        display.print_json({"study": title, "best": asdict(leader), "winner": verdict})
+        return
+    pairs = _best_line(leader.number, leader.k_loc, leader.floor, leader.efficiency)
+    display.facts(f"study '{title}', as searched", {**pairs, "pipeline k_loc": leader.pipeline_k_loc, **leader.params})
+    if verdict is not None:
+        rows = [
+            (each["name"], each["mean"], each["difference"], each["low"], each["high"])
+            for each in verdict["candidates"]
+        ]
+        rows.append(("base", verdict["base_mean"], None, None, None))
+        columns = ["on fresh seeds", "k_loc (pipeline)", "against base", "from", "to"]
+        display.table("", columns, rows)
+        display.print_result(str(verdict["sentence"]))
+    display.print_note(f"next: ris-hpo export --study {shlex.quote(title)} --out best.toml")
+
+
+def report(
+    study: StudyName = None,
+    storage: Storage = None,
+    out: Annotated[Path | None, typer.Option(help="The page to write: .html, or .json for its figures.")] = None,
+    json_: options.Json = False,
+) -> None:
+    """Write a study as one page that needs nothing else, or print its figures."""
+    from ris_hpo.hpo import report as reports
+    from ris_hpo.hpo.store import open_store
+
+    if out is not None:
+        options.check_output(out)
+    store = open_store(storage, create=False)
+    chosen = _study(store, choose_study(store, study))
+    made = reports.collect(chosen) if out is None else reports.write_report(chosen, out)
+    if json_:
+        display.print_json(reports.as_json(made))
+        return
+    for sentence in reports.headline(made):
+        display.print_result(sentence)
+    if out is not None:
+        display.print_note(f"written: {out}")
+
+
+def replay(
+    number: Annotated[int, typer.Argument(min=0, help="Number of the trial.")],
+    study: StudyName = None,
+    storage: Storage = None,
+    device: options.Device = "cpu",
+    json_: options.Json = False,
+) -> None:
+    """Run a trial again from its parameters and seed, and compare the curves digit for digit."""
+    from dataclasses import asdict
+
+    from ris_hpo.hpo.replay import replay as run_again
+    from ris_hpo.hpo.store import open_store
+
+    options.check_device(device)
+    store = open_store(storage, create=False)
+    title = choose_study(store, study)
+    found = run_again(store, title, number, device=device)
+    if json_:
+        display.print_json(asdict(found))
+    else:
+        rows = [(step.step, f"{step.recorded:.9f}", f"{step.replayed:.9f}") for step in found.steps]
+        display.table(f"trial {number} of '{title}'", ["scenes", "recorded k_loc", "replayed"], rows, text=())
+        verdict = "identical" if found.identical else f"different, by up to {found.max_difference:.3g}"
+        display.print_result(verdict)
+    if not found.identical:
+        raise typer.Exit(StudyError.exit_code)
+
+
+def doctor(storage: Storage = None, json_: options.Json = False) -> None:
+    """Look at the store, disk, devices and versions, and say what to do."""
+    from dataclasses import asdict
+
+    from ris_hpo.hpo.doctor import examine
+
+    findings = examine(storage)
+    if json_:
+        display.print_json([asdict(finding) for finding in findings])
+    else:
+        rows = [("ok" if each.ok else "!!", each.name, each.found, each.advice) for each in findings]
+        display.table("", ["", "what", "found", "what to do"], rows, text=range(4))
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+def spaces(
+    name: Annotated[str | None, typer.Argument(help="One study, by name or file; all of them without.")] = None,
+    json_: options.Json = False,
+) -> None:
+    """List the studies that can be run, or the search space of one."""
+    from ris_hpo.hpo.space import list_studies, load_study
+
+    if name is None:
+        known = {found: load_study(path) for found, path in list_studies().items()}
+        if json_:
+            display.print_json({found: spec.model_dump(mode="json") for found, spec in known.items()})
+            return
+        summary = [
+            (found, len(spec.space), spec.sampler.name, spec.pruner.name, spec.budget.n_trials, spec.description)
+            for found, spec in known.items()
+        ]
+        display.table(
+            "", ["study", "dimensions", "sampler", "pruner", "trials", "what for"], summary, text={0, 2, 3, 5}
+        )
+        return
+    spec = load_study(name)
+    if json_:
+        display.print_json({**spec.model_dump(mode="json"), "space_fingerprint": spec.space_fingerprint()})
+        return
+    base = spec.base_params()
+    rows = [(path, _range_of(each), base.get(path), _condition(each)) for path, each in spec.space.items()]
+    display.table(f"{spec.name}: {spec.description}", ["dimension", "range", "base", "when"], rows, text=range(4))
+
+
+def dashboard(
+    storage: Storage = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; beyond loopback use a proxy with TLS.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            help="What a visitor must show; better in RIS_HPO_DASHBOARD_TOKEN.", show_default="made and printed"
+        ),
+    ] = None,
+    read_write: Annotated[bool, typer.Option("--read-write", help="Allow renaming, deleting and notes.")] = False,
+    allow_host: Annotated[list[str] | None, typer.Option(help="A further host name a visitor may use.")] = None,
+    json_: options.Json = False,
+) -> None:
+    """Watch studies in the browser, on this machine alone unless told otherwise."""
+    from ris_hpo.hpo.dashboard import TOKEN_VARIABLE, Dashboard, make_token
+    from ris_hpo.hpo.store import open_store, storage_directory
+
+    secret = token or os.environ.get(TOKEN_VARIABLE) or make_token()
+    store = open_store(storage)
+    server = Dashboard(
+        store,
+        storage_directory() / "artifacts",
+        token=secret,
+        host=host,
+        port=port,
+        read_write=read_write,
+        allowed_hosts=allow_host or (),
+    )
+    with server:
+        if json_:
+            display.print_json({"url": server.url, "login_url": server.login_url})
+        else:
+            display.print_result(server.login_url)
+        form = "may be changed" if read_write else "read-only"
+        display.print_note(f"serving {store.redacted}, {form}; Ctrl-C ends it")
+        if server.exposed:
+            display.print_note(
+                "other machines can connect and the token goes unencrypted: put a proxy with TLS in front"
+            )
+        server.run()
+
+
+def _gpus(text: str | None) -> list[str] | None:
+    """``0,1`` as a list, ``none`` as an empty one, nothing as all there are."""
+    if text is None:
+        return None
+    return [] if text == "none" else [part.strip() for part in text.split(",") if part.strip()]
+
+
+# -- what several commands need --------------------------------------------------------------------------------------
+
+
+def choose_study(store: Store, name: str | None) -> str:
+    """The study that is meant: the named one, or the only one.
+
+    Raises:
+        StudyError: none in the store, or several and no name.
+    """
+    if name is not None:
+        return name
+    known = sorted(study.study_name for study in store.get_all_studies())
+    if not known:
+        raise StudyError(f"{store.redacted} holds no study yet; start one with 'ris-hpo run'")
+    if len(known) > 1:
+        raise StudyError(f"{store.redacted} holds several studies: {', '.join(known)}; choose one with --study")
+    return known[0]
+
+
+def _study(store: Store, name: str) -> Any:
+    from ris_hpo.hpo.study import get_study
+
+    return get_study(store, name)
+
+
+def _show_status(store: Store, name: str, *, json_: bool) -> None:
+    from ris_hpo.hpo.study import status as status_of
+
+    found = status_of(store, name)
+    if json_:
+        display.print_json(found.as_dict())
+        return
+    counts = ", ".join(f"{count} {state}" for state, count in found.trials.as_dict().items() if count)
+    pairs: dict[str, object] = {"study": name, "trials": counts or "none yet"}
+    if found.best is not None:
+        pairs |= _best_line(found.best.number, found.best.k_loc, found.best.floor, found.best.efficiency)
+    if found.causes:
+        pairs["failures"] = ", ".join(f"{count} {cause}" for cause, count in found.causes.items())
+    pairs["device hours"] = found.device_hours
+    display.facts("", pairs)
+    if found.running:
+        rows = [(each.number, each.step, each.k_loc, each.seconds, each.owner) for each in found.running]
+        display.table("\nrunning", ["trial", "scenes", "k_loc", "seconds", "worker"], rows, text={4})
+
+
+def _best_line(number: int, k_loc: float, floor: float | None, efficiency: float | None) -> dict[str, object]:
+    text = f"trial {number}: k_loc {k_loc:.3f}"
+    if floor is not None and efficiency is not None:
+        text += f" | floor {floor:.3f} | efficiency {efficiency:.0%}"
+    return {"best": text}
+
+
+def _show_outcome(store: Store, name: str, *, json_: bool) -> None:
+    """What a run ends with: the table of trials, the best one, its floor, and the next command."""
+    from ris_hpo.hpo.budget import live_trials, ranked
+
+    if json_:
+        _show_status(store, name, json_=True)
+        return
+    trials = live_trials(_study(store, name).get_trials(deepcopy=False))
+    order = {trial.number: place for place, trial in enumerate(ranked(trials))}
+    shown = sorted(trials, key=lambda trial: (order.get(trial.number, len(order)), trial.number))[:SHOWN_TRIALS]
+    columns = [
+        "trial",
+        "state",
+        "k_loc",
+        "floor",
+        "efficiency",
+        "pipeline",
+        "K_acc",
+        "success",
+        "scenes",
+        "time",
+        "note",
+    ]
+    display.table(f"study '{name}'", columns, [_row(trial) for trial in shown], text={1, 10})
+    if len(trials) > len(shown):
+        display.print_result(f"... and {len(trials) - len(shown)} more")
+    _show_status(store, name, json_=False)
+    if order:
+        choice = f"--study {shlex.quote(name)}"
+        display.print_note(
+            f"next: ris-hpo best {choice}    ris-hpo export {choice} --out best.toml    ris-hpo dashboard"
+        )
+
+
+def _row(trial: FrozenTrial) -> tuple[object, ...]:
+    from ris_hpo.hpo import attributes as names
+
+    marks: Mapping[str, Any] = trial.user_attrs
+    scores, pipeline = marks.get(names.COMPONENTS, {}), marks.get(names.PIPELINE, {})
+    values = list(trial.intermediate_values.values())
+    value = trial.values[0] if trial.values else (values[-1] if values else None)
+    note = (marks.get(names.DIVERGED) and "diverged") or marks.get(names.CAUSE) or marks.get(names.ORIGIN)
+    seconds = marks.get(names.SECONDS)
+    return (
+        trial.number,
+        trial.state.name.lower(),
+        value,
+        marks.get(names.FLOOR),
+        marks.get(names.EFFICIENCY),
+        pipeline.get("k_loc"),
+        scores.get("k_acc"),
+        scores.get("success"),
+        marks.get(names.SCENES) or trial.last_step,
+        None if seconds is None else display.duration(seconds),
+        note,
+    )
+
+
+def _range_of(dimension: Dimension) -> str:
+    if dimension.choices is not None:
+        return " | ".join(str(choice) for choice in dimension.choices)
+    notes = [word for word, present in (("log", dimension.log), (f"step {dimension.step}", dimension.step)) if present]
+    return f"{dimension.low} .. {dimension.high}" + (f" ({', '.join(notes)})" if notes else "")
+
+
+def _condition(dimension: Dimension) -> str:
+    return ", ".join(f"{path} in {values}" for path, values in dimension.when.items())
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands, each with an example that the tests read."""
+    examples: dict[Callable[..., None], str] = {
+        run: "ris-hpo run --space wide --n-trials 40",
+        worker: "ris-hpo worker --study wide --storage postgresql://ris_hpo@db/ris_hpo",
+        status: "ris-hpo status --study wide --json",
+        best: "ris-hpo best --study wide --top 3",
+        report: "ris-hpo report --study wide --out report.html",
+        replay: "ris-hpo replay 3 --study wide",
+        spaces: "ris-hpo spaces wide",
+        dashboard: "ris-hpo dashboard --port 8080",
+        doctor: "ris-hpo doctor",
+    }
+    for command, example in examples.items():
+        app.command(rich_help_panel=PANEL, epilog=f"Example: {example}")(command)

@@ -1,0 +1,97 @@
+"""One entry to all classical estimators."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ris_hpo.config import Spec, suggestion
+from ris_hpo.errors import ConfigError
+from ris_hpo.estimators.covariance import (
+    CountCriterion,
+    count_from_snapshots,
+    least_squares_covariance,
+    source_covariance,
+)
+from ris_hpo.estimators.maximum_likelihood import LikelihoodSpec, deterministic_ml, ols, spectrum_maxima
+from ris_hpo.estimators.spectrum import localize_covariance
+from ris_hpo.physics.scene import Scenes
+from ris_hpo.physics.sources import Sources
+
+EstimatorName = Literal["ml", "music", "mvdr", "modified-music", "spectrum-maxima"]
+
+
+class EstimatorSpec(Spec):
+    """Settings of every estimator.
+
+    ``covariance`` says what music, mvdr and modified-music work on: ``least-squares`` is what the snapshots give (and where
+    they fail), ``refined`` is built from the sources that ``spectrum-maxima`` finds, ``truth`` from the true sources.
+    ``count`` is their source-count criterion: on the covariance of y, or the evidence of ``spectrum-maxima``.
+    """
+
+    likelihood: LikelihoodSpec = LikelihoodSpec()
+    num_candidates: int = Field(64, ge=1, le=100_000)
+    covariance: Literal["least-squares", "refined", "truth"] = "least-squares"
+    count: CountCriterion | Literal["evidence"] = "mdl"
+    refinement_steps: int = Field(25, ge=0, le=200)
+
+
+def estimate(
+    name: EstimatorName, scenes: Scenes, spec: EstimatorSpec | None = None, num_sources: Tensor | int | None = None
+) -> Sources:
+    """Locate sources with the named estimator.
+
+    Args:
+        name: ``ml`` (full search), ``spectrum-maxima`` (the same among the maxima of one spectrum), ``music``, ``mvdr``
+            or ``modified-music``.
+        scenes: what was received.
+        spec: settings.
+        num_sources: the count where it is known, [B] or one for all.
+
+    Returns:
+        Sources [B, max_sources] on the scenes' device.
+
+    Raises:
+        ConfigError: an unknown name, a count out of bounds, or ``covariance = "truth"`` without truth.
+        NumericalError: scenes that are not finite.
+    """
+    spec = spec or EstimatorSpec()
+    if name == "ml":
+        return deterministic_ml(scenes, spec.likelihood, num_sources)
+    if name == "spectrum-maxima":
+        return _among_maxima(scenes, spec, num_sources)
+    if name not in get_args(EstimatorName):
+        raise ConfigError(f"unknown estimator '{name}'{suggestion(name, list(get_args(EstimatorName)))}")
+    found: Sources | None = None
+    if spec.covariance == "refined" or (spec.count == "evidence" and num_sources is None):
+        found = _among_maxima(scenes, spec, num_sources)
+    if spec.covariance == "truth":
+        covariance = source_covariance(scenes.geometry, scenes.require_truth())
+    elif spec.covariance == "refined" and found is not None:
+        covariance = source_covariance(scenes.geometry, found)
+    else:
+        covariance = least_squares_covariance(scenes)
+    if num_sources is not None:
+        count = torch.as_tensor(num_sources, device=scenes.device).expand(len(scenes))
+    elif spec.count == "evidence" and found is not None:
+        count = found.num_sources
+    elif spec.count != "evidence":
+        count = count_from_snapshots(scenes, spec.count, spec.likelihood.max_sources)
+    return localize_covariance(
+        scenes.geometry,
+        covariance,
+        name,
+        count,
+        max_sources=spec.likelihood.max_sources,
+        box=spec.likelihood.box,
+        grid=spec.likelihood.grid,
+        refinement_steps=spec.refinement_steps,
+    )
+
+
+def _among_maxima(scenes: Scenes, spec: EstimatorSpec, num_sources: Tensor | int | None) -> Sources:
+    candidates = spectrum_maxima(scenes, spec.num_candidates, spec.likelihood)
+    return ols(scenes, candidates, spec.likelihood, num_sources=num_sources)

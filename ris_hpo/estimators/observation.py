@@ -1,0 +1,203 @@
+"""What the likelihood works on: whitened snapshots, stacked sensing matrices, and the box of allowed positions.
+
+Positions are carried in the *box coordinates* u = (sin az, sin el, 1/r), in which the allowed region is an exact box and
+the array's resolution is nearly uniform; v = cos el sin az follows from them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from ris_hpo.config import Spec
+from ris_hpo.errors import NumericalError
+from ris_hpo.physics.array import Cosines, Geometry, cosine_steering, cosine_steering_jacobian
+from ris_hpo.physics.scene import Scenes, SceneSpec
+from ris_hpo.physics.sources import Sources
+
+Interval = tuple[float, float]
+
+
+class Box(Spec):
+    """Allowed positions; the defaults are those of the default scenes."""
+
+    azimuth_deg: Interval = (-60.0, 60.0)
+    elevation_deg: Interval = (-30.0, 30.0)
+    range_m: Interval = (0.5, 10.0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Box:
+        for name in ("azimuth_deg", "elevation_deg"):
+            low, high = getattr(self, name)
+            if not -90 < low <= high < 90:
+                raise ValueError(f"{name}: {(low, high)} must be an interval within -90..90")
+        if not 0 < self.range_m[0] <= self.range_m[1]:
+            raise ValueError(f"range_m: {self.range_m} must be an interval of positive ranges")
+        return self
+
+    @staticmethod
+    def of(spec: SceneSpec) -> Box:
+        """The box that scenes of a distribution lie in."""
+        return Box(azimuth_deg=spec.azimuth_deg, elevation_deg=spec.elevation_deg, range_m=spec.range_m)
+
+    def limits(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Lowest and highest u = (sin az, sin el, 1/r), each float64 [3]."""
+        rows = [
+            [math.sin(math.radians(value)) for value in self.azimuth_deg],
+            [math.sin(math.radians(value)) for value in self.elevation_deg],
+            [1 / self.range_m[1], 1 / self.range_m[0]],
+        ]
+        bounds = torch.tensor(rows, dtype=torch.float64, device=device)
+        return bounds[:, 0], bounds[:, 1]
+
+
+class GridSpec(Spec):
+    """Coarse grid, uniform in the box coordinates; about three points a beam width at the default surface."""
+
+    num_azimuth: int = Field(33, ge=2, le=512)
+    num_elevation: int = Field(17, ge=1, le=512)
+    num_range: int = Field(8, ge=1, le=128)
+
+    def points(self, box: Box, device: torch.device) -> Tensor:
+        """Box coordinates float64 [G, 3], azimuth fastest, then elevation, then range."""
+        low, high = box.limits(device)
+        axes = []
+        for i, count in enumerate((self.num_azimuth, self.num_elevation, self.num_range)):
+            inner = (torch.arange(count, dtype=torch.float64, device=device) + 0.5) / count
+            axes.append(low[i] + (high[i] - low[i]) * inner)
+        rho, w, t = torch.meshgrid(axes[2], axes[1], axes[0], indexing="ij")
+        return torch.stack([t, w, rho], dim=-1).flatten(0, 2)
+
+
+def to_cosine_coordinates(u: Tensor) -> Cosines:
+    """Box coordinates [..., 3] to (v, w, rho)."""
+    t, w, rho = u.unbind(-1)
+    return Cosines(t * torch.sqrt((1 - w * w).clamp(min=1e-12)), w, rho)
+
+
+def to_box_coordinates(azimuth: Tensor, elevation: Tensor, range_m: Tensor) -> Tensor:
+    """(az, el, r) to float64 [..., 3]."""
+    angles = azimuth.double(), elevation.double()
+    return torch.stack([angles[0].sin(), angles[1].sin(), 1 / range_m.double().clamp(min=1e-6)], dim=-1)
+
+
+def from_cosine_coordinates(cosines: Cosines) -> Tensor:
+    """(v, w, rho) to box coordinates float64 [..., 3]."""
+    v, w, rho = (value.double() for value in cosines)
+    return torch.stack([v / torch.sqrt((1 - w * w).clamp(min=1e-12)), w, rho], dim=-1)
+
+
+def to_polar(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Box coordinates to (azimuth, elevation, range_m)."""
+    t, w, rho = u.unbind(-1)
+    return torch.asin(t.clamp(-1, 1)), torch.asin(w.clamp(-1, 1)), 1 / rho
+
+
+def polar_slopes(u: Tensor) -> Tensor:
+    """Diagonal of d(az, el, r) / du, [..., 3]."""
+    t, w, rho = u.unbind(-1)
+    floor = 1e-12
+    return torch.stack(
+        [(1 - t * t).clamp(min=floor).rsqrt(), (1 - w * w).clamp(min=floor).rsqrt(), -rho.pow(-2)], dim=-1
+    )
+
+
+def box_steering(geometry: Geometry, u: Tensor) -> Tensor:
+    """Array response complex128 [..., N]."""
+    return cosine_steering(geometry, to_cosine_coordinates(u))
+
+
+def box_steering_jacobian(geometry: Geometry, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Array response [..., N] and its derivatives [..., 3, N] along the box coordinates."""
+    cosines = to_cosine_coordinates(u)
+    a, da = cosine_steering_jacobian(geometry, cosines)
+    t, w, _ = u.unbind(-1)
+    cos_el = torch.sqrt((1 - w * w).clamp(min=1e-12))
+    along_v, along_w, along_rho = da.unbind(-2)
+    along_w = along_w - along_v * (t * w / cos_el).unsqueeze(-1)
+    return a, torch.stack([along_v * cos_el.unsqueeze(-1), along_w, along_rho], dim=-2)
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """Snapshots in units of the noise's standard deviation, and what they were sensed with.
+
+    Attributes:
+        geometry: the surface.
+        sensing: [B, L M, N] rows of T_l = H diag(c_l), in the precision that products are computed in.
+        y: complex128 [B, L, M] snapshots divided by the noise's standard deviation.
+        noise_power: float64 [B], what a power in these units has to be multiplied with.
+    """
+
+    geometry: Geometry
+    sensing: Tensor
+    y: Tensor
+    noise_power: Tensor
+
+    def __len__(self) -> int:
+        return self.y.shape[0]
+
+    def __getitem__(self, index: Tensor | slice) -> Observation:
+        return Observation(self.geometry, self.sensing[index], self.y[index], self.noise_power[index])
+
+    @staticmethod
+    def of(
+        scenes: Scenes, *, channel_error_db: float | None = None, dtype: torch.dtype = torch.complex64
+    ) -> Observation:
+        """Whiten scenes.
+
+        Args:
+            scenes: what was received.
+            channel_error_db: power of the error of the known channel relative to the channel. It adds that fraction of
+                the received signal power to the noise: the residual (H_true - H) diag(c) A s is white to first order.
+            dtype: precision of the sensing matrices.
+
+        Raises:
+            NumericalError: y, channel, codes or noise power are not finite, or the noise power is not positive.
+        """
+        noise = scenes.noise_power.double()
+        finite = [torch.view_as_real(value).isfinite().all() for value in _inputs(scenes)]
+        if not bool(torch.stack([*finite, (noise > 0).all(), noise.isfinite().all()]).all()):
+            raise NumericalError("scenes: y, channel, codes and noise power must be finite and noise power positive")
+        y = scenes.y.to(torch.complex128)
+        if channel_error_db is not None:
+            received = y.abs().square().mean((1, 2))
+            noise = noise + 10 ** (channel_error_db / 10) * (received - noise).clamp(min=0)
+        sensing = scenes.sensing_matrices().flatten(1, 2).to(dtype)
+        return Observation(scenes.geometry, sensing, y * noise.rsqrt()[:, None, None], noise)
+
+    def double(self) -> Observation:
+        """The same with products in complex128."""
+        return Observation(self.geometry, self.sensing.to(torch.complex128), self.y, self.noise_power)
+
+    def see(self, vectors: Tensor) -> Tensor:
+        """T_l x for vectors [B, C, N]: [B, L, M, C] in the sensing matrices' precision."""
+        return torch.bmm(self.sensing, vectors.to(self.sensing.dtype).mT).unflatten(1, self.y.shape[1:])
+
+    def linearised(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """G [B, L, M, k] and D [B, L, M, 3k] = dG/du in complex128 at u [B, k, 3]."""
+        a, da = box_steering_jacobian(self.geometry, u)
+        seen = self.see(torch.cat([a, da.flatten(1, 2)], dim=1)).to(torch.complex128)
+        k = u.shape[1]
+        return seen[..., :k], seen[..., k:]
+
+
+def as_sources(observation: Observation, u: Tensor, power: Tensor, mask: Tensor) -> Sources:
+    """Box coordinates [B, K, 3] and whitened powers [B, K] as float32 sources; unused slots hold harmless values."""
+    azimuth, elevation, range_m = to_polar(u)
+    unused = ~mask
+    return Sources(
+        azimuth.masked_fill(unused, 0).float(),
+        elevation.masked_fill(unused, 0).float(),
+        range_m.masked_fill(unused, 1).float(),
+        (power * observation.noise_power.unsqueeze(-1)).masked_fill(unused, 0).float(),
+        mask,
+    )
+
+
+def _inputs(scenes: Scenes) -> tuple[Tensor, Tensor, Tensor]:
+    return scenes.y, scenes.bs_ris_channel, scenes.ris_codes

@@ -1,0 +1,199 @@
+"""Greedy search for sources among atoms: orthogonal least squares on y with a refinement after every step.
+
+An atom x_l = T_l a is judged against the present model R_l = I + G_l diag(p) G_l^H by the likelihood it would gain with
+power q,
+
+    gain(q) = sum_l [ q beta_l / (1 + q alpha_l) - log(1 + q alpha_l) ],  alpha_l = x_l^H R_l^-1 x_l,
+    beta_l = |x_l^H R_l^-1 y_l|^2,
+
+at the best of a few q, or, with the present sources' symbols free, by the classical sum_l beta_l / alpha_l with R_l^-1
+replaced by P_perp(G_l). The first weighs snapshots by how well the atom is seen in them, which matters at low SNR.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ris_hpo.config import Spec
+from ris_hpo.estimators.likelihood import (
+    Fit,
+    deterministic_fit,
+    power_cost,
+    power_statistics,
+    ridged_cholesky,
+    stochastic_fit,
+)
+from ris_hpo.estimators.observation import Box, Observation, box_steering
+
+_SHARES = (0.06, 0.3)  # powers that an atom is tried with, as shares of what a single source would have
+
+
+class SearchSpec(Spec):
+    """How much work the search may do."""
+
+    objective: Literal["stochastic", "deterministic"] = "stochastic"
+    greedy_steps: int = Field(6, ge=0, le=100)
+    final_steps: int = Field(12, ge=0, le=200)
+    extra_order: int = Field(1, ge=0, le=3)
+    backward: bool = True
+    sweeps: int = Field(0, ge=0, le=5)
+    sweep_atoms: int = Field(256, ge=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Atoms:
+    """Candidate positions as the receiver sees them.
+
+    Attributes:
+        u: float64 [B, C, 3] box coordinates.
+        seen: complex64 [B, L, M, C] = T_l a.
+        energy: float32 [B, L, C] = |T_l a|^2.
+    """
+
+    u: Tensor
+    seen: Tensor
+    energy: Tensor
+
+    @staticmethod
+    def of(observation: Observation, u: Tensor) -> Atoms:
+        """Atoms at u, [C, 3] for all scenes or [B, C, 3]."""
+        sensing, shape = observation.sensing.to(torch.complex64), observation.y.shape
+        response = box_steering(observation.geometry, u).to(torch.complex64)
+        if u.dim() == 2:  # one product for the whole batch
+            seen = (sensing.flatten(0, 1) @ response.mT).view(*shape, -1)
+            u = u.expand(len(observation), -1, -1)
+        else:
+            seen = torch.bmm(sensing, response.mT).unflatten(1, shape[1:])
+        return Atoms(u, seen, torch.view_as_real(seen).square().sum((2, 4)))
+
+    def chosen(self, index: Tensor) -> Atoms:
+        """Some atoms of every scene: index [B, C']."""
+        batch, snapshots, antennas = self.seen.shape[:3]
+        u = self.u.gather(1, index.unsqueeze(-1).expand(-1, -1, 3))
+        wide = index[:, None, None].expand(-1, snapshots, antennas, -1)
+        energy = self.energy.gather(2, index[:, None].expand(-1, snapshots, -1))
+        return Atoms(u, self.seen.gather(3, wide), energy)
+
+    def __getitem__(self, index: Tensor | slice) -> Atoms:
+        return Atoms(self.u[index], self.seen[index], self.energy[index])
+
+
+def gains(observation: Observation, atoms: Atoms, fit: Fit | None, spec: SearchSpec) -> Tensor:
+    """Likelihood gain of every atom beside the sources of ``fit``, float32 [B, C], in nats."""
+    y = observation.y
+    rows, alpha = y.unsqueeze(-2).conj(), atoms.energy  # rows: conj of R^-1 y and of the projector's rows, [B, L, *, M]
+    if fit is not None and fit.u.shape[1]:
+        g = observation.see(box_steering(observation.geometry, fit.u)).to(torch.complex128)
+        gram = g.mH @ g
+        if spec.objective == "stochastic":
+            root = (0.5 * fit.log_power).exp()[:, None, :, None]
+            eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+            factor = torch.linalg.cholesky(eye + gram * root * root.mT)
+            basis = torch.linalg.solve_triangular(factor, g.mH * root, upper=False)
+        else:
+            basis = torch.linalg.solve_triangular(ridged_cholesky(gram), g.mH, upper=False)
+        residual = y - (basis.mH @ (basis @ y.unsqueeze(-1))).squeeze(-1)
+        rows = torch.cat([residual.unsqueeze(-2).conj(), basis], dim=-2)
+    products = rows.to(torch.complex64) @ atoms.seen
+    squared = torch.view_as_real(products).square().sum(-1)
+    beta = squared[..., 0, :]
+    if squared.shape[-2] > 1:
+        alpha = (alpha - squared[..., 1:, :].sum(-2)).clamp(min=0)
+    if spec.objective == "deterministic":
+        return (beta / (alpha + 1e-2 * atoms.energy + 1e-30)).sum(1)
+    excess = (y.abs().square().mean((1, 2)) - 1).clamp(min=0.02)
+    level = (excess / atoms.energy.mean((1, 2)) * y.shape[-1]).float()  # power of one source that explained it all
+    best = torch.full_like(atoms.energy[:, 0], -torch.inf)
+    for share in _SHARES:
+        q = (share * level)[:, None, None]
+        scaled = q * alpha + 1
+        best = torch.maximum(best, (q * beta / scaled - scaled.log()).sum(1))
+    return best
+
+
+def search_orders(observation: Observation, atoms: Atoms, max_order: int, box: Box, spec: SearchSpec) -> list[Fit]:
+    """Best fits found of orders 1..max_order (index 0 is order 1), every scene of the batch at every order."""
+    orders: list[Fit] = []
+    fit: Fit | None = None
+    for _ in range(max_order):
+        fit = extended(observation, atoms, fit, box, spec, spec.greedy_steps)
+        orders.append(fit)
+    if spec.backward:
+        for k in range(max_order - 1, 0, -1):
+            smaller = reduced(observation, orders[k], box, spec, spec.greedy_steps)
+            orders[k - 1] = smaller.take(smaller.nll < orders[k - 1].nll, orders[k - 1])
+    return orders
+
+
+def extended(observation: Observation, atoms: Atoms, fit: Fit | None, box: Box, spec: SearchSpec, steps: int) -> Fit:
+    """Add the best atom and refine everything."""
+    index = gains(observation, atoms, fit, spec).argmax(-1)
+    added = atoms.u.gather(1, index[:, None, None].expand(-1, 1, 3))
+    u = added if fit is None else torch.cat([fit.u, added], dim=1)
+    return refined(observation, u, None if fit is None else fit.log_power, box, spec, steps)
+
+
+def refined(
+    observation: Observation,
+    u: Tensor,
+    log_power: Tensor | None,
+    box: Box,
+    spec: SearchSpec,
+    steps: int,
+    tolerance: float = 1e-2,
+) -> Fit:
+    """Local optimum from u [B, k, 3]; known powers may belong to the first sources alone."""
+    if spec.objective == "deterministic":
+        u = deterministic_fit(observation, u, box, steps, tolerance)
+        return stochastic_fit(observation, u, None, box, 0, tolerance, positions=False)
+    if log_power is not None and log_power.shape[1] < u.shape[1]:
+        level = log_power.mean(-1, keepdim=True)
+        log_power = torch.cat([log_power, level.expand(-1, u.shape[1] - log_power.shape[1])], dim=-1)
+    return stochastic_fit(observation, u, log_power, box, steps, tolerance)
+
+
+def removal_costs(observation: Observation, fit: Fit) -> Tensor:
+    """Nll that each source's removal would cost with the other powers as they are, float64 [B, k]."""
+    statistics = power_statistics(observation, fit.u)
+    costs = []
+    for source in range(fit.u.shape[1]):
+        others = [i for i in range(fit.u.shape[1]) if i != source]
+        if others:
+            costs.append(power_cost(statistics.without(source), fit.log_power[:, others])[0] - fit.nll)
+        else:
+            costs.append(statistics.energy - fit.nll)
+    return torch.stack(costs, dim=-1)
+
+
+def without(fit: Fit, source: Tensor) -> Fit:
+    """The fit less one source a scene (source [B]); its nll is not yet that of the rest."""
+    k = fit.u.shape[1]
+    kept = torch.arange(k - 1, device=source.device).expand(len(source), -1)
+    kept = kept + (kept >= source.unsqueeze(-1)).long()
+    return Fit(fit.u.gather(1, kept.unsqueeze(-1).expand(-1, -1, 3)), fit.log_power.gather(1, kept), fit.nll)
+
+
+def reduced(observation: Observation, fit: Fit, box: Box, spec: SearchSpec, steps: int) -> Fit:
+    """Drop the source that is missed least and refine the rest."""
+    rest = without(fit, removal_costs(observation, fit).argmin(-1))
+    return refined(observation, rest.u, rest.log_power, box, spec, steps)
+
+
+def swept(observation: Observation, atoms: Atoms, fit: Fit, box: Box, spec: SearchSpec, steps: int) -> Fit:
+    """One alternating-projection sweep: take each source out, search again, refine, keep what is better."""
+    for _ in range(fit.u.shape[1]):
+        rest = without(fit, torch.zeros(len(observation), dtype=torch.long, device=fit.u.device))
+        candidate = extended(observation, atoms, rest if rest.u.shape[1] else None, box, spec, steps)
+        rolled = Fit(fit.u.roll(-1, 1), fit.log_power.roll(-1, 1), fit.nll)
+        fit = candidate.take(candidate.nll < fit.nll - 1e-6, rolled)
+    return fit
+
+
+def null_nll(observation: Observation) -> Tensor:
+    """Nll without a source: the whitened energy, float64 [B]."""
+    return observation.y.abs().square().sum((1, 2))

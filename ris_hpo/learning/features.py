@@ -1,0 +1,149 @@
+"""What the network sees: back-projections of the snapshots, their spectra on the grid, and spectra of the residual.
+
+With H known in full, the compact sufficient forms of a scene are the back-projections
+
+    z_l = diag(c_l)^* H^H W y_l            [L, N]
+
+with W = I (matched) and W = (H H^H / h + I / snr)^-1 (whitened by the covariance that isotropic sources give the
+snapshots; h is the mean eigenvalue of H H^H), and their spectra sum_l |a_g^H z_l|^2 on the grid. The collapsed product
+H c_l alone would not do: it cannot tell the elements apart.
+
+A *residual pass* takes the highest cell, projects its snapshots T_l a out of y_l (orthogonal matching pursuit, Pati,
+Rezaiifar and Krishnaprasad, Asilomar 1993) and adds the spectrum of what is left: weaker sources come out from under the
+side lobes of stronger ones, which differ from scene to scene with H and the codes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ris_hpo.physics.array import Geometry
+from ris_hpo.physics.grid import GridSpec, dictionary
+from ris_hpo.physics.scene import Scenes
+
+LOADING_WITHOUT_NOISE = 0.03  # 1 / snr of the whitening where the noise power is not told
+_SMALL = 1e-30
+
+
+class Features(NamedTuple):
+    """Input of the network; tensors only, so that the network part can be exported.
+
+    Attributes:
+        maps: float32 [B, (2 + passes) * num_rho, num_v, num_w], standardised log spectra (whitened, matched, then
+            after each residual pass); empty [B, 0] for the token front-end.
+        relief: float32 [B, num_rho, num_v, num_w], the whitened log spectrum below its maximum (<= 0); empty likewise.
+        tokens: float32 [B, L, 4N], real and imaginary parts of both back-projections, unit mean power per scene;
+            empty [B, 0] for the spectral front-end.
+        context: float32 [B, num_context]: log10 of the observed SNR and of L, then for each spectrum its spread and
+            peak, then for each residual pass the log share of energy left and that energy over the noise.
+    """
+
+    maps: Tensor
+    relief: Tensor
+    tokens: Tensor
+    context: Tensor
+
+
+def num_context(passes: int) -> int:
+    """Width of ``Features.context`` for the spectral front-end; the token front-end has 2."""
+    return 2 + 2 * (2 + passes) + 2 * passes
+
+
+def spectrum(geometry: Geometry, z: Tensor, grid: GridSpec) -> Tensor:
+    """sum_l |a_g^H z_l|^2, float32 [B, num_rho, num_v, num_w], for z [B, L, N]."""
+    atoms = dictionary(geometry, grid, z.device)
+    chunk = 256 if z.is_cuda else 16  # on a CPU, 16 scenes at a time stay in cache
+    parts = [torch.view_as_real(part.conj() @ atoms).square().sum((1, 3)) for part in z.split(chunk)]
+    return torch.cat(parts).unflatten(-1, grid.shape)
+
+
+def back_projection(channel: Tensor, codes: Tensor, y: Tensor) -> Tensor:
+    """z_l = diag(c_l)^* H^H y_l, complex64 [B, L, N]."""
+    return (y @ channel.conj()) * codes.conj()
+
+
+def spectral_features(scenes: Scenes, grid: GridSpec, *, passes: int, noise_known: bool) -> Features:
+    """Features of the spectral front-end; ``noise_known`` False hides the noise power from the network."""
+    y, channel = whiten(scenes, noise_known=noise_known)
+    codes, geometry = scenes.ris_codes, scenes.geometry
+    logs = [
+        _log_spectrum(geometry, grid, back_projection(channel, codes, y)),
+        _log_spectrum(geometry, grid, back_projection(scenes.bs_ris_channel, codes, scenes.y)),
+    ]
+    residual, basis, energies = y, y.new_zeros(*y.shape, 0), [_energy(y)]
+    atoms = dictionary(geometry, grid, scenes.device)
+    highest = logs[0].flatten(1).argmax(-1)
+    for _ in range(passes):
+        column = (codes * atoms.mT[highest].unsqueeze(1)) @ channel.mT  # T_l a behind W^1/2, [B, L, M]
+        column = column - (basis @ (basis.mH @ column.unsqueeze(-1))).squeeze(-1)
+        column = column / column.abs().square().sum(-1, keepdim=True).clamp(min=_SMALL).sqrt()
+        basis = torch.cat([basis, column.unsqueeze(-1)], -1)
+        residual = residual - column * (column.conj() * residual).sum(-1, keepdim=True)
+        energies.append(_energy(residual))
+        logs.append(_log_spectrum(geometry, grid, back_projection(channel, codes, residual)))
+        highest = logs[-1].flatten(1).argmax(-1)
+
+    context = [*_levels(scenes, noise_known)]
+    maps = []
+    for log in logs:
+        spread = log.flatten(1).std(-1).clamp(min=1e-3)
+        maps.append(log / spread[:, None, None, None])
+        context += [spread, maps[-1].flatten(1).amax(-1) / 4]
+    for before, after in zip(energies[:-1], energies[1:], strict=True):
+        context += [((after + _SMALL) / (before + _SMALL)).log(), (after / energies[0].clamp(min=_SMALL)).log1p()]
+    relief = logs[0] - logs[0].flatten(1).amax(-1)[:, None, None, None]
+    empty = scenes.y.new_zeros(len(scenes), 0, dtype=torch.float32)
+    return Features(torch.cat(maps, 1), relief, empty, torch.stack(context, -1).float())
+
+
+def token_features(scenes: Scenes, *, noise_known: bool) -> Features:
+    """Features of the token front-end: both back-projections of every snapshot, scaled to unit mean power."""
+    whitened_y, whitened_channel = whiten(scenes, noise_known=noise_known)
+    parts = []
+    for channel, y in ((scenes.bs_ris_channel, scenes.y), (whitened_channel, whitened_y)):
+        z = back_projection(channel, scenes.ris_codes, y)
+        z = z / z.abs().square().mean((1, 2), keepdim=True).clamp(min=_SMALL).sqrt()
+        parts += [z.real, z.imag]
+    empty = scenes.y.new_zeros(len(scenes), 0, dtype=torch.float32)
+    context = torch.stack(_levels(scenes, noise_known), -1).float()
+    return Features(empty, empty, torch.cat(parts, -1), context)
+
+
+def whiten(scenes: Scenes, *, noise_known: bool) -> tuple[Tensor, Tensor]:
+    """(W^1/2 y, W^1/2 H): the whitening split evenly between signal and atom, one M x M Cholesky factor a scene."""
+    channel = scenes.bs_ris_channel
+    gram = channel @ channel.mH
+    scale = gram.diagonal(dim1=-2, dim2=-1).real.mean(-1).clamp(min=_SMALL)
+    if noise_known:
+        loading = 1 / (_received(scenes) / scenes.noise_power.clamp(min=_SMALL) - 1).clamp(0.1, 1e4)
+    else:
+        loading = torch.full_like(scale, LOADING_WITHOUT_NOISE)
+    identity = torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype)
+    root = torch.linalg.cholesky(gram / scale[:, None, None] + loading[:, None, None] * identity)
+    y = torch.linalg.solve_triangular(root, scenes.y.mT, upper=False).mT
+    return y, torch.linalg.solve_triangular(root, channel, upper=False)
+
+
+def _log_spectrum(geometry: Geometry, grid: GridSpec, z: Tensor) -> Tensor:
+    power = spectrum(geometry, z, grid)
+    return (power / power.mean((1, 2, 3), keepdim=True).clamp(min=_SMALL)).clamp(min=1e-4).log()
+
+
+def _received(scenes: Scenes) -> Tensor:
+    return scenes.y.abs().square().mean((1, 2))
+
+
+def _levels(scenes: Scenes, noise_known: bool) -> list[Tensor]:
+    received = _received(scenes)
+    if noise_known:
+        level = (received / scenes.noise_power.clamp(min=_SMALL) - 1).clamp(0.1, 1e4).log10()
+    else:
+        level = torch.zeros_like(received)
+    return [level, torch.full_like(received, scenes.y.shape[1]).log10()]
+
+
+def _energy(y: Tensor) -> Tensor:
+    return y.abs().square().sum((1, 2))

@@ -1,0 +1,208 @@
+r"""Cramer-Rao bounds of the source positions, deterministic and stochastic.
+
+With T_l = H diag(c_l) (the true channel), g_k,l = T_l a_k, d_ki,l = T_l da_k / dtheta_i and theta = (az, el, r):
+
+*Deterministic*: the symbols are unknown constants. Eliminating them (Stoica and Nehorai, "MUSIC, maximum likelihood, and
+Cramer-Rao bound", IEEE Trans. ASSP 37(5), 1989) leaves, for a manifold that changes with every snapshot,
+
+    F_(ki)(k'i') = (2 / sigma^2) sum_l Re[ (d_ki,l s_k,l)^H P_perp(G_l) (d_k'i',l s_k',l) ].
+
+*Stochastic*: y_l ~ CN(0, R_l), R_l = sum_k p_k g_k,l g_k,l^H + sigma^2 I with uncorrelated sources of unknown power and
+unknown noise power; F_ab = sum_l tr(R_l^-1 dR_l/da R_l^-1 dR_l/db) (Slepian-Bangs).
+
+Information that is missing altogether (two equal sources, a source without power, range under a planar wave) gives a very
+large finite variance, never NaN: the information matrix is scaled to a unit diagonal, and where its Cholesky factor does
+not exist a ridge of 1e-14 .. 1e-6, the smallest that works, is added.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ris_hpo.errors import NumericalError
+from ris_hpo.physics.array import position_jacobian, steering_jacobian
+from ris_hpo.physics.scene import Scenes
+from ris_hpo.physics.sources import Sources
+
+_CHUNK = 64
+_RIDGES = (0.0, 1e-14, 1e-12, 1e-10, 1e-8, 1e-6)
+
+
+def deterministic_crb(scenes: Scenes) -> Tensor:
+    """Marginal bound of every source.
+
+    Args:
+        scenes: with truth. Symbols are those sent, or, where unknown, their least-squares estimate at the truth.
+
+    Returns:
+        float64 [B, K, 3, 3] covariance of (azimuth, elevation, range) in (rad, rad, m); zero beyond the mask.
+
+    Raises:
+        ConfigError: the scenes carry no truth.
+        NumericalError: the information matrix is not finite.
+    """
+    return source_blocks(deterministic_covariance(scenes))
+
+
+def stochastic_crb(scenes: Scenes) -> Tensor:
+    """Marginal bound of every source under random symbols, powers and noise power unknown.
+
+    Args:
+        scenes: with truth; ``truth.power`` holds the powers.
+
+    Returns:
+        float64 [B, K, 3, 3] covariance of (azimuth, elevation, range) in (rad, rad, m); zero beyond the mask.
+
+    Raises:
+        ConfigError: the scenes carry no truth.
+        NumericalError: the information matrix is not finite.
+    """
+    return source_blocks(stochastic_covariance(scenes))
+
+
+def deterministic_covariance(scenes: Scenes) -> Tensor:
+    """The whole deterministic bound, float64 [B, 3K, 3K], source-major; rows and columns beyond the mask are zero."""
+    mask = scenes.require_truth().mask.repeat_interleave(3, dim=-1)
+    return masked_inverse(deterministic_information(scenes), mask, "deterministic information")
+
+
+def stochastic_covariance(scenes: Scenes) -> Tensor:
+    """The whole stochastic bound of the positions, float64 [B, 3K, 3K]; rows and columns beyond the mask are zero."""
+    mask = scenes.require_truth().mask
+    always = torch.ones_like(mask[:, :1])
+    known = torch.cat([mask.repeat_interleave(3, dim=-1), mask, always], dim=-1)
+    width = 3 * mask.shape[-1]
+    return masked_inverse(stochastic_information(scenes), known, "stochastic information")[:, :width, :width]
+
+
+def source_blocks(covariance: Tensor) -> Tensor:
+    """[B, 3K, 3K] to the K diagonal blocks [B, K, 3, 3]."""
+    width = covariance.shape[-1] // 3
+    blocks = covariance.unflatten(-1, (width, 3)).unflatten(-3, (width, 3))
+    return torch.diagonal(blocks, dim1=-4, dim2=-2).movedim(-1, -3)
+
+
+def position_covariance(sources: Sources, covariance: Tensor) -> Tensor:
+    """[B, K, 3, 3] covariance of (az, el, r) to that of (x, y, z) in m^2."""
+    angles = (sources.azimuth, sources.elevation, sources.range_m)
+    jacobian = position_jacobian(*(value.to(covariance.dtype) for value in angles))
+    return jacobian @ covariance @ jacobian.mT
+
+
+def deterministic_information(scenes: Scenes) -> Tensor:
+    """F of the positions, symbols eliminated, float64 [B, 3K, 3K], source-major; zero beyond the mask."""
+    return torch.cat([_deterministic_information(scenes[i : i + _CHUNK]) for i in range(0, len(scenes), _CHUNK)])
+
+
+def stochastic_information(scenes: Scenes) -> Tensor:
+    """F of (positions, powers, noise power), float64 [B, 4K + 1, 4K + 1]; zero beyond the mask."""
+    return torch.cat([_stochastic_information(scenes[i : i + _CHUNK]) for i in range(0, len(scenes), _CHUNK)])
+
+
+def masked_inverse(information: Tensor, mask: Tensor, name: str) -> Tensor:
+    """Inverse of the masked part of an information matrix, zero elsewhere.
+
+    Args:
+        information: [B, P, P], symmetric.
+        mask: [B, P] bool, parameters that exist.
+        name: what it is, for the error.
+
+    Raises:
+        NumericalError: an entry is not finite.
+    """
+    if not bool(torch.isfinite(information).all()):
+        raise NumericalError(f"{name}: not finite; a position, power or noise power is out of bounds")
+    keep = (mask.unsqueeze(-1) & mask.unsqueeze(-2)).to(information.dtype)
+    eye = torch.eye(information.shape[-1], dtype=information.dtype, device=information.device)
+    diagonal = (information * keep).diagonal(dim1=-2, dim2=-1)
+    # a parameter without information keeps scale 1 and gets the ridge's variance, decoupled from the others
+    scale = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).rsqrt()
+    scaled = information * keep * scale.unsqueeze(-1) * scale.unsqueeze(-2) + eye * (~mask).to(scale).unsqueeze(-1)
+    factor, failed = torch.linalg.cholesky_ex(scaled)
+    for ridge in _RIDGES[1:]:
+        bad = failed > 0
+        if not bool(bad.any()):
+            break
+        repaired, still = torch.linalg.cholesky_ex(scaled[bad] + ridge * eye)
+        factor[bad], failed[bad] = repaired, still
+    if bool((failed > 0).any()):
+        raise NumericalError(f"{name}: not positive definite even with a relative ridge of {_RIDGES[-1]:g}")
+    inverse = torch.cholesky_inverse(factor)
+    covariance: Tensor = inverse * scale.unsqueeze(-1) * scale.unsqueeze(-2) * keep
+    return covariance
+
+
+def _received(scenes: Scenes) -> tuple[Tensor, Tensor, Tensor]:
+    """G [B, L, M, K], D [B, L, M, 3K] in complex128, zero beyond the mask, and the noise power [B]."""
+    truth = scenes.require_truth()
+    angles = (truth.azimuth.double(), truth.elevation.double(), truth.range_m.double())
+    a, da = steering_jacobian(scenes.geometry, *angles)
+    present = truth.mask.to(a.dtype)
+    atoms = torch.cat([a * present[..., None], (da * present[..., None, None]).flatten(1, 2)], dim=1)
+    channel = scenes.bs_ris_channel if scenes.true_channel is None else scenes.true_channel
+    sensing = channel.to(a.dtype).unsqueeze(1) * scenes.ris_codes.to(a.dtype).unsqueeze(2)
+    seen = torch.bmm(sensing.flatten(1, 2), atoms.mT).unflatten(1, sensing.shape[1:3])
+    k = truth.max_sources
+    return seen[..., :k], seen[..., k:], scenes.noise_power.double()
+
+
+def _gram_factor(gram: Tensor, mask: Tensor) -> Tensor:
+    """Cholesky factor of G^H G [B, L, K, K], with unit rows beyond the mask and a ridge only where it is singular."""
+    beyond = (~mask).to(gram.dtype)[:, None, :]
+    level = gram.diagonal(dim1=-2, dim2=-1).real.amax(-1, keepdim=True).clamp(min=1e-300)
+    gram = gram + torch.diag_embed(beyond * level)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if bool((failed > 0).any()):
+        bad = failed > 0
+        ridge = torch.diag_embed((1e-13 * level).expand(*level.shape[:-1], gram.shape[-1]).to(gram.dtype))
+        factor[bad] = torch.linalg.cholesky_ex((gram + ridge)[bad])[0]
+    return factor
+
+
+def _deterministic_information(scenes: Scenes) -> Tensor:
+    truth = scenes.require_truth()
+    g, d, noise = _received(scenes)
+    factor = _gram_factor(g.mH @ g, truth.mask)
+    if scenes.symbols is not None:
+        symbols = scenes.symbols.to(g.dtype)
+    else:
+        symbols = torch.cholesky_solve(g.mH @ scenes.y.to(g.dtype).unsqueeze(-1), factor).squeeze(-1)
+    weighted = d * symbols.repeat_interleave(3, dim=-1).unsqueeze(2)
+    inside = torch.linalg.solve_triangular(factor, g.mH @ weighted, upper=False).flatten(1, 2)
+    whole = weighted.flatten(1, 2)
+    information = (whole.mH @ whole - inside.mH @ inside).real
+    information = information * 2 / noise[:, None, None]
+    return information
+
+
+def _stochastic_information(scenes: Scenes) -> Tensor:
+    truth = scenes.require_truth()
+    g, d, noise = _received(scenes)
+    k = truth.max_sources
+    power = truth.power.double() * truth.mask
+    seen = torch.cat([g, d], dim=-1)
+    eye = torch.eye(g.shape[2], dtype=g.dtype, device=g.device)
+    covariance = (g * power[:, None, None]) @ g.mH + noise[:, None, None, None] * eye
+    factor = torch.linalg.cholesky(covariance)
+    solved = torch.cholesky_solve(seen, factor)
+    inverse = torch.cholesky_inverse(factor)
+    one = seen.mH @ solved  # W^H R^-1 W
+    two = solved.mH @ solved  # W^H R^-2 W
+    gg, gd, dd = one[..., :k, :k], one[..., :k, k:], one[..., k:, k:]
+    owner = torch.arange(3 * k, device=g.device) // 3
+    p = power[:, owner]
+    gd_all = gd[..., owner, :]  # g_k(a)^H R^-1 d_b
+    # tr(R^-1 dR_a R^-1 dR_b) with dR_a = p_a (d_a g_a^H + g_a d_a^H), written with the inner products above
+    cross = gd_all * gd_all.mT + gg[..., owner, :][..., owner] * dd.mT
+    positions = 2 * cross.real.sum(1) * p[:, :, None] * p[:, None, :]
+    mixed = 2 * (gd.mT * gg[..., owner, :]).real.sum(1) * p[:, :, None]
+    powers = gg.abs().square().sum(1)
+    two_gd = torch.diagonal(two[..., owner, k:], dim1=-2, dim2=-1)
+    positions_noise = 2 * two_gd.real.sum(1) * p
+    powers_noise = torch.diagonal(two[..., :k, :k], dim1=-2, dim2=-1).real.sum(1)
+    noise_noise = inverse.abs().square().sum((1, 2, 3))
+    top = torch.cat([positions, mixed, positions_noise.unsqueeze(-1)], dim=-1)
+    middle = torch.cat([mixed.mT, powers, powers_noise.unsqueeze(-1)], dim=-1)
+    last = torch.cat([positions_noise, powers_noise, noise_noise.unsqueeze(-1)], dim=-1).unsqueeze(-2)
+    return torch.cat([top, middle, last], dim=-2)

@@ -1,0 +1,87 @@
+"""What every command has in common: help, examples, speed, one-line errors."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+import time
+
+import pytest
+import typer
+
+from ris_hpo.cli import app, execute
+from ris_hpo.errors import RisHpoError
+
+GROUP = typer.main.get_command(app)
+COMMANDS = sorted(GROUP.commands)  # type: ignore[attr-defined]
+
+
+def example_of(name: str) -> str:
+    """The example at the end of a command's help."""
+    return GROUP.commands[name].epilog.removeprefix("Example: ")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_tells_what_it_does_and_ends_with_an_example(cli, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    outcome = cli(name, "--help")
+    assert outcome.code == 0
+    assert example_of(name).startswith(f"ris-hpo {name}")
+    assert example_of(name) in outcome.out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_example_is_understood(name: str) -> None:
+    command = GROUP.commands[name]  # type: ignore[attr-defined]
+    words = shlex.split(example_of(name))
+    command.make_context(name, words[2:])  # refuses unknown options and values out of bounds
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_says_what_it_is_for(name: str) -> None:
+    for parameter in GROUP.commands[name].params:  # type: ignore[attr-defined]
+        assert parameter.help, f"{name} {parameter.name}"
+
+
+def test_help_is_quick_because_torch_and_optuna_wait() -> None:
+    code = "import sys; from ris_hpo.cli import execute; execute(['--help']); "
+    code += "print(sorted({'torch', 'optuna', 'matplotlib', 'scipy'} & set(sys.modules)))"
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert time.perf_counter() - started < 10  # a hang, not a benchmark
+
+
+def test_wrong_usage_is_one_line_and_code_2(cli) -> None:
+    for arguments in (["simulat"], ["simulate"], ["simulate", "--num-scenes", "-1", "--out", "s.npz"], ["--nonsense"]):
+        outcome = cli(*arguments)
+        assert outcome.code == 2
+        assert outcome.out == ""
+        assert outcome.err.startswith("error: ")
+        assert outcome.err.count("\n") == 1
+
+
+def test_every_error_has_an_exit_code_of_its_own() -> None:
+    classes = [RisHpoError]
+    for each in classes:
+        classes.extend(each.__subclasses__())
+    codes = [each.exit_code for each in classes]
+    assert len(set(codes)) == len(codes)
+    assert not set(codes) & {0, 2, 130}
+    assert all(each.__doc__ for each in classes)
+
+
+def test_version(cli) -> None:
+    assert cli("--version").out.startswith("ris-hpo ")
+
+
+def test_a_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ris_hpo.cli import options
+
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(options, "check_output", broken)
+    with pytest.raises(ZeroDivisionError):
+        execute(["simulate", "--out", "s.npz"])

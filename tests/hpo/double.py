@@ -1,0 +1,149 @@
+"""A training program without a network: deterministic curves, real checkpoints, faults on order.
+
+It keeps the trainer's contract (run, history, conclude, resume) so that the service's mechanics are tested in
+milliseconds. Every validation it computes is noted in ``$DOUBLE_JOURNAL``, which shows what ran twice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from ris_hpo.config import Spec
+from ris_hpo.errors import TrainingDivergedError
+
+
+class Budget(Spec):
+    scenes: int = Field(default=800, ge=1)
+    validate_every: int = Field(default=100, ge=1)
+
+
+class Shape(Spec):
+    x: float = Field(default=0.5, ge=0, le=1)
+    y: int = Field(default=3, ge=1, le=9)
+    kind: str = Field(default="plain", pattern="plain|fancy")
+    depth: int = Field(default=2, ge=1, le=4)
+
+
+class RunConfig(Spec):
+    budget: Budget = Budget()
+    shape: Shape = Shape()
+    fault: str = "none"
+    pause_s: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Scores:
+    k_loc: float
+    success: float = 0.0
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Validation:
+    scenes_seen: int
+    network: Scores
+    floor: Scores
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    network: Scores
+    pipeline: Scores
+    floor: Scores
+
+
+FLOOR = Scores(1.0)
+
+
+class Trainer:
+    def __init__(self, config: RunConfig, directory: Path, *, device: str = "cpu", resume: bool = True) -> None:
+        self.config = config
+        self.directory = directory
+        self.history: list[Validation] = []
+        self.finished = False
+        self.scenes_seen = 0
+        self.level = 7.0
+        self.parameters = 1000 * config.shape.depth
+        self.generator = random.Random(config.seed)
+        directory.mkdir(parents=True, exist_ok=True)
+        checkpoint = directory / "checkpoint.json"
+        if resume and checkpoint.exists():
+            self._restore(json.loads(checkpoint.read_text()))
+
+    def run(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Validation]:
+        budget = self.config.budget
+        while self.scenes_seen < budget.scenes:
+            deadline = time.monotonic() + self.config.pause_s
+            while True:
+                if stop():
+                    self._save()
+                    return
+                if time.monotonic() >= deadline:
+                    break
+                time.sleep(0.002)
+            self._fault()
+            self.scenes_seen += budget.validate_every
+            shape = self.config.shape
+            goal = 1.2 + 4 * (shape.x - 0.3) ** 2 + 0.05 * abs(shape.y - 4) + 0.1 * (shape.kind == "plain")
+            goal += 0.02 * shape.depth if shape.kind == "fancy" else 0.0
+            self.level += (goal - self.level) * 0.35
+            value = self.level + 0.02 * self.generator.random()
+            self.history.append(Validation(self.scenes_seen, Scores(value), FLOOR))
+            self._save()
+            journal = os.environ.get("DOUBLE_JOURNAL")
+            if journal:
+                line = f"{self.directory.parent.name} {self.config.seed} {self.scenes_seen} {os.getpid()}\n"
+                with open(journal, "a") as file:
+                    file.write(line)
+            yield self.history[-1]
+        self.finished = True
+
+    def conclude(self) -> Conclusion:
+        best = min(validation.network.k_loc for validation in self.history)
+        return Conclusion(Scores(best), Scores(best - 0.3), FLOOR)
+
+    def _fault(self) -> None:
+        match self.config.fault:
+            case "bug":
+                raise ZeroDivisionError("a bug on order")
+            case "memory":
+                raise MemoryError("no memory on order")
+            case "diverge":
+                raise TrainingDivergedError("loss is not finite: covariance")
+            case "nan" if self.scenes_seen >= 200:
+                self.level = math.nan
+            case "die":
+                os._exit(9)
+            case "hang" if self.scenes_seen >= 200 and not (self.directory / "hung").exists():
+                (self.directory / "hung").touch()
+                time.sleep(3600)
+
+    def _save(self) -> None:
+        state = {
+            "scenes_seen": self.scenes_seen,
+            "level": self.level,
+            "generator": self.generator.getstate(),
+            "history": [[v.scenes_seen, v.network.k_loc] for v in self.history],
+        }
+        partial = self.directory / f"partial-{os.getpid()}"
+        partial.write_text(json.dumps(state))
+        os.replace(partial, self.directory / "checkpoint.json")
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.scenes_seen, self.level = state["scenes_seen"], state["level"]
+        version, internal, gauss = state["generator"]
+        self.generator.setstate((version, tuple(internal), gauss))
+        self.history = [Validation(step, Scores(value), FLOOR) for step, value in state["history"]]

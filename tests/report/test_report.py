@@ -1,0 +1,202 @@
+"""The report: complete, self-contained, escaped, honest about what is missing, and quick."""
+
+import json
+import re
+import time
+from html.parser import HTMLParser
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from synthetic import FLOOR, fill, make_study, scores
+
+from ris_hpo.errors import OutputError
+from ris_hpo.hpo import attributes as names
+from ris_hpo.hpo.report import as_html, as_json, collect, headline, write_report
+
+CANARY = "canary-Pa55word"
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Checks that elements nest and close, and collects what a reader and a browser would see."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.text, self.references = [], [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.references += [value for name, value in attributes if name in {"src", "href", "action"}]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def study():
+    return make_study()
+
+
+@pytest.fixture(scope="module")
+def page(study):
+    return as_html(collect(study))
+
+
+def test_one_file_without_script_or_reference(page):
+    parsed = Page(page)
+    assert parsed.references == []
+    assert "script" not in parsed.tags
+    assert "url(" not in page
+    assert "@import" not in page
+    assert len(page) < 400_000
+
+
+def test_every_section_is_there(page):
+    titles = re.findall(r"<h2>([^<]+)</h2>", page)
+    assert titles == [
+        "Best against base and reference",
+        "History",
+        "Learning curves",
+        "What mattered",
+        "Best trials",
+        "Cost, pruning, failures",
+        "How it was run",
+    ]
+    text = " ".join(Page(page).text)
+    for piece in ("ml reference", "saved by pruning", "core-seconds", "lost worker", "asha", "0123456789abcdef"):
+        assert piece in text
+
+
+def test_figures_agree_with_the_study(study):
+    report = collect(study)
+    complete = [t for t in study.trials if t.state is TrialState.COMPLETE]
+    proper = [t for t in complete if names.DIVERGED not in t.user_attrs]
+    assert report.best.number == min(proper, key=lambda t: t.value).number
+    assert report.base.number == 0
+    assert report.floor == FLOOR
+    assert report.counts["complete"] == len(complete)
+    assert report.counts["diverged"] == len(complete) - len(proper)
+    assert report.counts["pruned"] == sum(t.state is TrialState.PRUNED for t in study.trials)
+    assert report.counts["fail"] == sum(report.causes.values())
+    assert report.cost["core_seconds"] == pytest.approx(2 * sum(t.user_attrs[names.SECONDS] for t in study.trials))
+    assert report.cost["gpu_seconds"] == 0
+    missing = sum(400_000 - t.user_attrs[names.SCENES] for t in study.trials if t.state is TrialState.PRUNED)
+    assert report.pruning.saved_scenes == missing
+    assert next(iter(sorted(report.importances, key=report.importances.get, reverse=True))) in {
+        "optimizer.learning_rate",
+        "network.front_end",
+    }
+    assert sum(report.importances.values()) == pytest.approx(1)
+
+
+def test_json_is_json_and_round_trips(study, tmp_path):
+    out = tmp_path / "report.json"
+    write_report(study, out)
+    tree = json.loads(out.read_text(), parse_constant=pytest.fail)
+    assert tree["best"]["value"] == collect(study).best.value
+    assert len(tree["trials"]) == len(study.trials)
+    assert tree == json.loads(json.dumps(as_json(collect(study)) | {"made": tree["made"]}))
+
+
+def test_what_users_and_errors_say_is_escaped():
+    study = optuna.create_study(study_name="<img src=x onerror=alert(1)>")
+    study.set_user_attr(names.SPEC, {"description": "</title><script>alert(2)</script>"})
+    study.set_user_attr(names.COMMAND, "ris-hpo run --set 'a=<b>'")
+    fill(study)
+    page = as_html(collect(study))
+    parsed = Page(page)
+    assert "script" not in parsed.tags
+    assert "img" not in parsed.tags
+    assert "<b>out_of_memory" not in page
+    assert "<b>lost_worker" not in page
+
+
+def test_no_password_reaches_the_page_or_the_json(tmp_path):
+    study = make_study(name="secret")
+    url = f"postgresql://someone:{CANARY}@db/ris"
+    study.set_user_attr(names.COMMAND, f"ris-hpo run --storage {url}")
+    study.add_trial(
+        optuna.trial.create_trial(
+            state=TrialState.FAIL,
+            user_attrs={names.CAUSE: "bug", names.ERROR: f"OperationalError: {url} password={CANARY}"},
+        )
+    )
+    for name in ("report.html", "report.json"):
+        write_report(study, tmp_path / name)
+        assert CANARY not in (tmp_path / name).read_text()
+        assert "***" in (tmp_path / name).read_text()
+
+
+def test_empty_running_and_bare_studies_have_a_report_too():
+    empty = optuna.create_study()
+    assert headline(collect(empty)) == ["No trial has completed yet (0 ended)."]
+    Page(as_html(collect(empty)))
+    running = optuna.create_study()
+    running.ask().report(3.0, 1000)
+    Page(as_html(collect(running)))
+    bare = optuna.create_study()
+    fill(bare, trials=12, bare=True)
+    Page(as_html(collect(bare)))
+    alike = optuna.create_study()
+    alike.add_trials([optuna.trial.create_trial(value=1.0) for _ in range(6)])
+    assert "score alike" in collect(alike).importances_note
+
+
+def test_the_winner_is_told(study):
+    winner = {
+        "winner": "trial 3", "distinguishable": True, "verdict": "Trial 3 is better.", "method": "Paired.",
+        "base_mean": 2.0, "peers": [],
+        "candidates": [
+            {"name": "trial 3", "mean": 1.7, "difference": -0.3, "low": -0.4, "high": -0.2, "searched": 1.6},
+            {"name": "trial 9", "mean": 1.9, "difference": -0.1, "low": None, "high": None, "searched": 1.65},
+        ],
+    }  # fmt: skip
+    other = make_study(name="confirmed")
+    other.set_user_attr(names.WINNER, winner)
+    page = as_html(collect(other))
+    assert "Trial 3 is better." in page
+    assert 'class="verdict sure"' in page
+    Page(page)
+
+
+def test_two_objectives_are_ranked_by_k_loc():
+    study = optuna.create_study(directions=["minimize", "minimize"])
+    for index in range(8):
+        study.add_trial(
+            optuna.trial.create_trial(
+                values=[3.0 - 0.1 * index, 1000.0 * index],
+                params={"x": index / 8},
+                distributions={"x": optuna.distributions.FloatDistribution(0, 1)},
+                user_attrs={names.COMPONENTS: scores(3.0 - 0.1 * index)},
+            )
+        )
+    report = collect(study)
+    assert report.best.number == 7
+    assert report.importances == {"x": 1.0}
+    Page(as_html(report))
+
+
+def test_a_failed_write_leaves_nothing(study, tmp_path):
+    with pytest.raises(OutputError, match="cannot be written"):
+        write_report(study, tmp_path / "missing" / "report.html")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_thousand_trials_take_seconds_and_stay_small(tmp_path):
+    study = make_study(name="large", trials=1000, reports=50)
+    begun = time.perf_counter()
+    write_report(study, tmp_path / "report.html")
+    assert time.perf_counter() - begun < 10
+    assert (tmp_path / "report.html").stat().st_size < 1_500_000

@@ -1,0 +1,86 @@
+"""The documents and the code cannot drift apart."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+from ris_hpo.cli import app
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+
+
+def package(requirement: str) -> str:
+    found = re.match(r"[A-Za-z0-9._-]+", requirement)
+    assert found
+    return found.group().lower()
+
+
+def declared() -> set[str]:
+    extras = PROJECT["optional-dependencies"].values()
+    names = {package(line) for lines in [PROJECT["dependencies"], *extras] for line in lines}
+    return names - {"ris-hpo"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_readme_shows_every_command(command: str) -> None:
+    assert f"ris-hpo {command}" in README
+
+
+def test_the_readme_shows_no_command_that_is_not_there() -> None:
+    shown = set(re.findall(r"^ *(?:\$ )?ris-hpo ([a-z]+)", README, re.MULTILINE))
+    assert shown <= set(COMMANDS)
+
+
+def test_every_dependency_has_its_reason_and_its_tested_version() -> None:
+    table = (ROOT / "CONTRIBUTING.md").read_text().partition("## Dependencies")[2]
+    reasons = set(re.findall(r"^\| ([a-z0-9-]+) \|", table, re.MULTILINE))
+    pinned = set(re.findall(r"^([A-Za-z0-9._-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    assert reasons == declared()
+    assert declared() <= {name.lower() for name in pinned}
+
+
+def test_the_pinned_torch_is_a_plain_version_without_accelerator_packages() -> None:
+    constraints = (ROOT / "constraints.txt").read_text()
+    assert "torch==2.13.0\n" in constraints
+    assert "nvidia" not in constraints
+    assert "+" not in constraints
+
+
+def test_links_of_the_documents_lead_somewhere() -> None:
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", (ROOT / name).read_text()):
+            assert (ROOT / target).exists(), f"{name}: {target}"
+
+
+def test_compose_keeps_the_password_and_the_ports_to_itself() -> None:
+    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    services = compose["services"]
+    published = {name: service["ports"] for name, service in services.items() if "ports" in service}
+    assert published == {"dashboard": ["127.0.0.1:8080:8080"]}
+    text = (ROOT / "docker-compose.yml").read_text()
+    assert re.findall(r"\$\{POSTGRES_PASSWORD(.)", text) == [":", ":"]  # both refuse to start without one
+    for name, service in services.items():
+        assert not service.get("privileged"), name
+        if name != "postgres":
+            assert service["cap_drop"] == ["ALL"], name
+            assert service["depends_on"]["postgres"]["condition"] == "service_healthy", name
+    assert services["postgres"]["healthcheck"]
+    assert services["worker-gpu"]["profiles"] == ["gpu"]
+
+
+@pytest.mark.parametrize("name", ["worker", "worker-gpu", "dashboard"])
+def test_the_command_of_each_service_is_understood(name: str) -> None:
+    service = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"][name]
+    words = [re.sub(r"\$\{\w+:-(.*)\}", r"\1", word) for word in service["command"]]
+    group = typer.main.get_command(app)
+    group.commands[words[0]].make_context(words[0], words[1:])  # type: ignore[attr-defined]
