@@ -63,6 +63,7 @@ def print_note(message: str) -> None:
 def print_json(value: Any) -> None:
     """JSON alone on stdout; a number that JSON does not have becomes null."""
     sys.stdout.write(json.dumps(_finite(value), indent=2, allow_nan=False, default=str) + "\n")
+    sys.stdout.flush()  # a reader at the other end of a pipe may wait for it while the command goes on
 
 
 def _finite(value: Any) -> Any:

@@ -77,3 +77,17 @@ def check_output(path: Path, *, suffix: str | None = None) -> Path:
     if suffix and path.suffix != suffix:
         raise OutputError(f"{path}: expected a name that ends in {suffix}")
     return path
+
+
+def check_folder(path: Path) -> Path:
+    """The path of a folder to write into, checked before any long work; it need not be there yet.
+
+    Raises:
+        OutputError: a file stands there, or in its way.
+    """
+    for each in (path, *path.parents):
+        if each.exists():
+            if not each.is_dir():
+                raise OutputError(f"{path}: {each} is a file, expected a folder")
+            break
+    return path

@@ -3,13 +3,10 @@
 from ris_hpo.estimators.estimate import EstimatorName, EstimatorSpec, estimate
 from ris_hpo.estimators.likelihood import evidence, refine
 from ris_hpo.estimators.maximum_likelihood import LikelihoodSpec, deterministic_ml, ols, spectrum_maxima
-from ris_hpo.estimators.observation import Box, GridSpec
 
 __all__ = [
-    "Box",
     "EstimatorName",
     "EstimatorSpec",
-    "GridSpec",
     "LikelihoodSpec",
     "deterministic_ml",
     "estimate",

@@ -1,10 +1,10 @@
 r"""How many sources: evidence of every order from the fits found.
 
-``laplace``: -log p(y | k) = nll_k - log prior(u, p) - log k! - (P/2) log 2 pi + (1/2) log det F, with F the Fisher matrix of the
-4k parameters plus the precision of their prior, the prior uniform over the box in (azimuth, elevation, range) and the powers
-log-uniform: one common level, each within +-``power_spread_db`` of it (with a soft edge), or, without that, each for
-itself. A source whose position is barely told by the data costs less than one that is sharp, and one that would be far
-weaker than the others costs more. Nothing in it is tuned to scenes except ``penalty``.
+``laplace``: -log p(y | k) = nll_k - log prior(u, p) - log k! - (P/2) log 2 pi + (1/2) log det F, with F the Fisher
+matrix of the 4k parameters plus the precision of their prior, the prior uniform over the box in (azimuth, elevation,
+range) and the powers log-uniform: one common level, each within +-``power_spread_db`` of it (with a soft edge), or,
+without that, each for itself. A source whose position is barely told by the data costs less than one that is sharp, and
+one that would be far weaker than the others costs more. Nothing in it is tuned to scenes except ``penalty``.
 
 ``penalty``: nll_k + gamma k, the classical form.
 """
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ris_hpo.config import Spec
 from ris_hpo.estimators.likelihood import Fit, stochastic_cost
-from ris_hpo.estimators.observation import Box, Observation
+from ris_hpo.estimators.observation import Observation, limits
+from ris_hpo.physics.grid import Region
 
 _EDGE = 0.4  # softness of the edge of the power prior, in nepers of power
 _LEVEL = 8.0  # width of the common level's log-uniform prior: 35 dB
@@ -29,17 +30,23 @@ _UNTOLD = 2.0  # nats a source with an independent power costs more: measured, s
 
 
 class EvidenceSpec(Spec):
-    """How orders are compared."""
+    """How orders are compared.
+
+    The chosen order minimises score_k - prior_weight * log p(k). The posterior divides these by ``temperature``: the
+    evidence knows one mode of each order only and is too sure of itself below 5 dB, where 3 is the calibrated value.
+    """
 
     kind: Literal["laplace", "penalty"] = "laplace"
     gamma: float = Field(8.5, ge=0, le=200)
     penalty: float = Field(0.0, ge=-20, le=200)
     power_spread_db: float | None = Field(3.0, gt=0, le=60)
-    prior_weight: float = Field(1.0, ge=0, le=1000)
-    temperature: float = Field(1.0, gt=0, le=100)
+    prior_weight: float = Field(3.0, ge=0, le=1000)
+    temperature: float = Field(3.0, gt=0, le=100)
 
 
-def order_scores(observation: Observation, null: Tensor, orders: list[Fit], box: Box, spec: EvidenceSpec) -> Tensor:
+def order_scores(
+    observation: Observation, null: Tensor, orders: list[Fit], region: Region, spec: EvidenceSpec
+) -> Tensor:
     """Negative log-evidence of orders 0..len(orders), float64 [B, K + 1]; constants common to all are left out."""
     columns = [null]
     for fit in orders:
@@ -47,28 +54,28 @@ def order_scores(observation: Observation, null: Tensor, orders: list[Fit], box:
         if spec.kind == "penalty":
             columns.append(fit.nll + spec.gamma * k)
         else:
-            columns.append(fit.nll + occam_factor(observation, fit, box, spec) + spec.penalty * k)
+            columns.append(fit.nll + occam_factor(observation, fit, region, spec) + spec.penalty * k)
     return torch.stack(columns, dim=-1)
 
 
-def occam_factor(observation: Observation, fit: Fit, box: Box, spec: EvidenceSpec) -> Tensor:
+def occam_factor(observation: Observation, fit: Fit, region: Region, spec: EvidenceSpec) -> Tensor:
     """What the order's freedom costs beside its nll, float64 [B]."""
     k = fit.u.shape[1]
     _, _, information = stochastic_cost(observation, torch.cat([fit.u.flatten(1), fit.log_power], dim=-1))
-    low, high = box.limits(fit.u.device)
+    low, high = limits(region, fit.u.device)
     width = (high - low).clamp(min=1e-6)
     precision = torch.cat([(12 / width.square()).repeat(k), torch.full_like(fit.u[0, :, 0], 12 / _WIDE**2)])
     log_det = torch.linalg.slogdet(information + torch.diag_embed(precision)).logabsdet
-    log_prior = log_position_prior(fit.u, box).sum(-1) + _log_power_prior(fit.log_power, spec) + math.lgamma(k + 1)
+    log_prior = log_position_prior(fit.u, region).sum(-1) + _log_power_prior(fit.log_power, spec) + math.lgamma(k + 1)
     cost: Tensor = log_det * 0.5 - 2 * k * math.log(2 * math.pi) - log_prior
     return cost
 
 
-def log_position_prior(u: Tensor, box: Box) -> Tensor:
+def log_position_prior(u: Tensor, region: Region) -> Tensor:
     """Log density in box coordinates of a source uniform in (azimuth, elevation, range), [..., 3] to [...]."""
-    spans = [math.radians(max(box.azimuth_deg[1] - box.azimuth_deg[0], 0.01))]
-    spans.append(math.radians(max(box.elevation_deg[1] - box.elevation_deg[0], 0.01)))
-    spans.append(max(box.range_m[1] - box.range_m[0], 0.001))
+    spans = [math.radians(max(region.azimuth_deg[1] - region.azimuth_deg[0], 0.01))]
+    spans.append(math.radians(max(region.elevation_deg[1] - region.elevation_deg[0], 0.01)))
+    spans.append(max(region.range_m[1] - region.range_m[0], 0.001))
     t, w, rho = u.unbind(-1)
     slopes = -0.5 * (1 - t * t).clamp(min=1e-9).log() - 0.5 * (1 - w * w).clamp(min=1e-9).log() - 2 * rho.log()
     return slopes - sum(math.log(span) for span in spans)
@@ -85,12 +92,12 @@ def posterior_of_orders(
         log_prior: [B, >= K + 1] log p(k) from elsewhere (a network's count head), or None for uniform.
         allowed: smallest and largest count.
     """
-    logits = -scores / spec.temperature
+    logits = -scores
     if log_prior is not None:
-        logits = logits + spec.prior_weight * log_prior[:, : scores.shape[1]].to(scores)
+        logits = logits + spec.prior_weight * log_prior[:, : scores.shape[1]].to(scores).clamp(min=-1e6)
     order = torch.arange(scores.shape[1], device=scores.device)
     outside = (order < allowed[0]) | (order > allowed[1])
-    return torch.log_softmax(logits.masked_fill(outside, -torch.inf), dim=-1)
+    return torch.log_softmax(logits.masked_fill(outside, -torch.inf) / spec.temperature, dim=-1)
 
 
 def _log_power_prior(log_power: Tensor, spec: EvidenceSpec) -> Tensor:

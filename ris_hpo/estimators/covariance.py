@@ -1,7 +1,7 @@
 """Covariances of the surface's aperture and source counts from eigenvalues.
 
-All covariances are complex Hermitian [B, N, N] with trace N. The classical sample covariance does not exist here: y_l has
-M < N entries and the sensing matrix changes with every snapshot, so an aperture vector is never observed. See
+All covariances are complex Hermitian [B, N, N] with trace N. The classical sample covariance does not exist here: y_l
+has M < N entries and the sensing matrix changes with every snapshot, so an aperture vector is never observed. See
 ``least_squares_covariance`` for what comes of pretending otherwise.
 """
 
@@ -34,9 +34,9 @@ def source_covariance(geometry: Geometry, sources: Sources) -> Tensor:
 def least_squares_covariance(scenes: Scenes) -> Tensor:
     """R = (1/L) sum_l x_l x_l^H with the minimum-norm solution x_l = T_l^+ y_l of every snapshot, trace N.
 
-    Nearly useless, and here to be seen to fail. x_l is the projection of the aperture vector on the M-dimensional row space
-    of T_l: a fraction M / N (1/9 at the defaults) of its energy, and since codes differ, another fraction every time.
-    The L projections of one steering vector do not line up, so R's leading subspace overlaps the sources' by
+    Nearly useless, and here to be seen to fail. x_l is the projection of the aperture vector on the M-dimensional row
+    space of T_l: a fraction M / N (1/9 at the defaults) of its energy, and since codes differ, another fraction every
+    time. The L projections of one steering vector do not line up, so R's leading subspace overlaps the sources' by
     .02-.23; more snapshots average the projectors to a multiple of the identity only slowly, against a noise that T_l^+
     has amplified by the weakest of its M singular values. Use ``source_covariance`` of refined sources.
     """

@@ -27,9 +27,9 @@ EstimatorName = Literal["ml", "music", "mvdr", "modified-music", "spectrum-maxim
 class EstimatorSpec(Spec):
     """Settings of every estimator.
 
-    ``covariance`` says what music, mvdr and modified-music work on: ``least-squares`` is what the snapshots give (and where
-    they fail), ``refined`` is built from the sources that ``spectrum-maxima`` finds, ``truth`` from the true sources.
-    ``count`` is their source-count criterion: on the covariance of y, or the evidence of ``spectrum-maxima``.
+    ``covariance`` says what music, mvdr and modified-music work on: ``least-squares`` is what the snapshots give (and
+    where they fail), ``refined`` is built from the sources that ``spectrum-maxima`` finds, ``truth`` from the true
+    sources. ``count`` is their source-count criterion: on the covariance of y, or the evidence of ``spectrum-maxima``.
     """
 
     likelihood: LikelihoodSpec = LikelihoodSpec()
@@ -86,7 +86,6 @@ def estimate(
         name,
         count,
         max_sources=spec.likelihood.max_sources,
-        box=spec.likelihood.box,
         grid=spec.likelihood.grid,
         refinement_steps=spec.refinement_steps,
     )

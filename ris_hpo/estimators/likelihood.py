@@ -3,8 +3,8 @@ r"""Deterministic and stochastic likelihood of source positions, minimised for a
 With whitened snapshots (noise power 1), G_l = T_l A(u) and u the box coordinates of k sources:
 
 *Deterministic* (symbols free): c(u) = sum_l || P_perp(G_l) y_l ||^2, variable projection with Kaufman's Jacobian
--P_perp D_ki s_k (Kaufman, "A variable projection method for solving separable nonlinear least squares problems", BIT 15,
-1975): Hessian 2 Re sum_l E_l^H P_perp E_l with E_l = D_l s_l, gradient -2 Re sum_l E_l^H r_l.
+-P_perp D_ki s_k (Kaufman, "A variable projection method for solving separable nonlinear least squares problems", BIT
+15, 1975): Hessian 2 Re sum_l E_l^H P_perp E_l with E_l = D_l s_l, gradient -2 Re sum_l E_l^H r_l.
 
 *Stochastic* (symbols CN(0, p_k)): c(u, log p) = sum_l [ log det R_l + y_l^H R_l^-1 y_l ], R_l = I + G_l diag(p) G_l^H,
 minimised by damped Fisher scoring. All solves are of size k, by R_l^-1 = I - V_l^H V_l with
@@ -23,21 +23,24 @@ import torch
 from torch import Tensor
 
 from ris_hpo.estimators.observation import (
-    Box,
     Observation,
     as_sources,
     box_steering,
+    clipped,
+    limits,
     polar_slopes,
     to_box_coordinates,
     to_polar,
 )
 from ris_hpo.physics.array import position_jacobian
+from ris_hpo.physics.grid import Region
 from ris_hpo.physics.scene import Scenes
 from ris_hpo.physics.sources import Sources
 
 # powers relative to the noise: below the first a source is not seen by anything, above the second nothing is noise
 LOG_POWER_LIMITS = (-12.0, 40.0)
-# largest move of a step in (sin az, sin el, 1/r, log p): half a beam width, a fifth of the range axis, one e-fold and a half
+# largest move of a step in (sin az, sin el, 1/r, log p): half a beam width, a fifth of the range axis, one e-fold and a
+# half
 _STRIDE = (0.08, 0.08, 0.4, 1.5)
 _CHUNK = 32
 _RANGE_POINTS = 128
@@ -82,7 +85,7 @@ def refine(
     init: Sources,
     steps: int = 10,
     *,
-    box: Box | None = None,
+    region: Region | None = None,
     double: bool = True,
     covariance: bool = False,
     channel_error_db: float | None = None,
@@ -93,7 +96,7 @@ def refine(
         scenes: what was received.
         init: where to start; its mask says how many sources each scene has.
         steps: at most so many; a scene that has converged stops earlier. 0 returns the start, clipped to the box.
-        box: allowed positions (default: those of the default scenes).
+        region: allowed positions (default: those of the default scenes).
         double: compute products in complex128 (else complex64, twice as fast).
         covariance: also report the position covariance.
         channel_error_db: stated error of the known channel.
@@ -104,7 +107,7 @@ def refine(
     Raises:
         NumericalError: scenes that are not finite.
     """
-    box = box or Box()
+    region = region or Region()
     dtype = torch.complex128 if double else torch.complex64
     result = Sources(*(value.clone() for value in (init.azimuth, init.elevation, init.range_m, init.power, init.mask)))
     result = result.to(torch.float32)
@@ -117,32 +120,35 @@ def refine(
             slots = torch.argsort(init.mask[part].to(torch.int8), dim=-1, descending=True, stable=True)[:, :k]
             start = init[part].take(slots)
             u = to_box_coordinates(start.azimuth, start.elevation, start.range_m)
-            u = deterministic_fit(observation, u, box, steps)
-            fit = stochastic_fit(observation, u, None, box, 6, positions=False)
+            u = deterministic_fit(observation, u, region, steps)
+            fit = stochastic_fit(observation, u, None, region, 6, positions=False)
             found = as_sources(observation, u, fit.log_power.exp(), torch.ones_like(slots, dtype=torch.bool))
             where = (part.unsqueeze(-1), slots)
             result.azimuth[where], result.elevation[where] = found.azimuth, found.elevation
             result.range_m[where], result.power[where] = found.range_m, found.power
             if blocks is not None:
-                blocks[where] = position_moments(observation, fit, box)[1].float()
+                blocks[where] = position_moments(observation, fit, region)[1].float()
     return Sources(result.azimuth, result.elevation, result.range_m, result.power, init.mask, init.existence, blocks)
 
 
-def deterministic_fit(observation: Observation, u: Tensor, box: Box, steps: int, tolerance: float = 1e-3) -> Tensor:
+def deterministic_fit(
+    observation: Observation, u: Tensor, region: Region, steps: int, tolerance: float = 1e-3
+) -> Tensor:
     """Variable projection from u [B, k, 3]; a scene stops when a step gains less than ``tolerance`` nats."""
     k = u.shape[1]
-    low, high = (limit.repeat(k) for limit in box.limits(u.device))
+    low, high = (limit.repeat(k) for limit in limits(region, u.device))
     stride = torch.tensor(_STRIDE[:3], dtype=u.dtype, device=u.device).repeat(k)
-    start = torch.minimum(torch.maximum(u.flatten(1), low), high)
+    start = clipped(u, region).flatten(1)
     x, _ = descend(observation, deterministic_cost, start, low, high, stride, steps, tolerance)
-    return x.unflatten(-1, (k, 3))
+    result: Tensor = x.unflatten(-1, (k, 3))
+    return result
 
 
 def stochastic_fit(
     observation: Observation,
     u: Tensor,
     log_power: Tensor | None,
-    box: Box,
+    region: Region,
     steps: int,
     tolerance: float = 1e-3,
     *,
@@ -154,14 +160,13 @@ def stochastic_fit(
         observation: B scenes.
         u: [B, k, 3] start.
         log_power: [B, k] start, or None to start at the least-squares symbols' power.
-        box: allowed positions.
+        region: allowed positions.
         steps: at most so many.
         tolerance: a scene stops when a step gains less, in nats.
         positions: move positions too, or powers alone (no product with the sensing matrices then).
     """
     k = u.shape[1]
-    limits = box.limits(u.device)
-    u = torch.minimum(torch.maximum(u, limits[0]), limits[1])
+    u = clipped(u, region)
     statistics = power_statistics(observation, u)
     if log_power is None:
         log_power = least_squares_log_power(statistics)
@@ -172,7 +177,8 @@ def stochastic_fit(
     if not positions or steps == 0:
         return Fit(u, powers, nll)
     low, high = (
-        torch.cat([limit.repeat(k), bound]) for limit, bound in zip(limits, (power_low, power_high), strict=True)
+        torch.cat([limit.repeat(k), bound])
+        for limit, bound in zip(limits(region, u.device), (power_low, power_high), strict=True)
     )
     strides = torch.cat([stride[:3].repeat(k), stride[3:].expand(k)])
     start = torch.cat([u.flatten(1), powers], dim=-1)
@@ -376,18 +382,20 @@ def evidence(scenes: Scenes, candidates: Sources, *, channel_error_db: float | N
     return nll
 
 
-def position_moments(observation: Observation, fit: Fit, box: Box, *, mean: bool = False) -> tuple[Tensor, Tensor]:
+def position_moments(
+    observation: Observation, fit: Fit, region: Region, *, mean: bool = False
+) -> tuple[Tensor, Tensor]:
     """Position estimate and its covariance.
 
-    The likelihood is close to Gaussian in the box coordinates but not in range, and the box cuts it off. So the posterior
-    of 1/r is the Gaussian of the Fisher matrix around the unconstrained Newton point, times a prior uniform in r on
-    the box; its moments in r are taken on a grid, and the angles follow by regression on 1/r. Where the data tell the
-    range sharply this is the inverse Fisher matrix.
+    The likelihood is close to Gaussian in the box coordinates but not in range, and the box cuts it off. So the
+    posterior of 1/r is the Gaussian of the Fisher matrix around the unconstrained Newton point, times a prior uniform
+    in r on the box; its moments in r are taken on a grid, and the angles follow by regression on 1/r. Where the data
+    tell the range sharply this is the inverse Fisher matrix.
 
     Args:
         observation: B scenes.
         fit: k sources in each.
-        box: allowed positions.
+        region: allowed positions.
         mean: estimate the range by the posterior's mean instead of its mode; the covariance is about the estimate.
 
     Returns:
@@ -396,7 +404,7 @@ def position_moments(observation: Observation, fit: Fit, box: Box, *, mean: bool
     k = fit.u.shape[1]
     x = torch.cat([fit.u.flatten(1), fit.log_power], dim=-1)
     _, gradient, information = stochastic_cost(observation, x)
-    low, high = box.limits(fit.u.device)
+    low, high = limits(region, fit.u.device)
     precision = 12 / (high - low).clamp(min=1e-6).square()
     precision[2] = 1e-9  # the range's prior enters below
     information = information + torch.diag_embed(torch.cat([precision.repeat(k), torch.full_like(x[0, :k], 0.1)]))
@@ -411,7 +419,7 @@ def position_moments(observation: Observation, fit: Fit, box: Box, *, mean: bool
     centre = newton[:, : 3 * k].unflatten(-1, (k, 3))[..., 2]
     blocks = torch.stack([covariance[:, 3 * i : 3 * i + 3, 3 * i : 3 * i + 3] for i in range(k)], dim=1)
 
-    r_low, r_high = box.range_m
+    r_low, r_high = region.range_m
     r = r_low + (r_high - r_low) * (torch.arange(_RANGE_POINTS, dtype=x.dtype, device=x.device) + 0.5) / _RANGE_POINTS
     variance = blocks[..., 2, 2]
     # never narrower than the grid can carry: the Gaussian's own moments are used there instead
@@ -450,7 +458,8 @@ def ridged_cholesky(gram: Tensor) -> Tensor:
             torch.linalg.cholesky_ex(gram + torch.diag_embed(1e5 * ridge + 1e-30).to(gram.dtype))[0],
             factor,
         )
-    return factor
+    result: Tensor = factor
+    return result
 
 
 def _plus_identity(matrix: Tensor) -> Tensor:

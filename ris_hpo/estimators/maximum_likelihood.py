@@ -1,8 +1,8 @@
 """The reference estimator ``ml`` and the same machinery among given candidates.
 
 Every order is fitted by orthogonal least squares over atoms with refinement after every step, then once more from the
-order above by dropping what is missed least (which repairs most of greed's mistakes); orders are weighed by evidence; the
-chosen one is refined in float64.
+order above by dropping what is missed least (which repairs most of greed's mistakes); orders are weighed by evidence;
+the chosen one is refined in float64.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ from ris_hpo.config import Spec
 from ris_hpo.errors import ConfigError
 from ris_hpo.estimators.counting import EvidenceSpec, order_scores, posterior_of_orders
 from ris_hpo.estimators.likelihood import Fit, position_moments
-from ris_hpo.estimators.observation import Box, GridSpec, Observation, from_cosine_coordinates, to_cosine_coordinates
+from ris_hpo.estimators.observation import (
+    Observation,
+    clipped,
+    from_cosine_coordinates,
+    grid_points,
+    to_cosine_coordinates,
+)
 from ris_hpo.estimators.search import (
     Atoms,
     SearchSpec,
@@ -30,6 +36,7 @@ from ris_hpo.estimators.search import (
     swept,
 )
 from ris_hpo.physics.array import Cosines
+from ris_hpo.physics.grid import GridSpec
 from ris_hpo.physics.scene import Scenes
 from ris_hpo.physics.sources import Sources
 
@@ -37,7 +44,6 @@ from ris_hpo.physics.sources import Sources
 class LikelihoodSpec(Spec):
     """Settings of ``ml`` and of the search among candidates."""
 
-    box: Box = Box()
     grid: GridSpec = GridSpec()
     search: SearchSpec = SearchSpec()
     evidence: EvidenceSpec = EvidenceSpec()
@@ -73,7 +79,7 @@ def deterministic_ml(
         NumericalError: scenes that are not finite.
     """
     spec = spec or LikelihoodSpec()
-    points = spec.grid.points(spec.box, scenes.device)
+    points, _ = grid_points(spec.grid, scenes.device)
     return _in_batches(scenes, spec, num_sources, None, lambda observation, _: Atoms.of(observation, points))
 
 
@@ -101,8 +107,7 @@ def ols(
     spec = spec or LikelihoodSpec()
     if candidates.v.shape[0] != len(scenes):
         raise ConfigError(f"candidates for {candidates.v.shape[0]} scenes beside {len(scenes)} scenes")
-    low, high = spec.box.limits(scenes.device)
-    u = torch.minimum(torch.maximum(from_cosine_coordinates(candidates), low), high)
+    u = clipped(from_cosine_coordinates(candidates), spec.grid.region)
     return _in_batches(scenes, spec, num_sources, log_prior, lambda observation, rows: Atoms.of(observation, u[rows]))
 
 
@@ -112,25 +117,27 @@ def spectrum_maxima(scenes: Scenes, count: int, spec: LikelihoodSpec | None = No
     The spectrum is the likelihood gain of a single source. Where it has fewer maxima the highest other points follow.
     """
     spec = spec or LikelihoodSpec()
-    points = spec.grid.points(spec.box, scenes.device)
+    points, valid = grid_points(spec.grid, scenes.device)
     count = min(count, len(points))
     chosen = []
     for start in range(0, len(scenes), spec.batch):
         part = scenes[start : start + spec.batch]
         observation = Observation.of(part, channel_error_db=spec.channel_error_db)
         spectrum = gains(observation, Atoms.of(observation, points), None, spec.search)
-        chosen.append(local_maxima(spectrum, spec.grid, count))
+        chosen.append(local_maxima(spectrum, spec.grid, valid, count))
     return to_cosine_coordinates(points[torch.cat(chosen)])
 
 
-def local_maxima(spectrum: Tensor, grid: GridSpec, count: int) -> Tensor:
+def local_maxima(spectrum: Tensor, grid: GridSpec, valid: Tensor, count: int) -> Tensor:
     """Indices [B, count] of the highest points no lower than their 26 neighbours, best first; then other points."""
-    shape = (grid.num_range, grid.num_elevation, grid.num_azimuth)
-    volume = spectrum.unflatten(-1, shape).unsqueeze(1)
+    full = spectrum.new_full((len(spectrum), len(valid)), -torch.inf)
+    full[:, valid] = spectrum
+    volume = full.unflatten(-1, grid.shape).unsqueeze(1)
     highest = torch.nn.functional.max_pool3d(volume, 3, stride=1, padding=1)
-    peak = (volume >= highest).flatten(1)
+    peak = (volume >= highest).flatten(1)[:, valid]
     span = (spectrum.amax(-1, keepdim=True) - spectrum.amin(-1, keepdim=True)).clamp(min=1e-6)
-    return (spectrum + peak * 2 * span).topk(count, dim=-1).indices
+    result: Tensor = (spectrum + peak * 2 * span).topk(count, dim=-1).indices
+    return result
 
 
 def _in_batches(
@@ -165,15 +172,17 @@ def _estimated(
 ) -> Sources:
     """One batch: all orders, their evidence, the chosen order refined."""
     highest = spec.max_sources if count is None else max(int(count.max()), 1)
-    orders = search_orders(observation, atoms, highest + spec.search.extra_order, spec.box, spec.search)
+    orders = search_orders(observation, atoms, highest + spec.search.extra_order, spec.grid.region, spec.search)
     orders = orders[:highest]
     if spec.search.sweeps:
         strongest = gains(observation, atoms, None, spec.search)
         few = atoms.chosen(strongest.topk(min(spec.search.sweep_atoms, strongest.shape[-1]), dim=-1).indices)
         for _ in range(spec.search.sweeps):
-            orders = [swept(observation, few, fit, spec.box, spec.search, spec.search.greedy_steps) for fit in orders]
+            orders = [
+                swept(observation, few, fit, spec.grid.region, spec.search, spec.search.greedy_steps) for fit in orders
+            ]
     if count is None:
-        scores = order_scores(observation, null_nll(observation), orders, spec.box, spec.evidence)
+        scores = order_scores(observation, null_nll(observation), orders, spec.grid.region, spec.evidence)
         log_posterior = posterior_of_orders(scores, spec.evidence, log_prior, spec.num_sources)
         count = log_posterior.argmax(-1)
         at_least = log_posterior.exp().flip(-1).cumsum(-1).flip(-1).clamp(0, 1)
@@ -197,9 +206,9 @@ def _chosen(
         rows = torch.nonzero(count == k).squeeze(-1)
         part = observation[rows].double()
         fit = Fit(*(value[rows] for value in orders[k - 1]))
-        fit = refined(part, fit.u, fit.log_power, spec.box, spec.search, spec.search.final_steps, 1e-5)
+        fit = refined(part, fit.u, fit.log_power, spec.grid.region, spec.search, spec.search.final_steps, 1e-5)
         order = removal_costs(part, fit).argsort(dim=-1, descending=True)
-        moments = position_moments(part, fit, spec.box, mean=spec.range_estimate == "mean")
+        moments = position_moments(part, fit, spec.grid.region, mean=spec.range_estimate == "mean")
         where = (rows.unsqueeze(-1), torch.arange(k, device=device))
         polar[where] = moments[0].gather(1, order.unsqueeze(-1).expand(-1, -1, 3))
         covariance[where] = moments[1].gather(1, order[..., None, None].expand(-1, -1, 3, 3))

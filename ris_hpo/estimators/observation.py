@@ -1,7 +1,7 @@
 """What the likelihood works on: whitened snapshots, stacked sensing matrices, and the box of allowed positions.
 
-Positions are carried in the *box coordinates* u = (sin az, sin el, 1/r), in which the allowed region is an exact box and
-the array's resolution is nearly uniform; v = cos el sin az follows from them.
+Positions are carried in the *box coordinates* u = (sin az, sin el, 1/r), in which the allowed region is an exact box
+and the array's resolution is nearly uniform; v = cos el sin az follows from them.
 """
 
 from __future__ import annotations
@@ -10,67 +10,45 @@ import math
 from dataclasses import dataclass
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from ris_hpo.config import Spec
 from ris_hpo.errors import NumericalError
 from ris_hpo.physics.array import Cosines, Geometry, cosine_steering, cosine_steering_jacobian
-from ris_hpo.physics.scene import Scenes, SceneSpec
+from ris_hpo.physics.grid import GridSpec, Region
+from ris_hpo.physics.scene import Scenes
 from ris_hpo.physics.sources import Sources
 
-Interval = tuple[float, float]
+
+def limits(region: Region, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Lowest and highest u = (sin az, sin el, 1/r) of a region, each float64 [3]."""
+    rows = [
+        [math.sin(math.radians(value)) for value in region.azimuth_deg],
+        [math.sin(math.radians(value)) for value in region.elevation_deg],
+        [1 / region.range_m[1], 1 / region.range_m[0]],
+    ]
+    bounds = torch.tensor(rows, dtype=torch.float64, device=device)
+    return bounds[:, 0], bounds[:, 1]
 
 
-class Box(Spec):
-    """Allowed positions; the defaults are those of the default scenes."""
-
-    azimuth_deg: Interval = (-60.0, 60.0)
-    elevation_deg: Interval = (-30.0, 30.0)
-    range_m: Interval = (0.5, 10.0)
-
-    @model_validator(mode="after")
-    def _check(self) -> Box:
-        for name in ("azimuth_deg", "elevation_deg"):
-            low, high = getattr(self, name)
-            if not -90 < low <= high < 90:
-                raise ValueError(f"{name}: {(low, high)} must be an interval within -90..90")
-        if not 0 < self.range_m[0] <= self.range_m[1]:
-            raise ValueError(f"range_m: {self.range_m} must be an interval of positive ranges")
-        return self
-
-    @staticmethod
-    def of(spec: SceneSpec) -> Box:
-        """The box that scenes of a distribution lie in."""
-        return Box(azimuth_deg=spec.azimuth_deg, elevation_deg=spec.elevation_deg, range_m=spec.range_m)
-
-    def limits(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Lowest and highest u = (sin az, sin el, 1/r), each float64 [3]."""
-        rows = [
-            [math.sin(math.radians(value)) for value in self.azimuth_deg],
-            [math.sin(math.radians(value)) for value in self.elevation_deg],
-            [1 / self.range_m[1], 1 / self.range_m[0]],
-        ]
-        bounds = torch.tensor(rows, dtype=torch.float64, device=device)
-        return bounds[:, 0], bounds[:, 1]
+def clipped(u: Tensor, region: Region) -> Tensor:
+    """Box coordinates [..., 3] moved to the nearest point of the region."""
+    low, high = limits(region, u.device)
+    return torch.minimum(torch.maximum(u, low), high)
 
 
-class GridSpec(Spec):
-    """Coarse grid, uniform in the box coordinates; about three points a beam width at the default surface."""
+def grid_points(grid: GridSpec, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Positions of the grid's cells that meet the region.
 
-    num_azimuth: int = Field(33, ge=2, le=512)
-    num_elevation: int = Field(17, ge=1, le=512)
-    num_range: int = Field(8, ge=1, le=128)
+    The grid is uniform in (v, w, 1/r), where the sector's azimuth limits are curved: a cell beyond them by more than
+    half its width is left out, any other is moved to the edge.
 
-    def points(self, box: Box, device: torch.device) -> Tensor:
-        """Box coordinates float64 [G, 3], azimuth fastest, then elevation, then range."""
-        low, high = box.limits(device)
-        axes = []
-        for i, count in enumerate((self.num_azimuth, self.num_elevation, self.num_range)):
-            inner = (torch.arange(count, dtype=torch.float64, device=device) + 0.5) / count
-            axes.append(low[i] + (high[i] - low[i]) * inner)
-        rho, w, t = torch.meshgrid(axes[2], axes[1], axes[0], indexing="ij")
-        return torch.stack([t, w, rho], dim=-1).flatten(0, 2)
+    Returns:
+        box coordinates float64 [G', 3] and which of the grid's G cells they are, bool [G].
+    """
+    cells = grid.cells(device)
+    u = clipped(from_cosine_coordinates(cells), grid.region)
+    valid = (to_cosine_coordinates(u).v - cells.v.double()).abs() <= 0.5 * grid.spacing()[0] + 1e-9
+    return u[valid], valid
 
 
 def to_cosine_coordinates(u: Tensor) -> Cosines:
@@ -176,7 +154,8 @@ class Observation:
 
     def see(self, vectors: Tensor) -> Tensor:
         """T_l x for vectors [B, C, N]: [B, L, M, C] in the sensing matrices' precision."""
-        return torch.bmm(self.sensing, vectors.to(self.sensing.dtype).mT).unflatten(1, self.y.shape[1:])
+        result: Tensor = torch.bmm(self.sensing, vectors.to(self.sensing.dtype).mT).unflatten(1, self.y.shape[1:])
+        return result
 
     def linearised(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """G [B, L, M, k] and D [B, L, M, 3k] = dG/du in complex128 at u [B, k, 3]."""

@@ -28,7 +28,8 @@ from ris_hpo.estimators.likelihood import (
     ridged_cholesky,
     stochastic_fit,
 )
-from ris_hpo.estimators.observation import Box, Observation, box_steering
+from ris_hpo.estimators.observation import Observation, box_steering
+from ris_hpo.physics.grid import Region
 
 _SHARES = (0.06, 0.3)  # powers that an atom is tried with, as shares of what a single source would have
 
@@ -69,11 +70,11 @@ class Atoms:
             u = u.expand(len(observation), -1, -1)
         else:
             seen = torch.bmm(sensing, response.mT).unflatten(1, shape[1:])
-        return Atoms(u, seen, torch.view_as_real(seen).square().sum((2, 4)))
+        return Atoms(u, seen, _energy(seen))
 
     def chosen(self, index: Tensor) -> Atoms:
         """Some atoms of every scene: index [B, C']."""
-        batch, snapshots, antennas = self.seen.shape[:3]
+        _, snapshots, antennas = self.seen.shape[:3]
         u = self.u.gather(1, index.unsqueeze(-1).expand(-1, -1, 3))
         wide = index[:, None, None].expand(-1, snapshots, antennas, -1)
         energy = self.energy.gather(2, index[:, None].expand(-1, snapshots, -1))
@@ -100,10 +101,9 @@ def gains(observation: Observation, atoms: Atoms, fit: Fit | None, spec: SearchS
         residual = y - (basis.mH @ (basis @ y.unsqueeze(-1))).squeeze(-1)
         rows = torch.cat([residual.unsqueeze(-2).conj(), basis], dim=-2)
     products = rows.to(torch.complex64) @ atoms.seen
-    squared = torch.view_as_real(products).square().sum(-1)
-    beta = squared[..., 0, :]
-    if squared.shape[-2] > 1:
-        alpha = (alpha - squared[..., 1:, :].sum(-2)).clamp(min=0)
+    beta = _energy(products[..., :1, :])
+    if products.shape[-2] > 1:
+        alpha = (alpha - _energy(products[..., 1:, :])).clamp_(min=0)
     if spec.objective == "deterministic":
         return (beta / (alpha + 1e-2 * atoms.energy + 1e-30)).sum(1)
     excess = (y.abs().square().mean((1, 2)) - 1).clamp(min=0.02)
@@ -112,49 +112,66 @@ def gains(observation: Observation, atoms: Atoms, fit: Fit | None, spec: SearchS
     for share in _SHARES:
         q = (share * level)[:, None, None]
         scaled = q * alpha + 1
-        best = torch.maximum(best, (q * beta / scaled - scaled.log()).sum(1))
+        best = torch.maximum(best, (q * beta / scaled).sum(1) - _log_product(scaled))
     return best
 
 
-def search_orders(observation: Observation, atoms: Atoms, max_order: int, box: Box, spec: SearchSpec) -> list[Fit]:
+def _energy(values: Tensor) -> Tensor:
+    """Sum over the last but one axis of |values|^2: complex [..., M, C] to real [..., C], the long axis kept innermost."""
+    pairs = torch.view_as_real(values).flatten(-2).square().sum(-2)
+    return pairs[..., 0::2] + pairs[..., 1::2]
+
+
+def _log_product(values: Tensor) -> Tensor:
+    """Sum of log over axis 1, [B, L, C] to [B, C], with one logarithm for every four factors (each below 1e9)."""
+    whole = values.shape[1] // 4 * 4
+    four = values[:, 0:whole:4] * values[:, 1:whole:4] * values[:, 2:whole:4] * values[:, 3:whole:4]
+    return four.log().sum(1) + values[:, whole:].log().sum(1)
+
+
+def search_orders(
+    observation: Observation, atoms: Atoms, max_order: int, region: Region, spec: SearchSpec
+) -> list[Fit]:
     """Best fits found of orders 1..max_order (index 0 is order 1), every scene of the batch at every order."""
     orders: list[Fit] = []
     fit: Fit | None = None
     for _ in range(max_order):
-        fit = extended(observation, atoms, fit, box, spec, spec.greedy_steps)
+        fit = extended(observation, atoms, fit, region, spec, spec.greedy_steps)
         orders.append(fit)
     if spec.backward:
         for k in range(max_order - 1, 0, -1):
-            smaller = reduced(observation, orders[k], box, spec, spec.greedy_steps)
+            smaller = reduced(observation, orders[k], region, spec, spec.greedy_steps)
             orders[k - 1] = smaller.take(smaller.nll < orders[k - 1].nll, orders[k - 1])
     return orders
 
 
-def extended(observation: Observation, atoms: Atoms, fit: Fit | None, box: Box, spec: SearchSpec, steps: int) -> Fit:
+def extended(
+    observation: Observation, atoms: Atoms, fit: Fit | None, region: Region, spec: SearchSpec, steps: int
+) -> Fit:
     """Add the best atom and refine everything."""
     index = gains(observation, atoms, fit, spec).argmax(-1)
     added = atoms.u.gather(1, index[:, None, None].expand(-1, 1, 3))
     u = added if fit is None else torch.cat([fit.u, added], dim=1)
-    return refined(observation, u, None if fit is None else fit.log_power, box, spec, steps)
+    return refined(observation, u, None if fit is None else fit.log_power, region, spec, steps)
 
 
 def refined(
     observation: Observation,
     u: Tensor,
     log_power: Tensor | None,
-    box: Box,
+    region: Region,
     spec: SearchSpec,
     steps: int,
     tolerance: float = 1e-2,
 ) -> Fit:
     """Local optimum from u [B, k, 3]; known powers may belong to the first sources alone."""
     if spec.objective == "deterministic":
-        u = deterministic_fit(observation, u, box, steps, tolerance)
-        return stochastic_fit(observation, u, None, box, 0, tolerance, positions=False)
+        u = deterministic_fit(observation, u, region, steps, tolerance)
+        return stochastic_fit(observation, u, None, region, 0, tolerance, positions=False)
     if log_power is not None and log_power.shape[1] < u.shape[1]:
         level = log_power.mean(-1, keepdim=True)
         log_power = torch.cat([log_power, level.expand(-1, u.shape[1] - log_power.shape[1])], dim=-1)
-    return stochastic_fit(observation, u, log_power, box, steps, tolerance)
+    return stochastic_fit(observation, u, log_power, region, steps, tolerance)
 
 
 def removal_costs(observation: Observation, fit: Fit) -> Tensor:
@@ -178,17 +195,17 @@ def without(fit: Fit, source: Tensor) -> Fit:
     return Fit(fit.u.gather(1, kept.unsqueeze(-1).expand(-1, -1, 3)), fit.log_power.gather(1, kept), fit.nll)
 
 
-def reduced(observation: Observation, fit: Fit, box: Box, spec: SearchSpec, steps: int) -> Fit:
+def reduced(observation: Observation, fit: Fit, region: Region, spec: SearchSpec, steps: int) -> Fit:
     """Drop the source that is missed least and refine the rest."""
     rest = without(fit, removal_costs(observation, fit).argmin(-1))
-    return refined(observation, rest.u, rest.log_power, box, spec, steps)
+    return refined(observation, rest.u, rest.log_power, region, spec, steps)
 
 
-def swept(observation: Observation, atoms: Atoms, fit: Fit, box: Box, spec: SearchSpec, steps: int) -> Fit:
+def swept(observation: Observation, atoms: Atoms, fit: Fit, region: Region, spec: SearchSpec, steps: int) -> Fit:
     """One alternating-projection sweep: take each source out, search again, refine, keep what is better."""
     for _ in range(fit.u.shape[1]):
         rest = without(fit, torch.zeros(len(observation), dtype=torch.long, device=fit.u.device))
-        candidate = extended(observation, atoms, rest if rest.u.shape[1] else None, box, spec, steps)
+        candidate = extended(observation, atoms, rest if rest.u.shape[1] else None, region, spec, steps)
         rolled = Fit(fit.u.roll(-1, 1), fit.log_power.roll(-1, 1), fit.nll)
         fit = candidate.take(candidate.nll < fit.nll - 1e-6, rolled)
     return fit

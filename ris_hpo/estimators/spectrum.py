@@ -5,10 +5,11 @@ On any covariance [B, N, N] of the aperture:
     MUSIC  1 / || (I - U U^H) a ||^2      U the signal subspace (orthogonal iteration, never a full eigendecomposition)
     MVDR   1 / (a^H R^-1 a)               R loaded with a small multiple of the identity
 
-Both are the reciprocal of a quadratic form a^H Q a, so that peaks are local minima of it: first angles, on the largest value
-over range, then range at those angles, then all three by damped Gauss-Newton steps inside the box.
+Both are the reciprocal of a quadratic form a^H Q a, so that peaks are local minima of it: first angles, on the largest
+value over range, then range at those angles, then all three by damped Gauss-Newton steps inside the box.
 
-They find the sources on the true covariance, and fail on what can be measured here (``least_squares_covariance`` says why).
+They find the sources on the true covariance, and fail on what can be measured here (``least_squares_covariance`` says
+why).
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ from ris_hpo.errors import ConfigError
 from ris_hpo.estimators.covariance import signal_subspace, trace_normalised
 from ris_hpo.estimators.likelihood import Evaluation, descend, ridged_cholesky
 from ris_hpo.estimators.observation import (
-    Box,
-    GridSpec,
     box_steering,
     box_steering_jacobian,
+    clipped,
+    grid_points,
+    limits,
     to_polar,
 )
 from ris_hpo.physics.array import Geometry
+from ris_hpo.physics.grid import GridSpec, Region
 from ris_hpo.physics.sources import Sources
 
 _LOADING = 1e-3  # of the mean diagonal, for MVDR
@@ -96,7 +99,6 @@ def localize_covariance(
     num_sources: Tensor,
     *,
     max_sources: int = 5,
-    box: Box | None = None,
     grid: GridSpec | None = None,
     refinement_steps: int = 25,
 ) -> Sources:
@@ -108,8 +110,7 @@ def localize_covariance(
         method: which functional; ``modified-music`` finds angles from the anti-diagonal (see ``anti_diagonal_angles``).
         num_sources: [B], 0..max_sources.
         max_sources: padded width of the result.
-        box: allowed positions.
-        grid: coarse grid.
+        grid: coarse grid, and the region of allowed positions.
         refinement_steps: Gauss-Newton steps after the grid; 0 for the grid alone.
 
     Returns:
@@ -119,7 +120,8 @@ def localize_covariance(
         ConfigError: a count outside 0..max_sources or a covariance of another shape.
         NumericalError: the covariance is not finite.
     """
-    box, grid = box or Box(), grid or GridSpec()
+    grid = grid or GridSpec()
+    region = grid.region
     n = geometry.num_elements
     if covariance.shape[-2:] != (n, n):
         raise ConfigError(f"covariance has shape {tuple(covariance.shape)}, expected [B, {n}, {n}]")
@@ -134,12 +136,12 @@ def localize_covariance(
         part = covariance[rows].to(torch.complex128)
         form = mvdr_form(geometry, part) if method == "mvdr" else music_form(geometry, part, k)
         if method == "modified-music":
-            u = anti_diagonal_angles(geometry, part, form, k, box)
+            u = anti_diagonal_angles(geometry, part, form, k, region)
         else:
-            u = peak_angles(form, k, box, grid)
-        u = with_best_range(form, u, box)
+            u = peak_angles(form, k, grid)
+        u = with_best_range(form, u, region)
         if refinement_steps:
-            u = refined_peaks(form, u, box, refinement_steps)
+            u = refined_peaks(form, u, region, refinement_steps)
         polar[rows, :k] = torch.stack(to_polar(u), dim=-1)
         power[rows, :k] = _fitted_powers(geometry, part, u)
     mask = torch.arange(max_sources, device=device) < num_sources.to(device).unsqueeze(-1)
@@ -147,24 +149,27 @@ def localize_covariance(
     return Sources(azimuth, elevation, range_m, power.float(), mask)
 
 
-def peak_angles(form: QuadraticForm, k: int, box: Box, grid: GridSpec) -> Tensor:
+def peak_angles(form: QuadraticForm, k: int, grid: GridSpec) -> Tensor:
     """The k highest local maxima over angle of the spectrum's largest value over range: u [B, k, 3]."""
-    points = grid.points(box, form.factor.device)
-    values = -form.of_steering(box_steering(form.geometry, points))
-    volume = values.unflatten(-1, (grid.num_range, grid.num_elevation, grid.num_azimuth))
+    points, valid = grid_points(grid, form.factor.device)
+    inside = -form.of_steering(box_steering(form.geometry, points))
+    values = inside.amin(-1, keepdim=True).repeat(1, len(valid))
+    values[:, valid] = inside
+    volume = values.unflatten(-1, grid.shape)
     best, plane = volume.max(1)
     highest = torch.nn.functional.max_pool2d(best.unsqueeze(1), 3, stride=1, padding=1).squeeze(1)
     span = (best.amax((1, 2), keepdim=True) - best.amin((1, 2), keepdim=True)).clamp(min=1e-12)
     ranked = (best + (best >= highest) * 2 * span).flatten(1)
     index = ranked.topk(min(k, ranked.shape[1]), dim=-1).indices
     index = torch.cat([index, index[:, :1].expand(-1, k - index.shape[1])], dim=1)
-    cell = plane.flatten(1).gather(1, index) * (grid.num_elevation * grid.num_azimuth) + index
-    return points[cell]
+    cell = plane.flatten(1).gather(1, index) * (grid.num_v * grid.num_w) + index
+    number = valid.cumsum(0) - 1  # of a cell among the points
+    return points[number[cell].clamp(min=0)]
 
 
-def with_best_range(form: QuadraticForm, u: Tensor, box: Box, count: int = 64) -> Tensor:
+def with_best_range(form: QuadraticForm, u: Tensor, region: Region, count: int = 64) -> Tensor:
     """The same angles with the best of ``count`` ranges uniform in 1/r, u [B, k, 3]."""
-    low, high = box.limits(u.device)
+    low, high = limits(region, u.device)
     step = (torch.arange(count, dtype=u.dtype, device=u.device) + 0.5) / count
     rho = low[2] + (high[2] - low[2]) * step
     line = torch.cat([u[..., None, :2].expand(-1, -1, count, -1), rho[:, None].expand(*u.shape[:2], -1, 1)], -1)
@@ -172,26 +177,26 @@ def with_best_range(form: QuadraticForm, u: Tensor, box: Box, count: int = 64) -
     return torch.cat([u[..., :2], rho[values.argmin(-1)].unsqueeze(-1)], dim=-1)
 
 
-def refined_peaks(form: QuadraticForm, u: Tensor, box: Box, steps: int) -> Tensor:
+def refined_peaks(form: QuadraticForm, u: Tensor, region: Region, steps: int) -> Tensor:
     """Each of the peaks u [B, k, 3] moved to the local minimum of its quadratic form."""
-    low, high = box.limits(u.device)
+    low, high = limits(region, u.device)
     stride = torch.tensor(_STRIDE, dtype=u.dtype, device=u.device)
-    start = torch.minimum(torch.maximum(u, low), high)
+    start = clipped(u, region)
     peaks = []
     for i in range(u.shape[1]):
         peaks.append(descend(form, QuadraticForm.evaluated, start[:, i], low, high, stride, steps, 1e-10)[0])
     return torch.stack(peaks, dim=1)
 
 
-def anti_diagonal_angles(geometry: Geometry, covariance: Tensor, form: QuadraticForm, k: int, box: Box) -> Tensor:
+def anti_diagonal_angles(geometry: Geometry, covariance: Tensor, form: QuadraticForm, k: int, region: Region) -> Tensor:
     """Angles from the covariance's anti-diagonal, u [B, k, 3] with 1/r in the middle of the box.
 
     The product a_n a_-n^* of an element and its mirror image about the centre loses the wavefront's curvature (all even
-    terms in 1/r) and keeps twice its slope: exp(j 2 pi 2 q_n / lambda). The anti-diagonal of R is therefore one snapshot of
-    a far-field array of twice the spacing with as many plane waves as sources; smoothing over sub-arrays restores the rank,
-    and MUSIC finds the angles (after Ramezani, Kosasih and Bjornson, "An efficient modified MUSIC algorithm for
-    RIS-assisted near-field localization", arXiv 2409.14152). At half-wavelength spacing the doubled array has grating
-    lobes, v and v +- 1; the full-aperture form, at its best range, tells which of them is meant.
+    terms in 1/r) and keeps twice its slope: exp(j 2 pi 2 q_n / lambda). The anti-diagonal of R is therefore one
+    snapshot of a far-field array of twice the spacing with as many plane waves as sources; smoothing over sub-arrays
+    restores the rank, and MUSIC finds the angles (after Ramezani, Kosasih and Bjornson, "An efficient modified MUSIC
+    algorithm for RIS-assisted near-field localization", arXiv 2409.14152). At half-wavelength spacing the doubled array
+    has grating lobes, v and v +- 1; the full-aperture form, at its best range, tells which of them is meant.
     """
     rows, columns = geometry.num_vertical, geometry.num_horizontal
     mirrored = covariance.flip(-1).diagonal(dim1=-2, dim2=-1).unflatten(-1, (rows, columns))
@@ -223,7 +228,7 @@ def anti_diagonal_angles(geometry: Geometry, covariance: Tensor, form: Quadratic
     ranked = (-values + (-values >= highest) * 2.0).flatten(1)
     peak = flat[ranked.topk(k, dim=-1).indices]
 
-    low, high = box.limits(covariance.device)
+    low, high = limits(region, covariance.device)
     shifts = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64, device=covariance.device) * period
     shift_w, shift_v = torch.meshgrid(shifts, shifts, indexing="ij")
     images = peak.unsqueeze(-2) + torch.stack([shift_v, shift_w], dim=-1).flatten(0, 1)
@@ -231,10 +236,11 @@ def anti_diagonal_angles(geometry: Geometry, covariance: Tensor, form: Quadratic
     middle = float((low[2] + high[2]) / 2)
     u = _box_of_direction(images * visible.unsqueeze(-1), middle)
     inside = visible & ((u >= low - 0.03) & (u <= high + 0.03))[..., :2].all(-1)
-    flat_u = with_best_range(form, u.flatten(1, 2), box, 12)
+    flat_u = with_best_range(form, u.flatten(1, 2), region, 12)
     cost = form.of_steering(box_steering(geometry, flat_u)).unflatten(-1, (k, -1))
     best = cost.masked_fill(~inside, torch.inf).argmin(-1)
-    return flat_u.unflatten(1, (k, -1)).gather(2, best[..., None, None].expand(-1, -1, 1, 3)).squeeze(2)
+    result: Tensor = flat_u.unflatten(1, (k, -1)).gather(2, best[..., None, None].expand(-1, -1, 1, 3)).squeeze(2)
+    return result
 
 
 def _box_of_direction(direction: Tensor, rho: float) -> Tensor:

@@ -13,6 +13,7 @@ import hmac
 import ipaddress
 import json
 import logging
+import re
 import secrets
 import socket
 import threading
@@ -24,7 +25,7 @@ from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, urlencode
 
 import optuna_dashboard
 from jinja2 import Environment, PackageLoader
@@ -52,6 +53,7 @@ _HEALTH_PATH: Final = "/healthz"
 _MAX_FORM_BYTES: Final = 4096
 _MAX_HEADER_BYTES: Final = 65_536
 _COMPRESS_ABOVE: Final = 16_384
+_HOST: Final = re.compile(r"(?P<name>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
 _READING: Final = frozenset({"GET", "HEAD"})
 _LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 _NOTHING_MAY_RUN: Final = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox"
@@ -181,9 +183,10 @@ class Gate:
         return self._forward(environ, start_response, path)
 
     def _host_allowed(self, header: str) -> bool:
-        host = urlsplit(f"//{header}").hostname if header else None
-        if host is None:
+        matched = _HOST.fullmatch(header)
+        if matched is None:
             return False
+        host = matched["name"].strip("[]").lower()
         if self._hosts is not None:
             return host in self._hosts
         if host in _LOOPBACK or host in {socket.gethostname().lower(), socket.getfqdn().lower()}:
@@ -329,7 +332,7 @@ class Dashboard:
     ) -> None:
         check_token(token)
         artifacts.mkdir(parents=True, exist_ok=True)
-        self._storage = storage
+        self.storage = storage
         self._token = token
         listener = _listen(host, port)
         self._address = listener.getsockname()[:2]
@@ -389,8 +392,8 @@ class Dashboard:
     def _read_ahead(self) -> None:
         """Fill the storage's cache, so that the first page does not wait for a thousand trials."""
         try:
-            for study in self._storage.get_all_studies():
-                self._storage.get_all_trials(study._study_id, deepcopy=False)
+            for study in self.storage.get_all_studies():
+                self.storage.get_all_trials(study._study_id, deepcopy=False)
         except (StorageInternalError, KeyError) as error:  # a study deleted meanwhile, a store that is away
             log.info("reading ahead stopped: %s", type(error).__name__)
 
@@ -425,7 +428,7 @@ def _same_origin(environ: WSGIEnvironment) -> bool:
     if environ.get("HTTP_SEC_FETCH_SITE", "same-origin") not in {"same-origin", "none"}:
         return False
     origin = environ.get("HTTP_ORIGIN")
-    return origin is None or urlsplit(origin).netloc == environ.get("HTTP_HOST")
+    return origin is None or origin.partition("://")[2] == environ.get("HTTP_HOST")
 
 
 def _compressed(body: Iterable[bytes], headers: list[tuple[str, str]]) -> tuple[Iterable[bytes], list[tuple[str, str]]]:

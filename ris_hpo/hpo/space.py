@@ -13,7 +13,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import Trial
@@ -246,7 +246,7 @@ class StudySpec(Spec):
                 continue
             distribution = dimension.distribution()
             if isinstance(distribution, CategoricalDistribution):
-                params[path] = trial.suggest_categorical(path, list(distribution.choices))
+                params[path] = cast(Value, trial.suggest_categorical(path, list(distribution.choices)))
             elif isinstance(distribution, IntDistribution):
                 params[path] = trial.suggest_int(
                     path, distribution.low, distribution.high, step=distribution.step, log=distribution.log
@@ -274,8 +274,7 @@ class StudySpec(Spec):
         changes = {**self.base, **params}
         if root is not None and "seed" not in self.base:
             changes["seed"] = derived_seed(self.seed, root, "run")
-        config: RunConfig = (config_type or _run_config()).parse({}).replaced(changes)
-        return config
+        return cast("RunConfig", (config_type or _run_config()).parse({}).replaced(changes))
 
     def base_params(self, config_type: type[Spec] | None = None) -> dict[str, Value]:
         """Return the base configuration as parameters of this space.

@@ -460,7 +460,7 @@ def _open_postgres(url: sqlalchemy.URL, address: str, heartbeat: int | None) -> 
         import psycopg  # noqa: F401
     except ImportError:
         raise StoreError("PostgreSQL needs the driver psycopg; install ris-hpo[postgres]") from None
-    password = url.password if url.password is not None else _password_from_surroundings()
+    password = str(url.password) if url.password else _password_from_surroundings()
     connect: dict[str, Any] = {"connect_timeout": 10, "application_name": "ris-hpo", "keepalives_idle": 30}
     if password is not None:
         connect["password"] = password  # kept out of the URL, which Optuna hands on and formats

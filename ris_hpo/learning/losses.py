@@ -6,14 +6,13 @@ The label covariance is R = A diag(p) A^H scaled to trace N, and predictions are
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from ris_hpo.config import Spec
+from ris_hpo.learning.hybrid import Covariances
 from ris_hpo.learning.matching import match
 from ris_hpo.learning.network import Network, Outputs, slot_geometry
 from ris_hpo.physics.array import Cosines, Geometry, cosine_steering, steering, to_cosines
@@ -27,8 +26,8 @@ SUBSPACE_LOADING = 3e-4
 class LossSpec(Spec):
     """Weights; the name used in earlier reports in brackets. A weight of 0 switches the term's computation off."""
 
-    covariance: float = Field(0.0, ge=0, description="NMSE of R_eff (lam_cov)")
-    covariance_pred: float = Field(0.1, ge=0, description="NMSE of R_pred (lam_cov_pred)")
+    covariance: float = Field(0.1, ge=0, description="NMSE of R_eff (lam_cov)")
+    covariance_pred: float = Field(0.0, ge=0, description="NMSE of R_pred (lam_cov_pred)")
     diagonal: float = Field(1.0, ge=0, description="relative weight of the diagonal in both NMSEs (lam_diag)")
     off_diagonal: float = Field(1.0, ge=0, description="relative weight off the diagonal (lam_off)")
     detection: float = Field(1.0, ge=0, description="existence of a source in a cell, or of a slot")
@@ -62,13 +61,6 @@ TERMS = (
     "subspace_alignment",
     "peak_contrast",
 )
-
-
-class Covariances(NamedTuple):
-    """Trace-N covariances [B, N, N] complex64: predicted, and what the loss and the localizer use."""
-
-    predicted: Tensor
-    effective: Tensor
 
 
 def label_factor(truth: Sources, geometry: Geometry) -> Tensor:

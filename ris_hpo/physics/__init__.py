@@ -1,0 +1,1 @@
+"""The scene model: array response, simulation, scene files and Cramer-Rao bounds."""

@@ -66,7 +66,7 @@ def to_cosines(azimuth: Tensor, elevation: Tensor, range_m: Tensor) -> Cosines:
 
 
 def from_cosines(cosines: Cosines) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosine coordinates to (azimuth, elevation, range_m) in the half-space x > 0; v, w are clipped to the unit disc."""
+    """Cosine coordinates to (azimuth, elevation, range_m) in front of the surface; v, w clipped to the unit disc."""
     w = cosines.w.clamp(-1, 1)
     elevation = torch.asin(w)
     limit = torch.cos(elevation).clamp(min=torch.finfo(w.dtype).tiny)
@@ -129,7 +129,8 @@ def cosine_jacobian(azimuth: Tensor, elevation: Tensor, range_m: Tensor) -> Tens
     zero = torch.zeros_like(azimuth)
     sin_az, cos_az, sin_el, cos_el = azimuth.sin(), azimuth.cos(), elevation.sin(), elevation.cos()
     rows = [cos_el * cos_az, -sin_el * sin_az, zero, zero, cos_el, zero, zero, zero, -range_m.pow(-2)]
-    return torch.stack(rows, dim=-1).unflatten(-1, (3, 3))
+    result: Tensor = torch.stack(rows, dim=-1).unflatten(-1, (3, 3))
+    return result
 
 
 def position_jacobian(azimuth: Tensor, elevation: Tensor, range_m: Tensor) -> Tensor:
@@ -141,7 +142,8 @@ def position_jacobian(azimuth: Tensor, elevation: Tensor, range_m: Tensor) -> Te
         r * cos_el * cos_az, -r * sin_el * sin_az, cos_el * sin_az,
         zero, r * cos_el, sin_el,
     ]  # fmt: skip
-    return torch.stack(rows, dim=-1).unflatten(-1, (3, 3))
+    result: Tensor = torch.stack(rows, dim=-1).unflatten(-1, (3, 3))
+    return result
 
 
 def _path_difference(geometry: Geometry, cosines: Cosines) -> tuple[Tensor, Tensor, Tensor, Tensor]:

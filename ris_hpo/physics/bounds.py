@@ -2,17 +2,17 @@ r"""Cramer-Rao bounds of the source positions, deterministic and stochastic.
 
 With T_l = H diag(c_l) (the true channel), g_k,l = T_l a_k, d_ki,l = T_l da_k / dtheta_i and theta = (az, el, r):
 
-*Deterministic*: the symbols are unknown constants. Eliminating them (Stoica and Nehorai, "MUSIC, maximum likelihood, and
-Cramer-Rao bound", IEEE Trans. ASSP 37(5), 1989) leaves, for a manifold that changes with every snapshot,
+*Deterministic*: the symbols are unknown constants. Eliminating them (Stoica and Nehorai, "MUSIC, maximum likelihood,
+and Cramer-Rao bound", IEEE Trans. ASSP 37(5), 1989) leaves, for a manifold that changes with every snapshot,
 
     F_(ki)(k'i') = (2 / sigma^2) sum_l Re[ (d_ki,l s_k,l)^H P_perp(G_l) (d_k'i',l s_k',l) ].
 
 *Stochastic*: y_l ~ CN(0, R_l), R_l = sum_k p_k g_k,l g_k,l^H + sigma^2 I with uncorrelated sources of unknown power and
 unknown noise power; F_ab = sum_l tr(R_l^-1 dR_l/da R_l^-1 dR_l/db) (Slepian-Bangs).
 
-Information that is missing altogether (two equal sources, a source without power, range under a planar wave) gives a very
-large finite variance, never NaN: the information matrix is scaled to a unit diagonal, and where its Cholesky factor does
-not exist a ridge of 1e-14 .. 1e-6, the smallest that works, is added.
+Information that is missing altogether (two equal sources, a source without power, range under a planar wave) gives a
+very large finite variance, never NaN: the information matrix is scaled to a unit diagonal, and where its Cholesky
+factor does not exist a ridge of 1e-14 .. 1e-6, the smallest that works, is added.
 """
 
 from __future__ import annotations
@@ -157,7 +157,8 @@ def _gram_factor(gram: Tensor, mask: Tensor) -> Tensor:
         bad = failed > 0
         ridge = torch.diag_embed((1e-13 * level).expand(*level.shape[:-1], gram.shape[-1]).to(gram.dtype))
         factor[bad] = torch.linalg.cholesky_ex((gram + ridge)[bad])[0]
-    return factor
+    result: Tensor = factor
+    return result
 
 
 def _deterministic_information(scenes: Scenes) -> Tensor:
@@ -173,7 +174,8 @@ def _deterministic_information(scenes: Scenes) -> Tensor:
     whole = weighted.flatten(1, 2)
     information = (whole.mH @ whole - inside.mH @ inside).real
     information = information * 2 / noise[:, None, None]
-    return information
+    result: Tensor = information
+    return result
 
 
 def _stochastic_information(scenes: Scenes) -> Tensor:

@@ -5,7 +5,8 @@ A scene file holds ``y`` complex64 [B, L, M], ``bs_ris_channel`` complex64 [B, M
 (rad) and ``range_m`` float32 [B, K_max], NaN beyond ``num_sources``. ``snr_db`` float32 [B], ``power`` float32
 [B, K_max], ``symbols`` complex64 [B, L, K_max], ``true_channel`` complex64 [B, M, N] and the surface as JSON in
 ``geometry_json`` are written when known and optional when read. An estimate file holds ``num_sources``, ``azimuth``,
-``elevation``, ``range_m``, ``existence`` [B, K_max] and, where the method gives one, ``covariance_m2`` [B, K_max, 3, 3].
+``elevation``, ``range_m``, ``existence`` [B, K_max] and, where the method gives one, ``covariance_m2`` [B, K_max, 3,
+3].
 
 Files are read without unpickling anything and written to a temporary name first, so that none is ever half there.
 """

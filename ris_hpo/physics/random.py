@@ -40,7 +40,10 @@ class SceneRandom:
     def uniform(self, name: str, *shape: int) -> Tensor:
         """[B, *shape] float32 in [0, 1)."""
         words = self.words(name, math.prod(shape))
-        return (_high24(words).to(torch.float32) * _UNIT).unflatten(-1, shape or (1,)).squeeze(-1 if not shape else ())
+        result: Tensor = (
+            (_high24(words).to(torch.float32) * _UNIT).unflatten(-1, shape or (1,)).squeeze(-1 if not shape else ())
+        )
+        return result
 
     def between(self, name: str, bounds: tuple[float, float], *shape: int) -> Tensor:
         """[B, *shape] float32 uniform on the bounds."""
@@ -55,7 +58,8 @@ class SceneRandom:
         words = self.words(name, math.prod(shape))
         magnitude = ((_high24(words) + 1).to(torch.float32) * _UNIT).log_().neg_().sqrt_()
         phase = (words & 0xFFFFFF).to(torch.float32).mul_(2 * math.pi * _UNIT)
-        return torch.polar(magnitude, phase).unflatten(-1, shape)
+        result: Tensor = torch.polar(magnitude, phase).unflatten(-1, shape)
+        return result
 
 
 def _signed(value: int) -> int:

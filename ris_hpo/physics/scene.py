@@ -267,7 +267,8 @@ def code_book(spec: SceneSpec, random: SceneRandom) -> Tensor:
         steps = ((words.unsqueeze(-1) >> shifts) & (levels - 1)).flatten(1)[:, : num_snapshots * n]
         turns = torch.arange(levels, device=words.device, dtype=torch.float32) * (2 * math.pi / levels)
         table = torch.polar(torch.ones_like(turns), turns)
-        return table[steps].unflatten(-1, (num_snapshots, n))
+        result: Tensor = table[steps].unflatten(-1, (num_snapshots, n))
+        return result
     order = n if spec.codes == "dft" else 1 << (n - 1).bit_length()
     stride = max(1, order // num_snapshots)
     first = random.integers("codes", order).unsqueeze(-1)

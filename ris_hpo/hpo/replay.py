@@ -1,0 +1,117 @@
+"""Run a recorded trial again and compare its curve step by step."""
+
+from __future__ import annotations
+
+import math
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from optuna.trial import TrialState
+
+from ris_hpo.errors import StudyError
+from ris_hpo.hpo import attributes as names
+from ris_hpo.hpo.objective import Program, load_program
+from ris_hpo.hpo.samplers import finite_score, lineage_root
+from ris_hpo.hpo.store import Store
+from ris_hpo.hpo.study import get_study, stored_spec
+
+
+@dataclass(frozen=True)
+class ReplayStep:
+    """One validation: ``k_loc`` as recorded and as it came out again."""
+
+    step: int
+    recorded: float
+    replayed: float
+
+
+@dataclass(frozen=True)
+class ReplayReport:
+    """A recorded curve beside its repetition.
+
+    ``identical`` means bit for bit, which holds on the same kind of CPU under the same number of threads; on a GPU, or
+    elsewhere, ``max_difference`` says how far apart the two came. ``stopped`` is true when a stop cut the replay short.
+    """
+
+    study: str
+    number: int
+    identical: bool
+    max_difference: float
+    steps: list[ReplayStep]
+    fingerprint_agrees: bool
+    stopped: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return JSON types."""
+        return asdict(self)
+
+
+def replay(
+    store: Store,
+    study_name: str,
+    number: int,
+    *,
+    device: str | None = None,
+    directory: Path | None = None,
+    program: Program | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> ReplayReport:
+    """Train trial ``number`` again from its first scene, as far as its record goes, and compare.
+
+    Nothing of the study is touched: the repetition works in a directory of its own.
+
+    Args:
+        store: the store.
+        study_name: the study.
+        number: the trial; complete, pruned, or failed after at least one report.
+        device: device to run on; the recorded one by default.
+        directory: where to work; a temporary one by default.
+        program: the training program; the study kind's by default.
+        stop: asked between training steps.
+
+    Raises:
+        StudyError: no such trial, or none that has a curve.
+    """
+    study = get_study(store, study_name)
+    trials = study.get_trials(deepcopy=False)
+    if not 0 <= number < len(trials):
+        raise StudyError(f"study '{study_name}' has no trial {number}: it has {len(trials)}")
+    trial = trials[number]
+    recorded = trial.intermediate_values
+    if not recorded or trial.state in (TrialState.RUNNING, TrialState.WAITING):
+        raise StudyError(f"trial {number} of study '{study_name}' has no finished curve to compare with")
+    spec = stored_spec(study)
+    program = program or load_program(spec.kind)
+    config = spec.config(trial.params, lineage_root(trial), program.config)
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and names.THREADS in trial.user_attrs:
+        torch.set_num_threads(trial.user_attrs[names.THREADS])
+    with tempfile.TemporaryDirectory(prefix="ris-hpo-replay-") as scratch:
+        trainer = program.trainer(
+            config,
+            directory or Path(scratch) / str(number),
+            device=device or trial.user_attrs.get(names.DEVICE, "cpu"),
+            resume=False,
+        )
+        steps: list[ReplayStep] = []
+        for validation in trainer.run(stop):
+            if validation.scenes_seen in recorded:
+                value = finite_score(validation.network.k_loc)
+                steps.append(ReplayStep(validation.scenes_seen, recorded[validation.scenes_seen], value))
+            if validation.scenes_seen >= max(recorded):
+                break
+    differences = [abs(step.recorded - step.replayed) for step in steps]
+    complete = len(steps) == len(recorded)
+    return ReplayReport(
+        study=study_name,
+        number=number,
+        identical=complete and all(difference == 0 for difference in differences),
+        max_difference=max(differences, default=math.inf),
+        steps=steps,
+        fingerprint_agrees=trial.user_attrs.get(names.CONFIG_FINGERPRINT) == config.fingerprint(),
+        stopped=not complete and stop(),
+    )

@@ -1,0 +1,109 @@
+"""From a scene to sources: one path for validation, evaluation and use.
+
+``network``: sources from the network's outputs alone; y is not looked at again. What a search should compare.
+``pipeline``: what a user gets. Proposals of the network -> orthogonal least squares with Levenberg-Marquardt refinement
+among them -> count from evidence and count head -> sources with existence and position covariance.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ris_hpo.config import Spec
+from ris_hpo.estimators.maximum_likelihood import LikelihoodSpec, ols
+from ris_hpo.estimators.spectrum import localize_covariance
+from ris_hpo.learning.hybrid import HybridSpec, covariances
+from ris_hpo.learning.network import Network, Outputs, slot_geometry
+from ris_hpo.physics.array import Cosines
+from ris_hpo.physics.scene import Scenes
+from ris_hpo.physics.sources import Sources
+
+
+class InferenceSpec(Spec):
+    """Settings of the way from outputs to sources."""
+
+    localizer: Literal["polish", "music", "mvdr"] = "polish"
+    proposals: int = Field(64, ge=5, le=512, description="proposals searched by polish")
+    refinement_steps: int = Field(10, ge=0, le=50, description="last Levenberg-Marquardt steps of polish")
+    count_weight: float = Field(0.5, ge=0, le=100, description="weight of the count head's log-probability in evidence")
+    count_confidence: float = Field(
+        0.0, ge=0, le=1, description="below it the network path counts existing slots instead of trusting the head"
+    )
+    channel_error_db: float | None = Field(None, ge=-100, le=20, description="stated error of the known channel")
+    likelihood: LikelihoodSpec = LikelihoodSpec(num_sources=(1, 5))
+    hybrid: HybridSpec = HybridSpec()
+
+
+@torch.no_grad()
+def predict(network: Network, scenes: Scenes, batch: int = 64) -> Outputs:
+    """Outputs of the network in evaluation mode, without the dense cell maps."""
+    was_training = network.training
+    network.eval()
+    try:
+        parts = []
+        for start in range(0, len(scenes), batch):
+            part = network(*network.features(scenes[start : start + batch]))
+            parts.append(part._replace(cell_logit=None, cell_power=None, cell_offset=None))
+    finally:
+        network.train(was_training)
+    return Outputs(*(None if fields[0] is None else torch.cat(fields) for fields in zip(*parts, strict=True)))  # type: ignore[arg-type]
+
+
+def network_sources(outputs: Outputs, spec: InferenceSpec, num_sources: Tensor | None = None) -> Sources:
+    """The ``network`` path: the best K^ slots.
+
+    K^ is the count head's mode where its probability reaches ``count_confidence``; elsewhere the number of slots that
+    probably exist, at least one.
+    """
+    slots = outputs.count.shape[1] - 1
+    probability, counted = outputs.count.exp().max(-1)
+    existence = torch.sigmoid(outputs.existence[:, :slots])
+    by_slots = existence.sum(-1).round().long().clamp(1, slots)
+    if num_sources is None:
+        num_sources = torch.where(probability >= spec.count_confidence, counted, by_slots)
+    mask = torch.arange(slots, device=counted.device) < num_sources.unsqueeze(-1)
+    azimuth, elevation, range_m = slot_geometry(outputs, slots)
+    return Sources(azimuth, elevation, range_m, outputs.power[:, :slots], mask, existence)
+
+
+def localize(
+    network: Network,
+    scenes: Scenes,
+    spec: InferenceSpec,
+    *,
+    num_sources: Tensor | None = None,
+    outputs: Outputs | None = None,
+) -> Sources:
+    """The ``pipeline`` path.
+
+    Args:
+        network: trained.
+        scenes: on the network's device.
+        spec: settings.
+        num_sources: [B] where the count is known.
+        outputs: of the same network on the same scenes, where they have been computed already.
+
+    Returns:
+        Sources [B, K_max]; existence and position covariance with ``polish``.
+    """
+    outputs = predict(network, scenes) if outputs is None else outputs
+    if spec.localizer != "polish":
+        effective = covariances(outputs, scenes, spec.hybrid).effective
+        counts = network_sources(outputs, spec, num_sources).num_sources
+        return localize_covariance(
+            network.spec.geometry, effective, counts, method=spec.localizer, max_sources=network.spec.max_sources
+        )
+    likelihood = spec.likelihood.replaced(
+        {
+            "search.final_steps": spec.refinement_steps,
+            "evidence.prior_weight": spec.count_weight,
+            "channel_error_db": spec.channel_error_db,
+        }
+    )
+    keep = spec.proposals
+    candidates = Cosines(outputs.v[:, :keep], outputs.w[:, :keep], outputs.rho[:, :keep])
+    return ols(scenes, candidates, likelihood, num_sources=num_sources, log_prior=outputs.count)

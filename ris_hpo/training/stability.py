@@ -1,0 +1,195 @@
+"""What keeps a step honest: precision, the gate in front of the optimiser, learning rates, averaged weights.
+
+Everything the gate decides stays on the device, so that an accelerator is never asked for a value in the middle of a
+step: the fused optimiser skips by ``found_inf``, counters and the learning rate are tensors, and the learning rate is a
+function of the steps *taken*, so that no schedule can tick without one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from ris_hpo.config import Spec
+from ris_hpo.errors import ConfigError
+from ris_hpo.learning.network import Network
+
+SMALLEST_NORM = 1e-12  # a step on a smaller total gradient norm is no step
+
+
+class OptimizerSpec(Spec):
+    """AdamW with two groups of parameters, a gate, and averaged weights."""
+
+    learning_rate: float = Field(2e-3, gt=0, le=1, description="of the backbone")
+    head_multiplier: float = Field(1.0, gt=0, le=100, description="heads over backbone")
+    weight_decay: float = Field(1e-4, ge=0, le=1)
+    batch_size: int = Field(32, ge=1, le=65536, description="scenes in one forward pass")
+    accumulate: int = Field(1, ge=1, le=1024, description="forward passes in one step")
+    warmup: float = Field(0.05, ge=0, le=0.9, description="share of the steps")
+    warmup_floor: float = Field(0.05, gt=0, le=1, description="share of the rate that warm-up starts from")
+    final_rate: float = Field(0.02, ge=0, le=1, description="share of the rate that the cosine ends at")
+    clip: float = Field(1.0, gt=0, description="largest total gradient norm")
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    ema_decay: float = Field(0.995, ge=0, lt=1, description="0 switches averaging off")
+    swa_start: float = Field(1.0, ge=0, le=1, description="share of the budget after which weights are averaged evenly")
+    skips_allowed: int = Field(20, ge=1, description="skipped steps in a row after which training has diverged")
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerSpec:
+        if self.swa_start < 1 and self.ema_decay > 0:
+            raise ValueError("choose one of ema_decay > 0 and swa_start < 1")
+        return self
+
+
+def autocast(spec: OptimizerSpec, device: torch.device) -> AbstractContextManager[None]:
+    """Mixed precision for the learned part; covariances and decompositions leave it by themselves."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[spec.precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=spec.precision != "fp32")
+
+
+class StepGate(nn.Module):
+    """Optimiser, loss scale, learning rate and counters behind one decision: is this gradient fit for a step?
+
+    The order of a step: unscale once -> clip -> step if the total norm is finite and above 1e-12, else count a skip by
+    cause -> loss scale update. NaN gradients are never turned into numbers. The counters are buffers.
+    """
+
+    def __init__(self, network: Network, spec: OptimizerSpec, total_steps: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.total_steps = max(1, total_steps)
+        groups = []
+        for name, part, multiplier in (
+            ("backbone", network.backbone, 1.0),
+            ("heads", network.heads, spec.head_multiplier),
+        ):
+            parameters = [p for p in part.parameters() if p.requires_grad]
+            if parameters:
+                rate = torch.tensor(spec.learning_rate * multiplier)
+                groups.append({"params": parameters, "name": name, "lr": rate, "multiplier": multiplier})
+        if not groups:
+            raise ConfigError("no parameter is trained: every group is frozen")
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=spec.weight_decay, fused=True)
+        for name in ("steps_taken", "skipped_not_finite", "skipped_vanishing", "skipped_in_a_row", "since_overflow"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
+        self.register_buffer("scale", torch.tensor(2.0**14 if spec.precision == "fp16" else 1.0))
+        self.register_buffer("gradient_norms", torch.zeros(len(groups)))
+
+    def parameters_of(self, group: int) -> list[nn.Parameter]:
+        """Parameters of one group, backbone first."""
+        parameters: list[nn.Parameter] = self.optimizer.param_groups[group]["params"]
+        return parameters
+
+    def rate(self) -> Tensor:
+        """Learning rate over its peak: warm-up from a non-zero floor, then cosine; a function of the steps taken."""
+        spec, taken = self.spec, self.steps_taken.float()
+        warm = max(1.0, spec.warmup * self.total_steps)
+        rising = spec.warmup_floor + (1 - spec.warmup_floor) * (taken + 1) / warm
+        progress = ((taken - warm) / max(1.0, self.total_steps - warm)).clamp(0, 1)
+        falling = spec.final_rate + (1 - spec.final_rate) * 0.5 * (1 + torch.cos(math.pi * progress))
+        return torch.where(taken + 1 < warm, rising, falling)
+
+    def step(self, backbone_scale: float = 1.0) -> Tensor:
+        """Decide and step.
+
+        Args:
+            backbone_scale: factor on the backbone's rate (a phase may slow it).
+
+        Returns:
+            bool tensor: whether the step was taken.
+        """
+        inverse = 1.0 / self.scale
+        norms = []
+        for group in self.optimizer.param_groups:
+            gradients = [p.grad for p in group["params"] if p.grad is not None]
+            if self.spec.precision == "fp16":
+                torch._foreach_mul_(gradients, inverse)
+            norms.append(torch.stack(torch._foreach_norm(gradients)).norm() if gradients else inverse * 0)
+        self.gradient_norms.copy_(torch.stack(norms))
+        total = self.gradient_norms.norm()
+        finite = torch.isfinite(total)
+        fit = finite & (total > SMALLEST_NORM)
+
+        clip = (self.spec.clip / total.clamp(min=self.spec.clip)).nan_to_num(1.0)
+        rate = self.rate()
+        for group in self.optimizer.param_groups:
+            gradients = [p.grad for p in group["params"] if p.grad is not None]
+            if gradients:
+                torch._foreach_mul_(gradients, clip)
+            slowed = backbone_scale if group["name"] == "backbone" else 1.0
+            group["lr"].copy_(rate * (self.spec.learning_rate * group["multiplier"] * slowed))
+        self.optimizer.found_inf = (~fit).float()  # type: ignore[attr-defined]
+        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+        self.optimizer.step()
+
+        self.steps_taken += fit
+        self.skipped_not_finite += ~finite
+        self.skipped_vanishing += finite & ~fit
+        self.skipped_in_a_row.copy_(torch.where(fit, 0, self.skipped_in_a_row + 1))
+        if self.spec.precision == "fp16":
+            self._rescale(finite)
+        return fit
+
+    def _rescale(self, finite: Tensor) -> None:
+        """Halve the loss scale after an overflow, double it after 1000 steps without one."""
+        self.since_overflow.copy_(torch.where(finite, self.since_overflow + 1, 0))
+        grown = torch.where(self.since_overflow >= 1000, self.scale * 2, self.scale)
+        self.since_overflow.copy_(torch.where(self.since_overflow >= 1000, 0, self.since_overflow))
+        self.scale.copy_(torch.where(finite, grown, self.scale / 2).clamp(1.0, 2.0**24))
+
+
+class AveragedWeights(nn.Module):
+    """Exponential or even (SWA) average of the weights, moved only by steps that were taken.
+
+    There are no batch statistics in the network, so that the averaged weights need no second pass over data.
+    """
+
+    def __init__(self, network: Network, spec: OptimizerSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.average = nn.ParameterDict(
+            {name.replace(".", "/"): nn.Parameter(p.detach().clone(), False) for name, p in network.named_parameters()}
+        )
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def enabled(self) -> bool:
+        """Whether evaluation uses averaged weights."""
+        return self.spec.ema_decay > 0 or self.spec.swa_start < 1
+
+    @torch.no_grad()
+    def update(self, network: Network, taken: Tensor, progress: float) -> None:
+        """Move toward the network's weights if the step was ``taken``; ``progress`` is the share of the budget spent."""
+        even = self.spec.swa_start < 1 and progress >= self.spec.swa_start
+        if not even and self.spec.ema_decay == 0:
+            return
+        self.count += taken
+        count = self.count.float()
+        share = 1 / count.clamp(min=1) if even else 1 - torch.minimum(
+            torch.full_like(count, self.spec.ema_decay), (1 + count) / (10 + count)
+        )  # fmt: skip
+        weight = torch.where(taken, share, torch.zeros_like(share))
+        own = dict(network.named_parameters())
+        averages = [self.average[name.replace(".", "/")] for name in own]
+        step = torch._foreach_sub([p.detach() for p in own.values()], averages)
+        torch._foreach_mul_(step, weight)
+        torch._foreach_add_(averages, step)
+
+    def state(self, network: Network) -> dict[str, Tensor]:
+        """The weights that evaluation should use: averaged ones once there are any, else the network's own."""
+        own = {name: p.detach() for name, p in network.named_parameters()}
+        if not self.enabled or int(self.count) == 0:
+            return own
+        return {name: self.average[name.replace(".", "/")].detach() for name in own}
+
+
+def movement(before: Iterable[Tensor], after: Iterable[Tensor]) -> float:
+    """||theta_after - theta_before||, to see that a step really moved the parameters."""
+    squares = [(b - a).double().square().sum() for a, b in zip(before, after, strict=True)]
+    return float(torch.stack(squares).sum().sqrt())

@@ -1,0 +1,62 @@
+"""Append-only JSONL events of a run, and what they say about it.
+
+One line per event, with ``event`` and ``scenes_seen``. A resumed run cuts the file back to what its checkpoint knew, so
+that no step is told twice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from ris_hpo.errors import ConfigError
+
+FILE_NAME = "telemetry.jsonl"
+STEP, VALIDATION, PHASE, GATE, START, END = "step", "validation", "phase", "gate", "start", "end"
+
+
+class Telemetry:
+    """Writer of one run's events; a context manager."""
+
+    def __init__(self, directory: Path, offset: int = 0) -> None:
+        self.path = directory / FILE_NAME
+        if self.path.exists():
+            with self.path.open("rb+") as stream:
+                stream.truncate(min(offset, self.path.stat().st_size))
+        self._stream: TextIO = self.path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> Telemetry:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stream.close()
+
+    def write(self, event: str, scenes_seen: int, **values: Any) -> None:
+        """Append one event; infinities and NaN are written as null with their name under ``not_finite``."""
+        record = {"event": event, "scenes_seen": scenes_seen} | values
+        bad = [key for key, value in record.items() if isinstance(value, float) and not abs(value) < float("inf")]
+        if bad:
+            record |= dict.fromkeys(bad) | {"not_finite": bad}
+        self._stream.write(json.dumps(record, separators=(",", ":")) + "\n")
+
+    def offset(self) -> int:
+        """Bytes written so far, flushed to the operating system."""
+        self._stream.flush()
+        return self._stream.tell()
+
+
+def read(directory: Path) -> Iterator[dict[str, Any]]:
+    """Events of a run, oldest first; a last line cut short by a crash is left out.
+
+    Raises:
+        ConfigError: there is no telemetry in the directory.
+    """
+    path = directory / FILE_NAME
+    if not path.is_file():
+        raise ConfigError(f"{path}: no telemetry; is '{directory}' the directory of a run?")
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            yield json.loads(line)

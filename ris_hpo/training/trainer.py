@@ -1,0 +1,597 @@
+"""The training loop.
+
+One step, in this order: forward -> loss terms -> finite check by term -> backward (for every micro-batch) -> unscale once
+-> clip -> gate -> step -> loss scale -> learning rate (a function of the steps taken) -> movement -> averaged weights.
+Validation uses the same inference path as evaluation and use, with the averaged weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from ris_hpo.errors import CheckpointError, DeviceError, GateError, TrainingDivergedError
+from ris_hpo.learning.features import Features
+from ris_hpo.learning.hybrid import covariances
+from ris_hpo.learning.inference import localize, network_sources, predict
+from ris_hpo.learning.losses import TERMS, LossSpec, loss_terms
+from ris_hpo.learning.metrics import SCORE_VERSION, Scores, floor_scores, score
+from ris_hpo.learning.network import Network, Outputs
+from ris_hpo.physics.scene import Scenes, simulate
+from ris_hpo.training import checkpoint, telemetry
+from ris_hpo.training.balance import Balance
+from ris_hpo.training.config import PhaseSpec, RunConfig
+from ris_hpo.training.stability import AveragedWeights, StepGate, autocast, movement
+from ris_hpo.training.telemetry import Telemetry
+
+__all__ = ["Conclusion", "RunConfig", "Trainer", "Validation", "load_network"]
+
+LAST, BEST = "last.safetensors", "best.safetensors"
+TRAINING_FAMILY = 1 << 40  # training seeds are this far from those of validation and test scenes
+CACHE_BYTES = 4 << 30  # a fixed set of scenes whose features fit in here is kept on the device
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """Scores on the frozen set after ``scenes_seen`` scenes."""
+
+    scenes_seen: int
+    network: Scores
+    floor: Scores
+    loss: float
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self) | {"network": self.network.as_dict(), "floor": self.floor.as_dict()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Validation:
+        """Inverse of :meth:`as_dict`."""
+        scores = {name: Scores.from_dict(values[name]) for name in ("network", "floor")}
+        return cls(**(values | scores))
+
+
+@dataclass(frozen=True, slots=True)
+class Conclusion:
+    """Both paths' scores of the best weights, each beside the floor on its own scenes.
+
+    ``pipeline`` is scored on the first ``budget.pipeline_scenes`` of the frozen set; with 0 it is the network path's.
+    """
+
+    network: Scores
+    floor: Scores
+    pipeline: Scores
+    pipeline_floor: Scores
+    parameters: dict[str, int]
+
+
+class Trainer:
+    """Trains one configuration in one directory; continues from its checkpoint as if nothing had happened.
+
+    Args:
+        config: everything the run depends on.
+        directory: gets ``last.safetensors`` (whole state), ``best.safetensors`` (weights by ``k_loc``), telemetry.
+        device: "cpu" or "cuda[:i]".
+        resume: continue from ``last.safetensors`` where there is one; False refuses a directory that has one.
+        scenes: train on these instead of simulated ones.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or of another configuration.
+        DeviceError: the device is not there.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        directory: Path,
+        *,
+        device: str = "cpu",
+        resume: bool = True,
+        scenes: Scenes | None = None,
+    ) -> None:
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise DeviceError(f"device '{device}' was asked for, but torch {torch.__version__} sees no CUDA device")
+        self.config = config
+        self.directory = Path(directory)
+        self.device = torch.device(device)
+        self.history: list[Validation] = []
+        self.best: Validation | None = None
+        self.initial: Validation | None = None
+        self.scenes_seen = 0
+        self.finished = False
+        self.phase_index = 0
+        self.phase_start = 0
+        self.phase_extensions = 0
+        self.phase_baseline: Scores | None = None
+        self.seconds = 0.0
+        self._loss_sum, self._loss_count = 0.0, 0
+        self._telemetry_offset = 0
+        self._first_bad_term: str | None = None
+
+        torch.manual_seed(config.seed)
+        self.network = Network(config.network).to(self.device)
+        self.balance = Balance(config.balance, list(TERMS)).to(self.device)
+        if config.balance.kind == "uncertainty":  # learned by the same optimiser, as a head
+            self.network.heads.register_parameter("log_variance", self.balance.log_variance)
+        self.gate = StepGate(self.network, config.optimizer, self._planned_steps()).to(self.device)
+        self.averaged = AveragedWeights(self.network, config.optimizer).to(self.device)
+        self._dataset = self._make_dataset(scenes)
+        self._features: Features | None = None
+        self._validation: tuple[Scenes, list[Features], Scores] | None = None
+
+        last = self.directory / LAST
+        if last.exists():
+            if not resume:
+                raise CheckpointError(f"{last}: already there; choose an empty directory or resume")
+            self._restore(*checkpoint.read(last))
+        elif not resume or not self.history:
+            self.directory.mkdir(parents=True, exist_ok=True)
+
+    # -- the run -----------------------------------------------------------------------------------------------------
+
+    def run(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Validation]:
+        """Train to the end, yielding after each validation, its checkpoint on disk by then.
+
+        Args:
+            stop: asked before every step; once true, the state is saved and the generator returns, ``finished`` False.
+
+        Raises:
+            TrainingDivergedError: a non-finite loss or gradients again and again, with the first failing term's name.
+            GateError: a phase's gate failed after its extensions.
+        """
+        budget = self.config.budget
+        with Telemetry(self.directory, self._telemetry_offset) as log:
+            if self.scenes_seen == 0 and self.initial is None:
+                counts = self.network.parameter_counts()
+                log.write(telemetry.START, 0, config=self.config.fingerprint(), device=str(self.device), **counts)
+                self.initial = self.validate()
+                self.phase_baseline = self.initial.network
+                log.write(telemetry.VALIDATION, 0, **_flat(self.initial))
+                self._save(log)
+            while not self.finished:
+                if stop():
+                    self._save(log)
+                    return
+                began = time.monotonic()
+                self._step(log)
+                self.seconds += time.monotonic() - began
+                if self.scenes_seen % budget.validate_every and self.scenes_seen < self._total_scenes():
+                    continue
+                self._refuse_divergence(log)
+                validation = self.validate()
+                self.history.append(validation)
+                log.write(telemetry.VALIDATION, self.scenes_seen, **_flat(validation))
+                self._loss_sum, self._loss_count = 0.0, 0
+                if self.best is None or validation.network.k_loc < self.best.network.k_loc:
+                    self.best = validation
+                    self._save_best()
+                self._turn_phase(validation, log)
+                self.finished = self.scenes_seen >= self._total_scenes() or self._flat_for(budget.patience)
+                if self.finished:
+                    log.write(telemetry.END, self.scenes_seen, diagnosis=self.diagnosis())
+                self._save(log)
+                yield validation
+
+    def validate(self) -> Validation:
+        """Network-path scores of the evaluation weights on the frozen set."""
+        scenes, features, floor = self._frozen()
+        began = time.monotonic()
+        with self.evaluation_weights() as network, torch.no_grad():
+            parts = [network_sources(network(*part), self.config.inference) for part in features]
+            found = parts[0].cat(parts)
+        loss = self._loss_sum / self._loss_count if self._loss_count else 0.0
+        return Validation(self.scenes_seen, score(found, scenes.require_truth()), floor, loss, time.monotonic() - began)
+
+    def conclude(self) -> Conclusion:
+        """Score the best weights on both paths.
+
+        Raises:
+            CheckpointError: there are no best weights yet.
+        """
+        network, _ = load_network(self.directory, device=str(self.device))
+        scenes, features, floor = self._frozen()
+        inference = self.config.inference
+        with torch.no_grad():
+            parts = [network_sources(network(*part), inference) for part in features]
+        scores = score(parts[0].cat(parts), scenes.require_truth())
+        count = min(self.config.budget.pipeline_scenes, len(scenes))
+        if count == 0:
+            return Conclusion(scores, floor, scores, floor, network.parameter_counts())
+        few = scenes[:count]
+        pipeline = score(localize(network, few, inference), few.require_truth())
+        return Conclusion(scores, floor, pipeline, floor_scores(few), network.parameter_counts())
+
+    def evaluation_weights(self) -> _Swapped:
+        """Context in which the network holds the averaged weights and is in evaluation mode."""
+        return _Swapped(self.network, self.averaged.state(self.network))
+
+    def diagnosis(self) -> str:
+        """One line on whether the run learned, and if not, why."""
+        gate = self.gate
+        taken = int(gate.steps_taken)
+        not_finite, vanishing = int(gate.skipped_not_finite), int(gate.skipped_vanishing)
+        total = taken + not_finite + vanishing
+        cause = f", first non-finite term: {self._first_bad_term}" if self._first_bad_term else ""
+        if taken == 0:
+            return f"no step was taken: {total - taken} of {total} skipped{cause}"
+        if self.initial is not None and self.best is not None:
+            gained = self.initial.network.k_loc - self.best.network.k_loc
+            if gained <= 0:
+                return f"k_loc never fell below its start ({self.initial.network.k_loc:.3f}); {taken} steps taken{cause}"
+            skipped = f", {total - taken} of {total} steps skipped{cause}" if total > taken else ""
+            return f"k_loc fell by {gained:.3f} in {taken} steps{skipped}"
+        return f"{taken} of {total} steps taken{cause}"
+
+    # -- one step ----------------------------------------------------------------------------------------------------
+
+    def _step(self, log: Telemetry) -> None:
+        spec, phase, loss_spec = self.config.optimizer, self._phase(), self._loss()
+        boundary = self._next_boundary()
+        began, first = time.monotonic(), self.scenes_seen
+        micro = min(spec.batch_size, boundary - self.scenes_seen)
+        passes = min(spec.accumulate, math.ceil((boundary - self.scenes_seen) / micro))
+        self.network.train()
+        self.gate.optimizer.zero_grad(set_to_none=True)
+        progress = self._phase_progress()
+        sums: dict[str, Tensor] = {}
+        weighted_sums: Tensor | None = None
+        total_scenes = min(micro * passes, boundary - first)
+        for _ in range(passes):
+            size = min(micro, boundary - self.scenes_seen)
+            scenes, features = self._batch(self.scenes_seen, size)
+            terms = self._terms(scenes, features, loss_spec, phase)
+            weighted = self.balance.weighted(terms, loss_spec, phase, progress)
+            self._note_bad(terms)
+            share = size / total_scenes
+            loss = (weighted.sum() + self.balance.regulariser()) * share
+            self.balance.follow_gradients(terms, loss_spec, self._shared_parameter())
+            (loss * self.gate.scale).backward()
+            for name, value in terms.items():
+                sums[name] = sums.get(name, torch.zeros_like(value.detach())) + share * value.detach()
+            part = share * weighted.detach()
+            weighted_sums = part if weighted_sums is None else weighted_sums + part
+            self.scenes_seen += size
+        assert weighted_sums is not None
+        before = [p.detach().clone() for p in self.network.parameters()]
+        taken = self.gate.step(phase.backbone_rate if phase else 1.0)
+        moved = movement(before, (p.detach() for p in self.network.parameters()))
+        self.averaged.update(self.network, taken, self.scenes_seen / self._total_scenes())
+        total = float(weighted_sums.sum())
+        if math.isfinite(total):
+            self._loss_sum += total
+            self._loss_count += 1
+        rates = {f"rate_{g['name']}": float(g["lr"]) for g in self.gate.optimizer.param_groups}
+        norms = {
+            f"gradient_norm_{g['name']}": float(norm)
+            for g, norm in zip(self.gate.optimizer.param_groups, self.gate.gradient_norms, strict=True)
+        }
+        log.write(
+            telemetry.STEP,
+            self.scenes_seen,
+            loss=total,
+            taken=bool(taken),
+            movement=moved,
+            scenes_per_second=total_scenes / max(time.monotonic() - began, 1e-9),
+            memory_bytes=torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0,
+            scale=float(self.gate.scale),
+            **rates,
+            **norms,
+            **{f"raw_{name}": float(value) for name, value in sums.items()},
+            **{f"weighted_{name}": float(value) for name, value in zip(sums, weighted_sums, strict=True)},
+        )
+        if int(self.gate.skipped_in_a_row) >= spec.skips_allowed:
+            self._refuse_divergence(log)
+
+    def _terms(
+        self, scenes: Scenes, features: Features, loss: LossSpec, phase: PhaseSpec | None
+    ) -> dict[str, Tensor]:
+        """Forward pass and raw loss terms."""
+        with autocast(self.config.optimizer, self.device):
+            outputs: Outputs = self.network(*features)
+        mixed = covariances(outputs, scenes, self.config.inference.hybrid, self._beta(phase))
+        return loss_terms(loss, self.network, outputs, mixed, scenes)
+
+    def _beta(self, phase: PhaseSpec | None) -> float:
+        hybrid = self.config.inference.hybrid
+        beta = hybrid.beta if phase is None or phase.beta is None else phase.beta
+        if beta == 0:
+            return 0.0
+        ramp = hybrid.beta_ramp * self._total_scenes()
+        beta *= min(1.0, self.scenes_seen / ramp) if ramp > 0 else 1.0
+        if hybrid.beta_jitter:
+            beta += hybrid.beta_jitter * (2 * float(torch.rand(())) - 1)
+        return min(max(beta, 0.0), 0.9)
+
+    def _note_bad(self, terms: dict[str, Tensor]) -> None:
+        finite = torch.isfinite(torch.stack([value.detach() for value in terms.values()]))
+        if self._first_bad_term is None and not bool(finite.all()):
+            self._first_bad_term = list(terms)[int((~finite).int().argmax())]
+
+    def _refuse_divergence(self, log: Telemetry) -> None:
+        row = int(self.gate.skipped_in_a_row)
+        if row < self.config.optimizer.skips_allowed:
+            return
+        message = f"training diverged after {self.scenes_seen} scenes: {row} steps in a row skipped; {self.diagnosis()}"
+        log.write(telemetry.END, self.scenes_seen, diagnosis=message)
+        raise TrainingDivergedError(message)
+
+    def _shared_parameter(self) -> Tensor:
+        return list(self.network.backbone.parameters())[-2]
+
+    # -- data --------------------------------------------------------------------------------------------------------
+
+    def _make_dataset(self, scenes: Scenes | None) -> Scenes | None:
+        if scenes is not None:
+            scenes.require_truth()
+            return scenes.to(self.device)
+        if self.config.budget.fixed_scenes:
+            return self._simulated(0, self.config.budget.fixed_scenes)
+        return None
+
+    def _simulated(self, start: int, count: int) -> Scenes:
+        seed = TRAINING_FAMILY + self.config.seed
+        return simulate(self.config.scene, seed, range(start, start + count), device=self.device)
+
+    def _batch(self, start: int, size: int) -> tuple[Scenes, Features]:
+        """Scenes ``start`` .. ``start + size`` of the run: drawn afresh, or from the fixed set in shuffled epochs."""
+        if self._dataset is None:
+            scenes = self._simulated(start, size)
+            return scenes, self.network.features(scenes)
+        count = len(self._dataset)
+        order = []
+        for position in range(start, start + size):
+            epoch, place = divmod(position, count)
+            order.append(int(self._shuffled(epoch)[place]))
+        index = torch.tensor(order, device=self.device)
+        scenes = self._dataset[index]
+        if self._features is None and self.network.features(scenes[:1]).maps.numel() * 4 * count < CACHE_BYTES:
+            parts = [self.network.features(self._dataset[i : i + 64]) for i in range(0, count, 64)]
+            self._features = Features(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+        if self._features is None:
+            return scenes, self.network.features(scenes)
+        return scenes, Features(*(field[index] for field in self._features))
+
+    def _shuffled(self, epoch: int) -> Tensor:
+        if getattr(self, "_order_epoch", None) != epoch:
+            generator = torch.Generator().manual_seed((self.config.seed << 20) + epoch)
+            assert self._dataset is not None
+            self._order, self._order_epoch = torch.randperm(len(self._dataset), generator=generator), epoch
+        return self._order
+
+    def _frozen(self) -> tuple[Scenes, list[Features], Scores]:
+        """The validation set with its features and floor, made once."""
+        if self._validation is None:
+            budget = self.config.budget
+            if budget.fixed_scenes and self._dataset is not None:
+                scenes = self._dataset  # phase 0: train = validation
+            else:
+                count = range(budget.validation_scenes)
+                scenes = simulate(self.config.scene, budget.validation_seed, count, device=self.device)
+            features = [self.network.features(scenes[i : i + 64]) for i in range(0, len(scenes), 64)]
+            self._validation = scenes, features, floor_scores(scenes)
+        return self._validation
+
+    # -- phases ------------------------------------------------------------------------------------------------------
+
+    def _phase(self) -> PhaseSpec | None:
+        return self.config.phases[self.phase_index] if self.config.phases else None
+
+    def _loss(self) -> LossSpec:
+        phase = self._phase()
+        if phase is None:
+            return self.config.loss
+        ramped = {name: 1.0 for name in phase.ramp}  # computed at all; the balance scales them
+        return self.config.loss.replaced({**phase.loss, **ramped})
+
+    def _phase_scenes(self) -> int:
+        """Length of the current phase with its extensions, a whole number of validations."""
+        phase, budget = self._phase(), self.config.budget
+        if phase is None:
+            return budget.scenes
+        length = phase.share * budget.scenes * (1 + 0.25 * self.phase_extensions)
+        return max(1, round(length / budget.validate_every)) * budget.validate_every
+
+    def _phase_progress(self) -> float:
+        return min(1.0, (self.scenes_seen - self.phase_start) / self._phase_scenes())
+
+    def _total_scenes(self) -> int:
+        if not self.config.phases:
+            return self.config.budget.scenes
+        every, budget = self.config.budget.validate_every, self.config.budget.scenes
+        rest = sum(max(1, round(p.share * budget / every)) * every for p in self.config.phases[self.phase_index + 1 :])
+        return self.phase_start + self._phase_scenes() + rest
+
+    def _next_boundary(self) -> int:
+        every = self.config.budget.validate_every
+        return min((self.scenes_seen // every + 1) * every, self._total_scenes())
+
+    def _planned_steps(self) -> int:
+        budget, spec = self.config.budget, self.config.optimizer
+        per_step = spec.batch_size * spec.accumulate
+        whole, rest = divmod(budget.scenes, budget.validate_every)
+        return whole * math.ceil(budget.validate_every / per_step) + math.ceil(rest / per_step)
+
+    def _turn_phase(self, validation: Validation, log: Telemetry) -> None:
+        phase = self._phase()
+        if phase is None or self.scenes_seen < self.phase_start + self._phase_scenes():
+            return
+        assert self.phase_baseline is not None
+        failed = []
+        for gate in phase.gates:
+            before = getattr(self.phase_baseline, gate.metric)
+            after = getattr(validation.network, gate.metric)
+            gained = after - before if gate.direction == "up" else before - after
+            passed = gained >= gate.margin
+            log.write(
+                telemetry.GATE,
+                self.scenes_seen,
+                phase=phase.name,
+                metric=gate.metric,
+                direction=gate.direction,
+                before=before,
+                after=after,
+                margin=gate.margin,
+                passed=passed,
+            )
+            if not passed:
+                failed.append(
+                    f"{gate.metric} should go {gate.direction} by {gate.margin:g}: {before:.4f} -> {after:.4f}"
+                )
+        if failed and self.phase_extensions < phase.patience:
+            self.phase_extensions += 1
+            return
+        if failed:
+            self._save(log)
+            raise GateError(f"phase '{phase.name}' failed its gate: {'; '.join(failed)}")
+        log.write(telemetry.PHASE, self.scenes_seen, phase=phase.name, extensions=self.phase_extensions)
+        if self.phase_index + 1 < len(self.config.phases):
+            self.phase_start += self._phase_scenes()
+            self.phase_index += 1
+            self.phase_extensions = 0
+            self.phase_baseline = validation.network
+
+    def _flat_for(self, patience: int) -> bool:
+        if patience == 0 or self.best is None:
+            return False
+        since = [v for v in self.history if v.scenes_seen > self.best.scenes_seen]
+        return len(since) >= patience
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _save(self, log: Telemetry) -> None:
+        self._telemetry_offset = log.offset()
+        tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        tensors |= {f"gate.{name}": value for name, value in self.gate.state_dict().items()}
+        tensors |= {f"averaged.{name}": value for name, value in self.averaged.state_dict().items()}
+        tensors |= {f"balance.{name}": value for name, value in self.balance.state_dict().items()}
+        for index, slot in self.gate.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in slot.items()}
+        tensors["random.cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        baseline = self.phase_baseline
+        state = {
+            "config": self.config.model_dump(mode="json"),
+            "fingerprint": self.config.fingerprint(),
+            "score_version": SCORE_VERSION,
+            "torch": torch.__version__,
+            "scenes_seen": self.scenes_seen,
+            "finished": self.finished,
+            "phase_index": self.phase_index,
+            "phase_start": self.phase_start,
+            "phase_extensions": self.phase_extensions,
+            "phase_baseline": baseline.as_dict() if baseline else None,
+            "history": [v.as_dict() for v in self.history],
+            "initial": self.initial.as_dict() if self.initial else None,
+            "seconds": self.seconds,
+            "loss": [self._loss_sum, self._loss_count],
+            "first_bad_term": self._first_bad_term,
+            "telemetry_offset": self._telemetry_offset,
+        }
+        checkpoint.write(self.directory / LAST, tensors, state)
+
+    def _save_best(self) -> None:
+        assert self.best is not None
+        state = {
+            "config": self.config.model_dump(mode="json"),
+            "fingerprint": self.config.fingerprint(),
+            "score_version": SCORE_VERSION,
+            "torch": torch.__version__,
+            "scenes_seen": self.scenes_seen,
+            "validation": self.best.as_dict(),
+        }
+        checkpoint.write(self.directory / BEST, self.averaged.state(self.network), state)
+
+    def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        if state["fingerprint"] != self.config.fingerprint():
+            raise CheckpointError(
+                f"{self.directory / LAST}: belongs to configuration {state['fingerprint']}, "
+                f"not {self.config.fingerprint()}; use another directory"
+            )
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+        self.network.load_state_dict(part("network."))
+        self.gate.load_state_dict(part("gate."))
+        self.averaged.load_state_dict(part("averaged."))
+        self.balance.load_state_dict(part("balance."))
+        optimizer = self.gate.optimizer.state_dict()
+        slots: dict[int, dict[str, Tensor]] = {}
+        for name, value in part("optimizer.").items():
+            index, field = name.split(".", 1)
+            slots.setdefault(int(index), {})[field] = value
+        optimizer["state"] = slots
+        self.gate.optimizer.load_state_dict(optimizer)
+        torch.set_rng_state(tensors["random.cpu"])
+        if "random.cuda" in tensors and self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+        for name in ("scenes_seen", "finished", "phase_index", "phase_start", "phase_extensions", "seconds"):
+            setattr(self, name, state[name])
+        self.phase_baseline = Scores.from_dict(state["phase_baseline"]) if state["phase_baseline"] else None
+        self.history = [Validation.from_dict(values) for values in state["history"]]
+        self.initial = Validation.from_dict(state["initial"]) if state["initial"] else None
+        self._loss_sum, self._loss_count = state["loss"]
+        self._first_bad_term = state["first_bad_term"]
+        self._telemetry_offset = state["telemetry_offset"]
+        self.best = min(self.history, key=lambda v: v.network.k_loc, default=None)
+
+
+class _Swapped:
+    """Puts weights into a network in evaluation mode for the length of a ``with``."""
+
+    def __init__(self, network: Network, weights: dict[str, Tensor]) -> None:
+        self.network, self.weights = network, weights
+
+    def __enter__(self) -> Network:
+        self._own = {name: p.detach().clone() for name, p in self.network.named_parameters()}
+        self._was_training = self.network.training
+        self._put(self.weights)
+        self.network.eval()
+        return self.network
+
+    def __exit__(self, *_: object) -> None:
+        self._put(self._own)
+        self.network.train(self._was_training)
+
+    @torch.no_grad()
+    def _put(self, weights: dict[str, Tensor]) -> None:
+        for name, parameter in self.network.named_parameters():
+            parameter.copy_(weights[name])
+
+
+def load_network(path: Path, device: str = "cpu") -> tuple[Network, RunConfig]:
+    """Network in evaluation mode and its run configuration, from a run's directory or a weights file.
+
+    Raises:
+        CheckpointError: missing, damaged, or weights that do not fit their own configuration.
+    """
+    path = Path(path)
+    file = path / BEST if path.is_dir() else path
+    tensors, state = checkpoint.read(file)
+    config = RunConfig.parse(state["config"], source=str(file))
+    network = Network(config.network)
+    weights = {name.removeprefix("network."): value for name, value in tensors.items()}
+    own = {name: p.shape for name, p in network.named_parameters()}
+    misfits = [n for n, shape in own.items() if n not in weights or weights[n].shape != shape]
+    if misfits:
+        name = misfits[0]
+        found = tuple(weights[name].shape) if name in weights else "nothing"
+        raise CheckpointError(f"{file}: '{name}' has {found}, expected {tuple(own[name])}; a checkpoint of another network")
+    network.load_state_dict({name: weights[name] for name in own}, strict=False)
+    return network.to(device).eval(), config
+
+
+def _flat(validation: Validation) -> dict[str, Any]:
+    figures = {name: value for name, value in validation.network.as_dict().items()}
+    return figures | {"floor_k_loc": validation.floor.k_loc, "loss": validation.loss, "seconds": validation.seconds}

@@ -1,0 +1,79 @@
+import threading
+import warnings
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.artifacts import FileSystemArtifactStore, upload_artifact
+from optuna.exceptions import ExperimentalWarning
+
+from ris_hpo.hpo import attributes as names
+from ris_hpo.hpo.charts import Axis, Canvas, Level, Line, plot
+from ris_hpo.hpo.dashboard import Dashboard
+from ris_hpo.hpo.store import open_store
+
+TOKEN = "correct-horse-battery"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quiet():
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+class Site:
+    """A served store with one study of two trials and an artifact."""
+
+    token = TOKEN
+
+    def __init__(self, url: str, folder: Path, **options):
+        self.folder = folder
+        self.store = open_store(url)
+        self.study = optuna.create_study(storage=self.store, study_name="wide")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)  # set_metric_names is marked so
+            self.study.set_metric_names(["k_loc"])
+        self.study.optimize(self.objective, n_trials=2)
+        self.dashboard = Dashboard(open_store(url), folder / "artifacts", token=TOKEN, port=0, **options)
+        self.base = self.dashboard.url.removesuffix("/dashboard")
+        self._thread = threading.Thread(target=self.dashboard.run)
+        self._thread.start()
+
+    def objective(self, trial: optuna.Trial) -> float:
+        rate = trial.suggest_float("optimizer.learning_rate", 1e-5, 1e-2, log=True)
+        curve = [(20_000.0 * i, 2 + 4 / i + 30 * rate) for i in range(1, 11)]
+        for step, value in curve:
+            trial.report(value, int(step))
+        trial.set_user_attr(names.EFFICIENCY, 0.5)
+        canvas = Canvas(title=f"k_loc of trial {trial.number}", standalone=True)
+        svg = plot([Line(curve)], Axis("scenes seen", 0, 2e5), Axis("k_loc", 0, 7), canvas, [Level(1.03, "floor")])
+        file = self.folder / "curve.svg"
+        file.write_text(svg)
+        artifacts = self.folder / "artifacts"
+        artifacts.mkdir(exist_ok=True)
+        upload_artifact(
+            artifact_store=FileSystemArtifactStore(str(artifacts)),
+            file_path=str(file),
+            study_or_trial=trial,
+            mimetype="image/svg+xml",
+        )
+        return curve[-1][1]
+
+    def close(self) -> None:
+        self.dashboard.close()
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+        self.store.close()
+        self.dashboard.storage.close()
+
+
+@pytest.fixture
+def make_site(tmp_path):
+    sites = []
+
+    def make(url: str | None = None, **options) -> Site:
+        sites.append(Site(url or f"sqlite:///{tmp_path}/studies.db", tmp_path, **options))
+        return sites[-1]
+
+    yield make
+    for site in sites:
+        site.close()

