@@ -1,11 +1,11 @@
 """Speed and accuracy of the physics and the classical estimators, as recorded in the log of figures.
 
-    OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/bench_physics.py speed
-    OMP_NUM_THREADS=1 python benchmarks/bench_physics.py table --estimator ml --seed 1 --per-cell 20
-    OMP_NUM_THREADS=1 python benchmarks/bench_physics.py efficiency
-    OMP_NUM_THREADS=1 python benchmarks/bench_physics.py spectrum
-    OMP_NUM_THREADS=1 python benchmarks/bench_physics.py counting
-    OMP_NUM_THREADS=1 python benchmarks/bench_physics.py rough
+OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/bench_physics.py speed
+OMP_NUM_THREADS=1 python benchmarks/bench_physics.py table --estimator ml --seed 1 --per-cell 20
+OMP_NUM_THREADS=1 python benchmarks/bench_physics.py efficiency
+OMP_NUM_THREADS=1 python benchmarks/bench_physics.py spectrum
+OMP_NUM_THREADS=1 python benchmarks/bench_physics.py counting
+OMP_NUM_THREADS=1 python benchmarks/bench_physics.py rough
 """
 
 from __future__ import annotations
@@ -138,7 +138,10 @@ def counting(arguments: argparse.Namespace) -> None:
     truth = scenes.require_truth().num_sources
     for criterion in ("mdl", "aic", "sorte"):
         right = (count_from_snapshots(scenes, criterion, 5) == truth).double()
-        print(f"{criterion}: K_acc {right.mean():.3f}", [round(right[scenes.snr_db == s].mean().item(), 2) for s in SNR_DB])
+        print(
+            f"{criterion}: K_acc {right.mean():.3f}",
+            [round(right[scenes.snr_db == s].mean().item(), 2) for s in SNR_DB],
+        )
 
 
 def rough(arguments: argparse.Namespace) -> None:

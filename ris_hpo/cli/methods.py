@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import typer
-
+import ris_hpo
 from ris_hpo.cli import options
-from ris_hpo.config import read_toml
-from ris_hpo.errors import ConfigError
+from ris_hpo.config import read_toml, suggestion
+from ris_hpo.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,23 +55,34 @@ class Method:
     scene: SceneSpec
 
 
-def choose(checkpoint: Path | None, estimator: str | None, pairs: Sequence[str] | None, device: str) -> Method:
-    """The method that ``--checkpoint`` or ``--estimator`` names, with ``--set`` applied.
+def choose(
+    checkpoint: Path | None,
+    weights: str | None,
+    estimator: str | None,
+    pairs: Sequence[str] | None,
+    device: str,
+    path: Literal["pipeline", "network"] = "pipeline",
+) -> Method:
+    """The method that ``--checkpoint``, ``--weights`` or ``--estimator`` names, with ``--set`` applied.
 
     Raises:
-        BadParameter: both were given.
+        UsageError: more than one was given.
         ConfigError: an unknown estimator or setting.
         CheckpointError: no checkpoint there, or a damaged one.
     """
-    if checkpoint is not None and estimator is not None:
-        raise typer.BadParameter("--checkpoint and --estimator exclude each other")
-    return _classical(estimator, pairs) if estimator is not None else _learned(checkpoint, pairs, device)
+    if sum(choice is not None for choice in (checkpoint, weights, estimator)) > 1:
+        raise options.UsageError("--checkpoint, --weights and --estimator exclude each other")
+    if estimator is None:
+        file = checkpoint if checkpoint is not None else shipped_weights(weights or "default")
+        return _learned(file, pairs, device, path)
+    if path == "network":
+        raise options.UsageError("--path network needs a --checkpoint; an estimator has one path")
+    return _classical(estimator, pairs)
 
 
 def _classical(name: str, pairs: Sequence[str] | None) -> Method:
     from typing import get_args
 
-    from ris_hpo.config import suggestion
     from ris_hpo.estimators.estimate import EstimatorName, EstimatorSpec, estimate
     from ris_hpo.physics.scene import SceneSpec
 
@@ -84,28 +94,41 @@ def _classical(name: str, pairs: Sequence[str] | None) -> Method:
     return Method(name, lambda scenes, counts: estimate(chosen, scenes, spec, counts), 64, None, SceneSpec())
 
 
-def _learned(checkpoint: Path | None, pairs: Sequence[str] | None, device: str) -> Method:
-    from ris_hpo.learning.inference import localize
+def shipped_weights(name: str) -> Path:
+    """The weights file of a network that ships with the package.
+
+    Raises:
+        CheckpointError: there is none of that name.
+    """
+    folder = Path(ris_hpo.__file__).parent / "weights"
+    file = folder / f"{name}.safetensors"
+    if not file.is_file():
+        known = sorted(each.stem for each in folder.glob("*.safetensors"))
+        hint = suggestion(name, known) if known else "; name a --checkpoint or an --estimator"
+        raise CheckpointError(f"no weights '{name}' ship with this version{hint}")
+    return file
+
+
+def _learned(checkpoint: Path, pairs: Sequence[str] | None, device: str, path: str) -> Method:
+    from ris_hpo.learning.inference import localize, network_sources, predict
     from ris_hpo.training.trainer import load_network
 
-    if checkpoint is None:
-        raise typer.BadParameter("name a --checkpoint or an --estimator")
     network, config = load_network(checkpoint, device)
     spec = options.changed(config.inference, pairs)
-    return Method(
-        f"network {checkpoint}",
-        lambda scenes, counts: localize(network, scenes, spec, num_sources=counts),
-        256,
-        config.scene.geometry,
-        config.scene,
-    )
+
+    def located(scenes: Scenes, counts: Tensor | None) -> Sources:
+        if path == "network":
+            return network_sources(predict(network, scenes), spec, counts)
+        return localize(network, scenes, spec, num_sources=counts)
+
+    return Method(f"{checkpoint} ({path})", located, 64, config.scene.geometry, config.scene)
 
 
 def known_counts(text: str | None, scenes: Scenes) -> Tensor | None:
     """``--num-sources`` as counts [B]: the truth's, one number for all, or None.
 
     Raises:
-        BadParameter: neither ``truth`` nor a whole number from 1.
+        UsageError: neither ``truth`` nor a whole number from 1.
         ConfigError: ``truth`` for scenes without it.
     """
     import torch
@@ -115,5 +138,5 @@ def known_counts(text: str | None, scenes: Scenes) -> Tensor | None:
     if text == "truth":
         return scenes.require_truth().num_sources
     if not text.isdigit() or int(text) < 1:
-        raise typer.BadParameter(f"--num-sources {text}: expected 'truth' or a whole number from 1")
+        raise options.UsageError(f"--num-sources {text}: expected 'truth' or a whole number from 1")
     return torch.full((len(scenes),), int(text))

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ris_hpo.cli import display, methods, options
+from ris_hpo.cli import display, methods, options, plots
 from ris_hpo.config import read_toml
+from ris_hpo.errors import SceneFileError
+
+if TYPE_CHECKING:
+    from ris_hpo.cli.methods import Method
+    from ris_hpo.learning.evaluate import Evaluation, Row
+    from ris_hpo.physics.scene import Scenes
+    from ris_hpo.physics.sources import Sources
 
 PANEL = "Scenes and networks"
 CHUNK = 512
 
-Checkpoint = Annotated[
-    Path | None, typer.Option(help="Folder of a trained network.", show_default="the network that ships")
+Checkpoint = Annotated[Path | None, typer.Option(help="Folder of a trained network, or a weights file.")]
+Weights = Annotated[
+    str | None, typer.Option(metavar="NAME", help="A network that ships: default, imperfect.", show_default="default")
 ]
 Estimator = Annotated[
     str | None, typer.Option(help="A classical estimator instead: ml, spectrum-maxima, music, mvdr, modified-music.")
@@ -83,6 +91,9 @@ def train(
         int | None, typer.Option(min=1, help="Scenes to train on in all.", show_default="the configuration's")
     ] = None,
     scenes: Annotated[Path | None, typer.Option(help="Train on this scene file instead of fresh scenes.")] = None,
+    curriculum: Annotated[
+        bool, typer.Option("--curriculum", help="Go through the phases, each with its gate.")
+    ] = False,
     device: options.Device = "cpu",
     json_: options.Json = False,
 ) -> None:
@@ -90,6 +101,7 @@ def train(
     from ris_hpo.hpo.budget import efficiency
     from ris_hpo.hpo.workers import StopSignals
     from ris_hpo.physics.files import load_scenes
+    from ris_hpo.training.curriculum import with_curriculum
     from ris_hpo.training.trainer import Trainer
 
     options.check_folder(out)
@@ -97,6 +109,8 @@ def train(
     spec = options.changed(methods.run_config(config), set_)
     if num_scenes is not None:
         spec = spec.replaced({"budget.scenes": num_scenes})
+    if curriculum:
+        spec = with_curriculum(spec)
     data = load_scenes(scenes, spec.scene.geometry) if scenes else None
     trainer = Trainer(spec, out, device=device, scenes=data)
     if trainer.scenes_seen:
@@ -136,10 +150,182 @@ def train(
     display.print_note(f"next: ris-hpo evaluate --checkpoint {out}")
 
 
+def evaluate(
+    checkpoint: Checkpoint = None,
+    weights: Weights = None,
+    estimator: Estimator = None,
+    estimates: Annotated[Path | None, typer.Option(help="Score this estimate file, with --scenes.")] = None,
+    scenes: Annotated[
+        Path | None,
+        typer.Option(help="A scene file with truth.", show_default="drawn, --per-cell for each SNR and count"),
+    ] = None,
+    path: Annotated[
+        Literal["pipeline", "network"], typer.Option(help="What localize does, or the network's outputs alone.")
+    ] = "pipeline",
+    snr_db: Annotated[str, typer.Option(metavar="LIST", help="SNRs of drawn scenes, dB.")] = "0,5,10,15,20",
+    counts: Annotated[str, typer.Option(metavar="LIST", help="Source counts of drawn scenes.")] = "1,2,3,4,5",
+    per_cell: Annotated[int, typer.Option(min=1, help="Drawn scenes for each pair of SNR and count.")] = 20,
+    seed: options.Seed = 1_000_003,
+    num_sources: NumSources = None,
+    set_: options.Changes = None,
+    device: options.Device = "cpu",
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw errors against SNR beside the bound: .png, .svg or .pdf.")
+    ] = None,
+    json_: options.Json = False,
+) -> None:
+    """Score a network or an estimator per SNR and per source count, each figure beside its floor."""
+    from ris_hpo.learning.evaluate import evaluate as table_of
+    from ris_hpo.physics.files import load_estimates, load_scenes
+    from ris_hpo.physics.scene import grid_of_cells
+
+    if plot is not None:
+        options.check_output(plot, suffix={".png", ".svg", ".pdf"})
+    options.check_device(device)
+    if estimates is not None:
+        if scenes is None or checkpoint is not None or estimator is not None:
+            raise options.UsageError("--estimates needs --scenes, and excludes --checkpoint and --estimator")
+        batch = load_scenes(scenes)
+        batch.require_truth()
+        name, seconds, found = str(estimates), None, load_estimates(estimates)
+        if len(found) != len(batch):
+            raise SceneFileError(f"{estimates}: holds {len(found)} scenes, {scenes} holds {len(batch)}")
+    else:
+        method = methods.choose(checkpoint, weights, estimator, set_, device, path)
+        if scenes is not None:
+            batch = load_scenes(scenes, method.geometry)
+        else:
+            cells = [options.numbers("--snr-db", snr_db, float), options.numbers("--counts", counts, int)]
+            batch = grid_of_cells(method.scene, seed, cells[0], [int(count) for count in cells[1]], per_cell)
+        batch.require_truth()
+        name = method.name
+        found, seconds = _located(method, batch, num_sources, device)
+    evaluation = table_of(found.padded(batch.require_truth().max_sources), batch)
+    rate = None if seconds is None else len(batch) / seconds
+    if plot is not None:
+        plots.error_against_snr(evaluation, name, plot)
+    if json_:
+        head = {"method": name, "scenes": len(batch), "seconds": seconds, "scenes_per_second": rate}
+        display.print_json({**head, "num_sources": num_sources, **evaluation.as_dict()})
+        return
+    _show_evaluation(evaluation, name, rate)
+    if plot is not None:
+        display.print_note(f"drawn: {plot}")
+
+
+def _located(method: Method, batch: Scenes, num_sources: str | None, device: str) -> tuple[Sources, float]:
+    """Sources of all scenes, and the seconds that finding them took."""
+    from ris_hpo.physics.sources import Sources
+
+    known = methods.known_counts(num_sources, batch)
+    parts: list[Sources] = []
+    started = time.perf_counter()
+    with display.progress(len(batch), "scenes") as advance:
+        for first in range(0, len(batch), method.chunk):
+            chosen = slice(first, first + method.chunk)
+            few = None if known is None else known[chosen].to(device)
+            parts.append(method.localize(batch[chosen].to(device), few).to("cpu"))
+            advance(min(first + method.chunk, len(batch)), "")
+    return Sources.cat(parts), time.perf_counter() - started
+
+
+_NAMES = {
+    "k_loc": "k_loc",
+    "k_acc": "right count (K_acc)",
+    "k_under": "too few (under)",
+    "k_over": "too many (over)",
+    "f1": "F1 at 5 deg, 5 deg, 1 m",
+    "success": "success",
+    "rmse_azimuth_deg": "RMSE azimuth, deg",
+    "rmse_elevation_deg": "RMSE elevation, deg",
+    "rmse_range_m": "RMSE range, m",
+    "rmspe_m": "RMSPE, m",
+    "gospa_m": "GOSPA, m",
+}
+_COUNT_COLUMNS = ("k_acc", "k_under", "k_over", "f1", "success")
+_ERROR_COLUMNS = ("rmse_azimuth_deg", "rmse_elevation_deg", "rmse_range_m", "rmspe_m", "gospa_m")
+_ALONE = ("k_acc", "k_under", "k_over")  # the floor takes the count as known: 1, 0, 0
+
+
+def _show_evaluation(evaluation: Evaluation, name: str, rate: float | None) -> None:
+    overall = evaluation.overall
+    speed = "" if rate is None else f", {rate:.1f} scenes/s"
+    rows: list[tuple[object, ...]] = []
+    for key, label in _NAMES.items():
+        share = None if key in ("k_under", "k_over") else overall.efficiency(key)
+        rows.append((label, getattr(overall.scores, key), getattr(overall.floor, key), share))
+    display.table(f"{name}: {overall.scores.num_scenes} scenes{speed}", ["", "value", "floor", "efficiency"], rows)
+    for title, group in (("SNR", evaluation.by_snr), ("sources", evaluation.by_count)):
+        if group:
+            counting = ["k_loc", "efficiency", "K_acc", "under", "over", "F1", "success"]
+            counts = [(*_leading(row), *_cells(row, _COUNT_COLUMNS)) for row in group]
+            display.table(f"\nby {title}: value (floor)", [title, *counting], counts)
+            errors = [(row.label, *_cells(row, _ERROR_COLUMNS)) for row in group]
+            columns = ["RMSE azimuth, deg", "elevation, deg", "range, m", "RMSPE, m", "GOSPA, m"]
+            display.table("", [title, *columns], errors)
+
+
+def _leading(row: Row) -> tuple[object, ...]:
+    share = row.efficiency()
+    return (row.label, *_cells(row, ("k_loc",)), None if share is None else f"{share:.2f}")
+
+
+def _cells(row: Row, keys: Sequence[str]) -> list[str]:
+    found = []
+    for key in keys:
+        value, floor = getattr(row.scores, key), getattr(row.floor, key)
+        found.append(f"{value:.2f}" if key in _ALONE else f"{value:.2f} ({floor:.2f})")
+    return found
+
+
+def prove(
+    config: Annotated[Path | None, typer.Option(help="Run configuration, TOML.", show_default="the preset")] = None,
+    preset: Annotated[Literal["base", "large"], typer.Option(help="Network form without --config.")] = "base",
+    head: Annotated[
+        Literal["structured", "factor"] | None, typer.Option(help="Covariance head.", show_default="the form's own")
+    ] = None,
+    num_scenes: Annotated[int, typer.Option("--num-scenes", min=16, help="Scenes to memorise.")] = 512,
+    epochs: Annotated[int, typer.Option(min=1, help="Give up after so many.")] = 150,
+    set_: options.Changes = None,
+    device: options.Device = "cpu",
+    json_: options.Json = False,
+) -> None:
+    """Phase 0: certify that this network form and this trainer can learn at all, by memorising a few scenes."""
+    from ris_hpo.hpo.store import storage_directory
+    from ris_hpo.learning.network import large
+    from ris_hpo.training.proof import prove as certify
+
+    options.check_device(device)
+    spec = methods.run_config(config)
+    if config is None and preset == "large":
+        spec = spec.replaced({"network": large().model_dump(mode="json")})
+    if head is not None:
+        spec = spec.replaced({"network.covariance_head": head})
+    spec = options.changed(spec, set_)
+    with display.progress(epochs, "epochs") as advance:
+        found = certify(
+            spec,
+            storage_directory() / "proofs",
+            scenes=num_scenes,
+            epochs=epochs,
+            device=device,
+            progress=lambda epoch, figure: advance(epoch, f"NMSE {figure:.3f}"),
+        )
+    if json_:
+        display.print_json(found.as_dict())
+        return
+    rows = [(name.replace("_", " "), f"{value:.4g}") for name, value in found.checks.items()]
+    rows.append((f"NMSE after {found.epochs} epochs of {found.scenes} scenes", f"{found.nmse:.4f}"))
+    rows += [(f"parameters, {group}", f"{count:,}") for group, count in found.parameters.items()]
+    display.table(f"certificate for code {found.code}, form {found.form}", ["check", "figure"], rows)
+    display.print_result(f"passed in {display.duration(found.seconds)}")
+
+
 def localize(
     scenes: Annotated[Path, typer.Argument(help="The scene file, .npz; truth in it is not looked at.")],
     out: Annotated[Path, typer.Option(help="The estimate file to write, .npz.")],
     checkpoint: Checkpoint = None,
+    weights: Weights = None,
     estimator: Estimator = None,
     num_sources: NumSources = None,
     set_: options.Changes = None,
@@ -148,24 +334,12 @@ def localize(
 ) -> None:
     """Find the sources of every scene in a file, by a trained network or a classical estimator."""
     from ris_hpo.physics.files import load_scenes, save_estimates
-    from ris_hpo.physics.sources import Sources
 
     target = options.check_output(out, suffix=".npz")
     options.check_device(device)
-    method = methods.choose(checkpoint, estimator, set_, device)
+    method = methods.choose(checkpoint, weights, estimator, set_, device)
     batch = load_scenes(scenes, method.geometry)
-    counts = methods.known_counts(num_sources, batch)
-    started = time.perf_counter()
-    parts: list[Sources] = []
-    with display.progress(len(batch), "scenes") as advance:
-        for first in range(0, len(batch), method.chunk):
-            chosen = slice(first, first + method.chunk)
-            parts.append(
-                method.localize(batch[chosen].to(device), None if counts is None else counts[chosen]).to("cpu")
-            )
-            advance(min(first + method.chunk, len(batch)), "")
-    seconds = time.perf_counter() - started
-    found = Sources.cat(parts)
+    found, seconds = _located(method, batch, num_sources, device)
     save_estimates(target, found)
     result = {
         "file": str(target),
@@ -185,6 +359,8 @@ def register(app: typer.Typer) -> None:
     """Add the commands, each with an example that the tests run."""
     examples: dict[Callable[..., None], str] = {
         train: "ris-hpo train --config best.toml --out runs/best",
+        prove: "ris-hpo prove --head factor",
+        evaluate: "ris-hpo evaluate --checkpoint runs/best --plot errors.png",
         simulate: "ris-hpo simulate --num-scenes 200 --out scenes.npz",
         localize: "ris-hpo localize scenes.npz --estimator ml --out estimates.npz",
     }

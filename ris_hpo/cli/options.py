@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from typer.exceptions import TyperException
 
 from ris_hpo.errors import ConfigError, DeviceError, OutputError
 
@@ -22,6 +23,12 @@ Changes = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated. Values as in TOML."),
 ]
+
+
+class UsageError(TyperException):
+    """Options that do not go together, or a value of the wrong kind."""
+
+    exit_code = 2
 
 
 def changes(pairs: Sequence[str] | None) -> dict[str, Any]:
@@ -64,7 +71,19 @@ def check_device(name: str) -> str:
     return name
 
 
-def check_output(path: Path, *, suffix: str | None = None) -> Path:
+def numbers(option: str, text: str, kind: Callable[[str], float]) -> list[float]:
+    """A list such as ``0,5,10`` as numbers.
+
+    Raises:
+        UsageError: something else.
+    """
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} {text}: expected numbers with commas between them") from None
+
+
+def check_output(path: Path, *, suffix: str | Collection[str] | None = None) -> Path:
     """The path of a file to write, checked before any long work.
 
     Raises:
@@ -74,8 +93,9 @@ def check_output(path: Path, *, suffix: str | None = None) -> Path:
         raise OutputError(f"{path}: is a folder, expected a file name")
     if not path.parent.is_dir():
         raise OutputError(f"{path}: there is no folder {path.parent}")
-    if suffix and path.suffix != suffix:
-        raise OutputError(f"{path}: expected a name that ends in {suffix}")
+    endings = [suffix] if isinstance(suffix, str) else sorted(suffix or ())
+    if endings and path.suffix not in endings:
+        raise OutputError(f"{path}: expected a name that ends in {' or '.join(endings)}")
     return path
 
 

@@ -262,41 +262,45 @@ def replay(
     number: Annotated[int, typer.Argument(min=0, help="Number of the trial.")],
     study: StudyName = None,
     storage: Storage = None,
-    device: options.Device = "cpu",
+    device: Annotated[str | None, typer.Option(help="Where to compute.", show_default="the trial's own")] = None,
     json_: options.Json = False,
 ) -> None:
     """Run a trial again from its parameters and seed, and compare the curves digit for digit."""
-    from dataclasses import asdict
-
     from ris_hpo.hpo.replay import replay as run_again
     from ris_hpo.hpo.store import open_store
+    from ris_hpo.hpo.workers import StopSignals
 
-    options.check_device(device)
+    if device is not None:
+        options.check_device(device)
     store = open_store(storage, create=False)
     title = choose_study(store, study)
-    found = run_again(store, title, number, device=device)
+    with StopSignals() as stop:
+        found = run_again(store, title, number, device=device, stop=stop)
     if json_:
-        display.print_json(asdict(found))
+        display.print_json(found.as_dict())
     else:
         rows = [(step.step, f"{step.recorded:.9f}", f"{step.replayed:.9f}") for step in found.steps]
         display.table(f"trial {number} of '{title}'", ["scenes", "recorded k_loc", "replayed"], rows, text=())
-        verdict = "identical" if found.identical else f"different, by up to {found.max_difference:.3g}"
-        display.print_result(verdict)
+        if not found.fingerprint_agrees:
+            display.print_result("the configuration is not the recorded one: the program has changed since")
+        if not found.stopped:
+            verdict = "identical" if found.identical else f"different, by up to {found.max_difference:.3g}"
+            display.print_result(verdict)
+    if found.stopped:
+        raise typer.Exit(INTERRUPTED)
     if not found.identical:
         raise typer.Exit(StudyError.exit_code)
 
 
 def doctor(storage: Storage = None, json_: options.Json = False) -> None:
     """Look at the store, disk, devices and versions, and say what to do."""
-    from dataclasses import asdict
-
     from ris_hpo.hpo.doctor import examine
 
     findings = examine(storage)
     if json_:
-        display.print_json([asdict(finding) for finding in findings])
+        display.print_json([finding.as_dict() for finding in findings])
     else:
-        rows = [("ok" if each.ok else "!!", each.name, each.found, each.advice) for each in findings]
+        rows = [(each.severity, each.name, each.found, each.advice) for each in findings]
         display.table("", ["", "what", "found", "what to do"], rows, text=range(4))
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)

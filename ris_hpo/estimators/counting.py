@@ -23,6 +23,7 @@ from ris_hpo.estimators.likelihood import Fit, stochastic_cost
 from ris_hpo.estimators.observation import Observation, limits
 from ris_hpo.physics.grid import Region
 
+_LEAST_GAIN = 2.0  # nats a source, below which an order explains nothing
 _EDGE = 0.4  # softness of the edge of the power prior, in nepers of power
 _LEVEL = 8.0  # width of the common level's log-uniform prior: 35 dB
 _WIDE = math.log(100.0)  # width of an independent power's prior: 20 dB
@@ -54,7 +55,10 @@ def order_scores(
         if spec.kind == "penalty":
             columns.append(fit.nll + spec.gamma * k)
         else:
-            columns.append(fit.nll + occam_factor(observation, fit, region, spec) + spec.penalty * k)
+            score = fit.nll + occam_factor(observation, fit, region, spec) + spec.penalty * k
+            # Laplace's formula counts k! separate modes, which a flat likelihood does not have
+            told = fit.nll < null - _LEAST_GAIN * k
+            columns.append(torch.where(told, score, null + k))
     return torch.stack(columns, dim=-1)
 
 

@@ -38,7 +38,7 @@ from ris_hpo.physics.scene import Scenes
 from ris_hpo.physics.sources import Sources
 
 # powers relative to the noise: below the first a source is not seen by anything, above the second nothing is noise
-LOG_POWER_LIMITS = (-12.0, 40.0)
+LOG_POWER_LIMITS = (-12.0, 28.0)
 # largest move of a step in (sin az, sin el, 1/r, log p): half a beam width, a fifth of the range axis, one e-fold and a
 # half
 _STRIDE = (0.08, 0.08, 0.4, 1.5)

@@ -117,7 +117,7 @@ def gains(observation: Observation, atoms: Atoms, fit: Fit | None, spec: SearchS
 
 
 def _energy(values: Tensor) -> Tensor:
-    """Sum over the last but one axis of |values|^2: complex [..., M, C] to real [..., C], the long axis kept innermost."""
+    """Sum of |values|^2 over the last but one axis: complex [..., M, C] to real [..., C], the long axis innermost."""
     pairs = torch.view_as_real(values).flatten(-2).square().sum(-2)
     return pairs[..., 0::2] + pairs[..., 1::2]
 

@@ -220,15 +220,19 @@ def anti_diagonal_angles(geometry: Geometry, covariance: Tensor, form: Quadratic
     period = 1 / (2 * geometry.spacing_wavelengths)
     count = 6 * max(width, height)
     axis = (torch.arange(count, dtype=torch.float64, device=covariance.device) + 0.5) / count * period - period / 2
-    w, v = torch.meshgrid(axis, axis, indexing="ij")
+    low, high = limits(region, covariance.device)
+    middle_of_w = ((low[1] + high[1]) / 2).unsqueeze(0)  # a single row of elements does not see elevation
+    middle_of_v = ((low[0] + high[0]) / 2).unsqueeze(0)
+    w, v = torch.meshgrid(axis if rows > 1 else middle_of_w, axis if columns > 1 else middle_of_v, indexing="ij")
+    shape = v.shape
     flat = torch.stack([v, w], dim=-1).flatten(0, 1)
-    values = angles.of_steering(box_steering(virtual, _box_of_direction(flat, 1.0))).unflatten(-1, (count, count))
+    values = angles.of_steering(box_steering(virtual, _box_of_direction(flat, 1.0))).unflatten(-1, shape)
     wrapped = torch.nn.functional.pad(-values.unsqueeze(1), (1, 1, 1, 1), mode="circular")
     highest = torch.nn.functional.max_pool2d(wrapped, 3, stride=1).squeeze(1)
     ranked = (-values + (-values >= highest) * 2.0).flatten(1)
-    peak = flat[ranked.topk(k, dim=-1).indices]
+    index = ranked.topk(min(k, ranked.shape[1]), dim=-1).indices
+    peak = flat[torch.cat([index, index[:, :1].expand(-1, k - index.shape[1])], dim=1)]
 
-    low, high = limits(region, covariance.device)
     shifts = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64, device=covariance.device) * period
     shift_w, shift_v = torch.meshgrid(shifts, shifts, indexing="ij")
     images = peak.unsqueeze(-2) + torch.stack([shift_v, shift_w], dim=-1).flatten(0, 1)

@@ -6,6 +6,7 @@ back. The training program is an argument, so that the service is tested without
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import resource
@@ -27,7 +28,15 @@ from optuna.study import Study
 from optuna.trial import TrialState
 
 from ris_hpo.config import Spec
-from ris_hpo.errors import RisHpoError, StoreError, TrainingDivergedError
+from ris_hpo.errors import (
+    CheckpointError,
+    DeviceError,
+    GateError,
+    RisHpoError,
+    StoreError,
+    TrainingDivergedError,
+    WorkerError,
+)
 from ris_hpo.hpo import attributes as names
 from ris_hpo.hpo import budget
 from ris_hpo.hpo.attributes import Cause
@@ -134,6 +143,7 @@ def run_trial(seat: Seat, trial_id: int, owner: str) -> Outcome:
         owner: the name it was claimed under; every write that ends the trial asks for it.
 
     Raises:
+        WorkerError: this machine is at fault (disk full, device gone); the trial is put back.
         TrialBugError: an unforeseen exception; the trial is FAIL with cause ``bug`` and the traceback by then.
         StoreError: the store stays away; the trial will be recovered by whoever finds it.
     """
@@ -155,14 +165,16 @@ def run_trial(seat: Seat, trial_id: int, owner: str) -> Outcome:
         except StoreError:
             raise
         except Exception as error:
+            if _is_of_the_surroundings(error):
+                store.release(trial_id, owner, {})
+                raise WorkerError(f"trial {trial.number} was put back: {_one_line(error)}") from error
             cause = Cause.OUT_OF_MEMORY if is_out_of_memory(error) else Cause.BUG
-            line = _one_line(error)
             marks = {names.SECONDS: time.monotonic() - begun, names.HOST: socket.gethostname()}
             if cause is Cause.BUG:
                 marks[names.TRACEBACK] = "".join(traceback.format_exception(error))[-4000:]
-            if not budget.fail_trial(
-                store, store.get_trial(trial_id), cause, line, spec.retries, owner=owner, marks=marks
-            ):
+            line = _one_line(error)
+            current = store.get_trial(trial_id)
+            if not budget.fail_trial(store, current, cause, line, spec.retries, owner=owner, marks=marks):
                 return Outcome("fenced", trial.number, error=line)
             if cause is Cause.BUG:
                 raise TrialBugError(f"trial {trial.number} failed: {line}") from error
@@ -202,16 +214,27 @@ class _Attempt:
         directory = seat.directory(trial.number)
         self._inherit(directory)
         try:
-            trainer: _Trainer = seat.program.trainer(config, directory, device=seat.device, resume=True)
-            resumed_at = trainer.scenes_seen
+            return self._train(config, directory)
+        except CheckpointError:
+            if not directory.exists():
+                raise
+            # damaged by a full disk or a crash of the machine: the seed leads to the same curve from the start
+            aside = directory.with_name(f"{directory.name}.damaged-{os.getpid()}-{time.time_ns()}")
+            directory.rename(aside)
+            return self._train(config, directory)
+
+    def _train(self, config: Any, directory: Path) -> Outcome:
+        trainer: _Trainer = self.seat.program.trainer(config, directory, device=self.seat.device, resume=True)
+        resumed_at = trainer.scenes_seen
+        try:
             for validation in self._validations(trainer):
                 if self._report(validation, resumed_at):
                     return self._pruned(trainer)
-            if not trainer.finished:
-                return self._requeued()
-            return self._complete(trainer)
         except TrainingDivergedError as error:
             return self._diverged(error)
+        except GateError as error:  # the curriculum stopped, and what it reached until then is the trial's score
+            return self._complete(trainer, {names.GATE: _one_line(error)})
+        return self._complete(trainer, {}) if trainer.finished else self._requeued()
 
     def _inherit(self, directory: Path) -> None:
         """Give a successor its predecessor's checkpoint.
@@ -275,15 +298,18 @@ class _Attempt:
         self._finish(TrialState.PRUNED, None, {names.COMPONENTS: best.network.as_dict(), **self._figures(trainer)})
         return Outcome("pruned", self.trial.number, value=finite_score(trainer.history[-1].network.k_loc))
 
-    def _complete(self, trainer: _Trainer) -> Outcome:
+    def _complete(self, trainer: _Trainer, marks: Mapping[str, Any]) -> Outcome:
         conclusion = trainer.conclude()
         network, pipeline = conclusion.network, conclusion.pipeline
         self.floor = conclusion.floor.k_loc
         score = network if self.seat.spec.objective == "network" else pipeline
         value = finite_score(score.k_loc)
         marks = {
+            **marks,
             names.COMPONENTS: network.as_dict(),
             names.PIPELINE: pipeline.as_dict(),
+            names.PIPELINE_FLOOR: conclusion.pipeline_floor.k_loc,
+            names.PARAMETERS: sum(conclusion.parameters.values()),
             names.EFFICIENCY: budget.efficiency(value, conclusion.floor.k_loc),
             **self._figures(trainer),
         }
@@ -349,6 +375,14 @@ def _heartbeat(store: Store, trial_id: int) -> Iterator[None]:
     finally:
         done.set()
         thread.join(timeout=1.0)  # it may be waiting for a server that is away
+
+
+_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE})
+
+
+def _is_of_the_surroundings(error: BaseException) -> bool:
+    """Say whether this machine, not the trial, is at fault: a full disk, a device that is gone."""
+    return isinstance(error, DeviceError) or (isinstance(error, OSError) and error.errno in _DISK_ERRORS)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

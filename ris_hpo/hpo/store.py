@@ -154,6 +154,8 @@ class TicketStorage(RDBStorage):
     def claim(self, study_id: int, owner: str) -> int | None:
         """Take the first waiting trial, put ``owner`` on it, and return its id; None when nothing waits.
 
+        Successors of lost trials come before new ones, so that what was begun is finished.
+
         ``owner`` must be new for each claim: finding it on a running trial means that an earlier attempt did commit.
         """
         trials = models.TrialModel
@@ -171,8 +173,11 @@ class TicketStorage(RDBStorage):
             if mine is not None:
                 return int(mine)
             waiting = session.query(trials).filter(trials.study_id == study_id, trials.state == TrialState.WAITING)
-            # the lock is left out on SQLite, where the whole file is ours already
-            row: Any = waiting.order_by(trials.number).with_for_update(skip_locked=True).first()
+            marks = models.TrialUserAttributeModel
+            continued = sqlalchemy.exists().where(marks.trial_id == trials.trial_id, marks.key == names.PREDECESSOR)
+            # what was begun goes on first; the lock is left out on SQLite, where the whole file is ours already
+            ordered = waiting.order_by(continued.desc(), trials.number).with_for_update(skip_locked=True, of=trials)
+            row: Any = ordered.first()
             if row is None:
                 return None
             row.state = TrialState.RUNNING

@@ -4,9 +4,10 @@ With H known in full, the compact sufficient forms of a scene are the back-proje
 
     z_l = diag(c_l)^* H^H W y_l            [L, N]
 
-with W = I (matched) and W = (H H^H / h + I / snr)^-1 (whitened by the covariance that isotropic sources give the
+with W = I (matched) or W = (H H^H / h + I / snr)^-1 (whitened by the covariance that isotropic sources give the
 snapshots; h is the mean eigenvalue of H H^H), and their spectra sum_l |a_g^H z_l|^2 on the grid. The collapsed product
-H c_l alone would not do: it cannot tell the elements apart.
+H c_l alone would not do: it cannot tell the elements apart. The matched spectrum, blurred by the line of sight, adds
+nothing to the whitened one (measured: 14.14 against 14.15 nats a scene), so that only tokens carry it.
 
 A *residual pass* takes the highest cell, projects its snapshots T_l a out of y_l (orthogonal matching pursuit, Pati,
 Rezaiifar and Krishnaprasad, Asilomar 1993) and adds the spectrum of what is left: weaker sources come out from under the
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ris_hpo.physics.array import Geometry
-from ris_hpo.physics.grid import GridSpec, dictionary
+from ris_hpo.physics.grid import GridSpec, dictionary, real_dictionary
 from ris_hpo.physics.scene import Scenes
 
 LOADING_WITHOUT_NOISE = 0.03  # 1 / snr of the whitening where the noise power is not told
@@ -32,8 +33,8 @@ class Features(NamedTuple):
     """Input of the network; tensors only, so that the network part can be exported.
 
     Attributes:
-        maps: float32 [B, (2 + passes) * num_rho, num_v, num_w], standardised log spectra (whitened, matched, then
-            after each residual pass); empty [B, 0] for the token front-end.
+        maps: float32 [B, (1 + passes) * num_rho, num_v, num_w], standardised log spectra (whitened, then after each
+            residual pass); empty [B, 0] for the token front-end.
         relief: float32 [B, num_rho, num_v, num_w], the whitened log spectrum below its maximum (<= 0); empty likewise.
         tokens: float32 [B, L, 4N], real and imaginary parts of both back-projections, unit mean power per scene;
             empty [B, 0] for the spectral front-end.
@@ -49,14 +50,17 @@ class Features(NamedTuple):
 
 def num_context(passes: int) -> int:
     """Width of ``Features.context`` for the spectral front-end; the token front-end has 2."""
-    return 2 + 2 * (2 + passes) + 2 * passes
+    return 2 + 2 * (1 + passes) + 2 * passes
 
 
 def spectrum(geometry: Geometry, z: Tensor, grid: GridSpec) -> Tensor:
-    """sum_l |a_g^H z_l|^2, float32 [B, num_rho, num_v, num_w], for z [B, L, N]."""
-    atoms = dictionary(geometry, grid, z.device)
+    """sum_l |a_g^H z_l|^2, float32 [B, num_rho, num_v, num_w], for z [B, L, N]; one real matrix product."""
+    atoms = real_dictionary(geometry, grid, z.device)
     chunk = 256 if z.is_cuda else 16  # on a CPU, 16 scenes at a time stay in cache
-    parts = [torch.view_as_real(part.conj() @ atoms).square().sum((1, 3)) for part in z.split(chunk)]
+    parts = []
+    for part in z.split(chunk):
+        squares = (torch.cat([part.real, part.imag], -1) @ atoms).square_().sum(1)
+        parts.append(squares[:, : squares.shape[1] // 2] + squares[:, squares.shape[1] // 2 :])
     return torch.cat(parts).unflatten(-1, grid.shape)
 
 
@@ -69,10 +73,7 @@ def spectral_features(scenes: Scenes, grid: GridSpec, *, passes: int, noise_know
     """Features of the spectral front-end; ``noise_known`` False hides the noise power from the network."""
     y, channel = whiten(scenes, noise_known=noise_known)
     codes, geometry = scenes.ris_codes, scenes.geometry
-    logs = [
-        _log_spectrum(geometry, grid, back_projection(channel, codes, y)),
-        _log_spectrum(geometry, grid, back_projection(scenes.bs_ris_channel, codes, scenes.y)),
-    ]
+    logs = [_log_spectrum(geometry, grid, back_projection(channel, codes, y))]
     residual, basis, energies = y, y.new_zeros(*y.shape, 0), [_energy(y)]
     atoms = dictionary(geometry, grid, scenes.device)
     highest = logs[0].flatten(1).argmax(-1)

@@ -15,6 +15,7 @@ Covariance heads: ``structured`` builds sum_c p_c a(v_c, w_c, rho_c) a^H + sigma
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -217,14 +218,14 @@ class _Attention(nn.Module):
 class _SpectralBackbone(nn.Module):
     def __init__(self, spec: NetworkSpec) -> None:
         super().__init__()
-        planes, fine, width = (2 + spec.residual_passes) * spec.grid.num_rho, max(16, spec.width // 2), spec.width
+        planes, fine, width = (1 + spec.residual_passes) * spec.grid.num_rho, max(16, spec.width // 2), spec.width
         self.stem = nn.Conv2d(planes, fine, 3, padding=1)
         self.context = nn.Linear(num_context(spec.residual_passes), fine)
         self.down = nn.Conv2d(fine, width, 3, stride=2, padding=1)
         self.blocks = nn.ModuleList(_Block(width, spec.dropout) for _ in range(spec.depth))
         self.attention = _Attention(width, spec.heads, spec.dropout)
-        cells = ((spec.grid.num_v + 1) // 2) * ((spec.grid.num_w + 1) // 2)
-        self.place = nn.Parameter(torch.zeros(1, cells, width))
+        rows, columns = ((size + 3) // 4 for size in (spec.grid.num_v, spec.grid.num_w))
+        self.place = nn.Parameter(0.02 * torch.randn(1, rows * columns, width))
         self.up = nn.Conv2d(width, fine, 1)
         self.merge = nn.Conv2d(2 * fine, fine, 3, padding=1)
 
@@ -234,12 +235,19 @@ class _SpectralBackbone(nn.Module):
         middle = len(self.blocks) // 2
         for position, block in enumerate(self.blocks):
             if position == middle:
-                tokens = coarse.flatten(2).mT + self.place
-                coarse = self.attention(tokens).mT.unflatten(-1, coarse.shape[-2:])
+                coarse = coarse + self._attended(coarse)
             coarse = block(coarse)
         pooled = coarse.mean((2, 3))
         raised = F.interpolate(self.up(coarse), size=fine.shape[-2:], mode="bilinear", align_corners=False)
         return F.gelu(self.merge(torch.cat([fine, raised], 1))), pooled
+
+
+    def _attended(self, coarse: Tensor) -> Tensor:
+        """Attention over cells of half the resolution again: far sources compete for the same energy."""
+        rough = F.avg_pool2d(coarse, 2, ceil_mode=True, count_include_pad=False)
+        tokens = rough.flatten(2).mT + self.place
+        change = self.attention(tokens) - tokens
+        return F.interpolate(change.mT.unflatten(-1, rough.shape[-2:]), size=coarse.shape[-2:])
 
 
 class _CellHead(nn.Module):
@@ -269,10 +277,10 @@ class _CellHead(nn.Module):
         power = F.softplus(raw[:, 4])
 
         with torch.no_grad():
-            highest = F.max_pool3d(logit.unsqueeze(1), 3, stride=1, padding=1).squeeze(1)
+            highest = _over_planes(F.max_pool2d(logit, 3, stride=1, padding=1), torch.maximum)
             ranked = (logit - NOT_A_MAXIMUM * (logit < highest)).flatten(1)
             chosen = ranked.topk(min(spec.candidates, ranked.shape[1]), dim=-1).indices
-        near = 27 * F.avg_pool3d(torch.sigmoid(logit).unsqueeze(1), 3, stride=1, padding=1).squeeze(1)
+        near = _over_planes(9 * F.avg_pool2d(torch.sigmoid(logit), 3, stride=1, padding=1), torch.add)
         near = near.flatten(1).gather(1, chosen).clamp(1e-6, 1 - 1e-6)
         shift = offset.flatten(2).gather(2, chosen.unsqueeze(1).expand(-1, 3, -1))
         coordinates = []
@@ -286,6 +294,15 @@ class _CellHead(nn.Module):
         column = (chosen % plane_size).unsqueeze(1).expand(-1, self.state, -1)
         state = hidden.flatten(2).gather(2, column).mT
         return _Proposals(torch.logit(near), *coordinates, strength, state, logit, power, offset)
+
+
+def _over_planes(maps: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Combine every plane [B, P, V, W] with its two neighbours; two 2-D pools and this are a fast 3-D pool."""
+    if maps.shape[1] == 1:
+        return maps
+    pairs = combine(maps[:, :-1], maps[:, 1:])
+    inner = combine(pairs[:, :-1], maps[:, 2:])
+    return torch.cat([pairs[:, :1], inner, pairs[:, -1:]], 1)
 
 
 class _TokenBackbone(nn.Module):

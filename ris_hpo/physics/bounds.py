@@ -12,7 +12,8 @@ unknown noise power; F_ab = sum_l tr(R_l^-1 dR_l/da R_l^-1 dR_l/db) (Slepian-Ban
 
 Information that is missing altogether (two equal sources, a source without power, range under a planar wave) gives a
 very large finite variance, never NaN: the information matrix is scaled to a unit diagonal, and where its Cholesky
-factor does not exist a ridge of 1e-14 .. 1e-6, the smallest that works, is added.
+factor does not exist a ridge of 1e-14 .. 1e-6, the smallest that works, is added. With K >= M the symbols take up
+everything and the deterministic bound is of that kind too.
 """
 
 from __future__ import annotations
@@ -147,35 +148,34 @@ def _received(scenes: Scenes) -> tuple[Tensor, Tensor, Tensor]:
     return seen[..., :k], seen[..., k:], scenes.noise_power.double()
 
 
-def _gram_factor(gram: Tensor, mask: Tensor) -> Tensor:
-    """Cholesky factor of G^H G [B, L, K, K], with unit rows beyond the mask and a ridge only where it is singular."""
-    beyond = (~mask).to(gram.dtype)[:, None, :]
-    level = gram.diagonal(dim1=-2, dim2=-1).real.amax(-1, keepdim=True).clamp(min=1e-300)
-    gram = gram + torch.diag_embed(beyond * level)
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    if bool((failed > 0).any()):
-        bad = failed > 0
-        ridge = torch.diag_embed((1e-13 * level).expand(*level.shape[:-1], gram.shape[-1]).to(gram.dtype))
-        factor[bad] = torch.linalg.cholesky_ex((gram + ridge)[bad])[0]
-    result: Tensor = factor
-    return result
+def _signal_basis(g: Tensor, mask: Tensor) -> Tensor:
+    """Orthonormal basis Q [B, L, M, min(M, K)] of the columns of G that exist, zero columns for the others.
+
+    Householder QR keeps I - Q Q^H a projector to rounding even where columns coincide, which a Gram matrix does not.
+    """
+    order = torch.argsort(mask.to(torch.int8), dim=-1, descending=True, stable=True)
+    packed = g.gather(-1, order[:, None, None, :].expand(g.shape))
+    basis = torch.linalg.qr(packed).Q
+    column = torch.arange(basis.shape[-1], device=g.device)
+    return basis * (column < mask.sum(-1, keepdim=True)).to(g.dtype)[:, None, None, :]
 
 
 def _deterministic_information(scenes: Scenes) -> Tensor:
     truth = scenes.require_truth()
     g, d, noise = _received(scenes)
-    factor = _gram_factor(g.mH @ g, truth.mask)
+    basis = _signal_basis(g, truth.mask)
     if scenes.symbols is not None:
         symbols = scenes.symbols.to(g.dtype)
     else:
+        gram = g.mH @ g
+        level = gram.diagonal(dim1=-2, dim2=-1).real.amax((-1, -2))[:, None, None]
+        ridge = torch.where(truth.mask.unsqueeze(1), 1e-12 * level, level).clamp(min=1e-300)
+        factor = torch.linalg.cholesky(gram + torch.diag_embed(ridge.expand(gram.shape[:-1])))
         symbols = torch.cholesky_solve(g.mH @ scenes.y.to(g.dtype).unsqueeze(-1), factor).squeeze(-1)
     weighted = d * symbols.repeat_interleave(3, dim=-1).unsqueeze(2)
-    inside = torch.linalg.solve_triangular(factor, g.mH @ weighted, upper=False).flatten(1, 2)
-    whole = weighted.flatten(1, 2)
-    information = (whole.mH @ whole - inside.mH @ inside).real
-    information = information * 2 / noise[:, None, None]
-    result: Tensor = information
-    return result
+    outside = (weighted - basis @ (basis.mH @ weighted)).flatten(1, 2)
+    information: Tensor = (outside.mH @ outside).real * 2 / noise[:, None, None]
+    return information
 
 
 def _stochastic_information(scenes: Scenes) -> Tensor:

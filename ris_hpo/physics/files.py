@@ -260,10 +260,12 @@ def _require(path: Path, name: str, holds: Array, rule: str) -> None:
 
 def _read(path: Path) -> dict[str, Array]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as stream:  # opened here: np.load leaves a damaged archive open
+            archive = np.load(stream, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise SceneFileError(f"{path}: a single array was found, expected an npz archive of named arrays")
-            return {name: archive[name] for name in archive.files}
+            with archive:
+                return {name: archive[name] for name in archive.files}
     except FileNotFoundError:
         raise SceneFileError(f"{path}: no such file") from None
     except (

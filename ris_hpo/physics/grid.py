@@ -68,3 +68,11 @@ def dictionary(geometry: Geometry, grid: GridSpec, device: torch.device) -> Tens
     """Array responses of all cells, complex64 [N, G]; kept per (geometry, grid, device)."""
     cells = Cosines(*(axis.double() for axis in grid.cells(device)))
     return cosine_steering(geometry, cells).to(torch.complex64).mT.contiguous()
+
+
+@functools.lru_cache(maxsize=8)
+def real_dictionary(geometry: Geometry, grid: GridSpec, device: torch.device) -> Tensor:
+    """The same for real arithmetic, float32 [2N, 2G]: [Re z, Im z] times it is [Re z^H a, Im z^H a]."""
+    atoms = dictionary(geometry, grid, device)
+    top, bottom = torch.cat([atoms.real, atoms.imag], 1), torch.cat([atoms.imag, -atoms.real], 1)
+    return torch.cat([top, bottom]).contiguous()

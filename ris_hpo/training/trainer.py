@@ -23,10 +23,11 @@ from ris_hpo.errors import CheckpointError, DeviceError, GateError, TrainingDive
 from ris_hpo.learning.features import Features
 from ris_hpo.learning.hybrid import covariances
 from ris_hpo.learning.inference import localize, network_sources, predict
-from ris_hpo.learning.losses import TERMS, LossSpec, loss_terms
+from ris_hpo.learning.losses import TERMS, LossSpec, label_factor, loss_terms, nmse
 from ris_hpo.learning.metrics import SCORE_VERSION, Scores, floor_scores, score
 from ris_hpo.learning.network import Network, Outputs
 from ris_hpo.physics.scene import Scenes, simulate
+from ris_hpo.physics.sources import Sources
 from ris_hpo.training import checkpoint, telemetry
 from ris_hpo.training.balance import Balance
 from ris_hpo.training.config import PhaseSpec, RunConfig
@@ -62,6 +63,18 @@ class Validation:
 
 
 @dataclass(frozen=True, slots=True)
+class Findings:
+    """What was found on the frozen scenes, scene by scene; the figures beside a trial are drawn from it.
+
+    ``pipeline`` covers the first ``len(pipeline)`` of the scenes.
+    """
+
+    scenes: Scenes
+    network: Sources
+    pipeline: Sources
+
+
+@dataclass(frozen=True, slots=True)
 class Conclusion:
     """Both paths' scores of the best weights, each beside the floor on its own scenes.
 
@@ -73,6 +86,7 @@ class Conclusion:
     pipeline: Scores
     pipeline_floor: Scores
     parameters: dict[str, int]
+    findings: Findings
 
 
 class Trainer:
@@ -134,8 +148,7 @@ class Trainer:
             if not resume:
                 raise CheckpointError(f"{last}: already there; choose an empty directory or resume")
             self._restore(*checkpoint.read(last))
-        elif not resume or not self.history:
-            self.directory.mkdir(parents=True, exist_ok=True)
+        self.directory.mkdir(parents=True, exist_ok=True)
 
     # -- the run -----------------------------------------------------------------------------------------------------
 
@@ -203,13 +216,28 @@ class Trainer:
         inference = self.config.inference
         with torch.no_grad():
             parts = [network_sources(network(*part), inference) for part in features]
-        scores = score(parts[0].cat(parts), scenes.require_truth())
+        found = parts[0].cat(parts)
+        scores, counts = score(found, scenes.require_truth()), network.parameter_counts()
         count = min(self.config.budget.pipeline_scenes, len(scenes))
         if count == 0:
-            return Conclusion(scores, floor, scores, floor, network.parameter_counts())
+            return Conclusion(scores, floor, scores, floor, counts, Findings(scenes, found, found[:0]))
         few = scenes[:count]
-        pipeline = score(localize(network, few, inference), few.require_truth())
-        return Conclusion(scores, floor, pipeline, floor_scores(few), network.parameter_counts())
+        refined = localize(network, few, inference)
+        pipeline, findings = score(refined, few.require_truth()), Findings(scenes, found, refined)
+        return Conclusion(scores, floor, pipeline, floor_scores(few), counts, findings)
+
+    @torch.no_grad()
+    def covariance_nmse(self) -> float:
+        """Mean NMSE of R_pred on the frozen set with the evaluation weights; what phase 0 is judged by."""
+        scenes, features, _ = self._frozen()
+        geometry, total = self.config.scene.geometry, 0.0
+        with self.evaluation_weights() as network:
+            for start, part in zip(range(0, len(scenes), 64), features, strict=True):
+                few = scenes[start : start + 64]
+                label = label_factor(few.require_truth(), geometry)
+                predicted = covariances(network(*part), few, self.config.inference.hybrid, 0.0).predicted
+                total += float(nmse(predicted, label @ label.mH).sum())
+        return total / len(scenes)
 
     def evaluation_weights(self) -> _Swapped:
         """Context in which the network holds the averaged weights and is in evaluation mode."""
@@ -339,8 +367,7 @@ class Trainer:
         return None
 
     def _simulated(self, start: int, count: int) -> Scenes:
-        seed = TRAINING_FAMILY + self.config.seed
-        return simulate(self.config.scene, seed, range(start, start + count), device=self.device)
+        return training_scenes(self.config, range(start, start + count), self.device)
 
     def _batch(self, start: int, size: int) -> tuple[Scenes, Features]:
         """Scenes ``start`` .. ``start + size`` of the run: drawn afresh, or from the fixed set in shuffled epochs."""
@@ -568,6 +595,11 @@ class _Swapped:
     def _put(self, weights: dict[str, Tensor]) -> None:
         for name, parameter in self.network.named_parameters():
             parameter.copy_(weights[name])
+
+
+def training_scenes(config: RunConfig, index: range, device: torch.device | str = "cpu") -> Scenes:
+    """Scenes of a run by their index; their seeds are far from those of validation and test scenes."""
+    return simulate(config.scene, TRAINING_FAMILY + config.seed, index, device=device)
 
 
 def load_network(path: Path, device: str = "cpu") -> tuple[Network, RunConfig]:

@@ -27,7 +27,7 @@ class Site:
 
     def __init__(self, url: str, folder: Path, **options):
         self.folder = folder
-        self.store = open_store(url)
+        self.store = open_store(url, heartbeat=None)
         self.study = optuna.create_study(storage=self.store, study_name="wide")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)  # set_metric_names is marked so

@@ -177,7 +177,7 @@ def test_every_answer_carries_the_headers():
         headers = answer["headers"]
         assert headers["X-Content-Type-Options"] == "nosniff"
         assert headers["X-Frame-Options"] == "DENY"
-        assert headers["Referrer-Policy"] == "no-referrer"
+        assert headers["Referrer-Policy"] == "same-origin"
         assert "Access-Control-Allow-Origin" not in headers
         assert headers["Cache-Control"]
         assert TOKEN.encode() not in answer["body"]

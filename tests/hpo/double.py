@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import Field
 
 from ris_hpo.config import Spec
-from ris_hpo.errors import TrainingDivergedError
+from ris_hpo.errors import CheckpointError, TrainingDivergedError
 
 
 class Budget(Spec):
@@ -63,6 +63,8 @@ class Conclusion:
     network: Scores
     pipeline: Scores
     floor: Scores
+    pipeline_floor: Scores
+    parameters: dict[str, int]
 
 
 FLOOR = Scores(1.0)
@@ -81,7 +83,10 @@ class Trainer:
         directory.mkdir(parents=True, exist_ok=True)
         checkpoint = directory / "checkpoint.json"
         if resume and checkpoint.exists():
-            self._restore(json.loads(checkpoint.read_text()))
+            try:
+                self._restore(json.loads(checkpoint.read_text()))
+            except json.JSONDecodeError as error:
+                raise CheckpointError(f"{checkpoint}: damaged ({error})") from None
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Validation]:
         budget = self.config.budget
@@ -113,7 +118,7 @@ class Trainer:
 
     def conclude(self) -> Conclusion:
         best = min(validation.network.k_loc for validation in self.history)
-        return Conclusion(Scores(best), Scores(best - 0.3), FLOOR)
+        return Conclusion(Scores(best), Scores(best - 0.3), FLOOR, FLOOR, {"all": self.parameters})
 
     def _fault(self) -> None:
         match self.config.fault:

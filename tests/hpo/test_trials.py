@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from collections import Counter
 from pathlib import Path
@@ -254,6 +255,37 @@ def test_out_of_memory_is_retried_once_in_a_fresh_process(
     trials = study.get_trials()
     assert [trial.user_attrs[names.CAUSE] for trial in trials] == ["out_of_memory", "out_of_memory"]
     assert budget.tally(trials).fail == 1
+
+
+def test_a_damaged_checkpoint_leads_to_the_same_curve_from_the_start(
+    sqlite_store: Store, program: Program, tmp_path: Path
+) -> None:
+    study = begin(sqlite_store, make_spec(), program, 1)
+    assert work(sqlite_store, study, tmp_path, stop=CountedStop(8)).requeued == 1
+    checkpoint = tmp_path / "trials" / "0" / "checkpoint.json"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-40])
+    work(sqlite_store, study, tmp_path)
+    (trial,) = study.get_trials()
+    assert trial.state == TrialState.COMPLETE
+    assert replay(sqlite_store, "unit", 0, program=program).identical
+    assert len(list((tmp_path / "trials").glob("0.damaged-*"))) == 1
+
+
+def test_a_full_disk_puts_the_trial_back(
+    sqlite_store: Store, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = begin(sqlite_store, make_spec(), program, 2)
+
+    def full(self: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(program.trainer, "_save", full)
+        with pytest.raises(WorkerError, match=r"trial 0 was put back: OSError: .*No space left"):
+            work(sqlite_store, study, tmp_path)
+    assert budget.tally(study.get_trials()).waiting == 2
+    work(sqlite_store, study, tmp_path)
+    assert budget.tally(study.get_trials()).ended == 2
 
 
 def test_bugs_stop_the_worker_after_a_few(sqlite_store: Store, program: Program, tmp_path: Path) -> None:

@@ -149,7 +149,10 @@ def test_positions_and_selection_of_sources():
     sources = Sources(0.2 * one, 0.1 * one, 2 * one, one, torch.tensor([[True, False, True], [False, False, True]]))
     torch.testing.assert_close(sources.positions().norm(dim=-1), 2 * one)
     assert sources.num_sources.tolist() == [2, 1]
-    assert sources.take(torch.tensor([[2, 0, 1], [2, 0, 1]])).mask.tolist() == [[True, True, False], [True, False, False]]
+    assert sources.take(torch.tensor([[2, 0, 1], [2, 0, 1]])).mask.tolist() == [
+        [True, True, False],
+        [True, False, False],
+    ]
     assert sources.padded(5).mask.shape == (2, 5)
     assert len(Sources.cat([sources, sources[:1]])) == 3
 

@@ -1,0 +1,235 @@
+"""Phase 0: proof that a network form can learn at all, as a certificate for one code and one form.
+
+beta 0, NMSE alone, every other weight 0, no weight decay, dropout, averaging or mixed precision, training set =
+validation set. Passes at NMSE <= 0.1 on the memorised scenes, with the self-tests before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ris_hpo
+from ris_hpo.config import fingerprint
+from ris_hpo.errors import ProofError
+from ris_hpo.learning.hybrid import covariances
+from ris_hpo.learning.losses import TERMS, label_factor, nmse
+from ris_hpo.learning.network import Network
+from ris_hpo.training.config import RunConfig
+from ris_hpo.training.trainer import Trainer, training_scenes
+
+PASSING_NMSE = 0.1
+FULL_SCENES, SMALL_SCENES = 512, 64
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was shown, by which code, for which form.
+
+    ``code`` is the fingerprint of the package's learning code, ``form`` that of the network and the scenes.
+    ``checks`` holds each self-test's figure; ``nmse`` the memorised one after ``epochs`` epochs of ``scenes`` scenes.
+    """
+
+    code: str
+    form: str
+    scenes: int
+    nmse: float
+    epochs: int
+    seconds: float
+    checks: dict[str, float]
+    parameters: dict[str, int]
+    device: str
+    torch: str
+    machine: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def code_fingerprint() -> str:
+    """Sixteen hexadecimal digits over the source of physics, estimators, learning and training."""
+    digest = hashlib.sha256()
+    root = Path(ris_hpo.__file__).parent
+    for part in ("physics", "estimators", "learning", "training"):
+        for file in sorted((root / part).glob("*.py")):
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def form_fingerprint(config: RunConfig) -> str:
+    """Fingerprint of what the proof speaks of: the network's form and the scenes' geometry, not sizes that tune it."""
+    network = config.network.model_dump(mode="json")
+    form = {name: network[name] for name in ("front_end", "covariance_head", "factor_basis", "count_head")}
+    scene = config.scene
+    return fingerprint(form | {"geometry": scene.geometry.model_dump(mode="json"), "antennas": scene.num_antennas})
+
+
+def proof_config(config: RunConfig, scenes: int, epochs: int) -> RunConfig:
+    """The run of phase 0: everything that could hide a trainer that does not learn is off."""
+    weights = {f"loss.{name}": 0.0 for name in TERMS}
+    plain = RunConfig(seed=config.seed, scene=config.scene, network=config.network)
+    return plain.replaced(
+        weights
+        | {
+            "loss.covariance_pred": 1.0,
+            "inference.hybrid.beta": 0.0,
+            "inference.hybrid.shrinkage": 0.0,
+            "optimizer.weight_decay": 0.0,
+            "optimizer.ema_decay": 0.0,
+            "optimizer.precision": "fp32",
+            "optimizer.batch_size": max(1, min(32, scenes // 8)),
+            "optimizer.learning_rate": 2e-3 if config.network.front_end == "spectra" else 1e-3,
+            "network.dropout": 0.0,
+            "budget.scenes": epochs * scenes,
+            "budget.validate_every": scenes * min(10, epochs),
+            "budget.fixed_scenes": scenes,
+            "budget.pipeline_scenes": 0,
+        }
+    )
+
+
+def self_tests(config: RunConfig) -> dict[str, float]:
+    """Checks that need no training.
+
+    Raises:
+        ProofError: naming the check, its figure and what was expected.
+    """
+    scenes = training_scenes(config, range(16))
+    label = label_factor(scenes.require_truth(), config.scene.geometry)
+    covariance = label @ label.mH
+    torch.manual_seed(config.seed)
+    network = Network(config.network)
+    outputs = network(*network.features(scenes))
+    predicted = covariances(outputs, scenes, config.inference.hybrid, 0.0).predicted
+    loss = nmse(predicted, covariance).mean()
+    loss.backward()  # type: ignore[no-untyped-call]
+    trace = predicted.diagonal(dim1=-2, dim2=-1).real.sum(-1)
+    checks = {
+        "nmse_of_truth": float(nmse(covariance, covariance).max()),
+        "nmse_of_zero": float(nmse(torch.zeros_like(covariance), covariance).mean()),
+        "oracle_loss": float(nmse(_oracle(label), covariance).max()),
+        "trace_over_elements": float((trace.detach() / config.scene.geometry.num_elements).mean()),
+        "untrained_nmse": float(loss.detach()),
+    }
+    expected = {"nmse_of_truth": 0.0, "nmse_of_zero": 1.0, "oracle_loss": 0.0, "trace_over_elements": 1.0}
+    for name, target in expected.items():
+        if not abs(checks[name] - target) < 1e-5:
+            raise ProofError(f"self-test '{name}': found {checks[name]:.3g}, expected {target:g}")
+    return checks
+
+
+def prove(
+    config: RunConfig,
+    directory: Path,
+    *,
+    scenes: int = FULL_SCENES,
+    epochs: int = 150,
+    device: str = "cpu",
+    progress: Callable[[int, float], None] = lambda epoch, nmse: None,
+) -> Certificate:
+    """Memorise ``scenes`` scenes and certify it.
+
+    Args:
+        config: the run whose network form is to be proved.
+        directory: certificates and the proof run's telemetry go here.
+        scenes: how many; 512 for the full form.
+        epochs: at most so many; stops at the first check that passes.
+        device: where to train.
+        progress: told (epoch, NMSE) at every check.
+
+    Raises:
+        ProofError: a self-test failed, parameters did not move, a trained parameter got no gradient, or the NMSE
+            stayed above 0.1; with the diagnosis.
+    """
+    plain = proof_config(config, scenes, epochs)
+    checks = self_tests(plain)
+    run = directory / f"proof-{code_fingerprint()}-{form_fingerprint(config)}-{plain.fingerprint()}"
+    trainer = Trainer(plain, run, device=device)
+    start = [p.detach().clone() for p in trainer.network.parameters()]
+    began = time.monotonic()
+    figure, epoch, still = 1.0, 0, _untouched(trainer.network)
+    for validation in trainer.run():
+        epoch = validation.scenes_seen // scenes
+        still &= _without_gradient(trainer.network)
+        figure = trainer.covariance_nmse()
+        progress(epoch, figure)
+        if figure <= PASSING_NMSE:
+            break
+    moved = sum(float((a - b).norm()) for a, b in zip(start, trainer.network.parameters(), strict=True))
+    checks["movement"] = moved
+    checks["parameters_without_gradient"] = float(len(still))
+    if not moved > 0:
+        raise ProofError(f"no parameter moved in {epoch} epochs; {trainer.diagnosis()}")
+    if still:
+        raise ProofError(f"{len(still)} trained parameters never had a gradient, first: {sorted(still)[0]}")
+    if figure > PASSING_NMSE:
+        raise ProofError(f"NMSE {figure:.3f} after {epoch} epochs, expected <= {PASSING_NMSE}; {trainer.diagnosis()}")
+    certificate = Certificate(
+        code=code_fingerprint(),
+        form=form_fingerprint(config),
+        scenes=scenes,
+        nmse=figure,
+        epochs=epoch,
+        seconds=time.monotonic() - began,
+        checks=checks,
+        parameters=trainer.network.parameter_counts(),
+        device=device,
+        torch=torch.__version__,
+        machine=platform.machine(),
+    )
+    path = certificate_path(directory, config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(certificate.as_dict(), indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return certificate
+
+
+def certificate_path(directory: Path, config: RunConfig) -> Path:
+    """Where the certificate for this code and form stands."""
+    return directory / f"certificate-{code_fingerprint()}-{form_fingerprint(config)}.json"
+
+
+def find_certificate(directory: Path, config: RunConfig) -> Certificate | None:
+    """A valid certificate for this code and form, or None."""
+    path = certificate_path(directory, config)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return Certificate(**values)
+
+
+def _oracle(label: Tensor) -> Tensor:
+    """R from the true factor through the same arithmetic as a prediction."""
+    return (label / 2) @ (label / 2).mH * 4
+
+
+def _trained_by_covariance(network: Network) -> list[str]:
+    """Parameters that the covariance alone can reach: all but the count head."""
+    return [name for name, p in network.named_parameters() if p.requires_grad and not name.startswith("heads.count")]
+
+
+def _untouched(network: Network) -> set[str]:
+    return set(_trained_by_covariance(network))
+
+
+def _without_gradient(network: Network) -> set[str]:
+    parameters = dict(network.named_parameters())
+    without = set()
+    for name in _trained_by_covariance(network):
+        gradient = parameters[name].grad
+        if gradient is None or not bool((gradient != 0).any()):
+            without.add(name)
+    return without

@@ -1,0 +1,145 @@
+"""The dashboard in a real browser: log in, see the study, a live trial and a figure, and no error in the console."""
+
+import json
+import os
+import shutil
+import time
+
+import optuna
+import pytest
+
+pytestmark = pytest.mark.browser
+
+FLAGS = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1400,1000",
+    "--force-device-scale-factor=1",
+)  # fmt: skip
+PATIENCE_S = 60
+
+
+@pytest.fixture
+def browser(tmp_path):
+    if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
+        pytest.skip("needs chromium and chromedriver")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'profile'}"):
+        options.add_argument(flag)
+    options.binary_location = shutil.which("chromium")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = Service(shutil.which("chromedriver"), log_output=os.devnull)
+    driver = webdriver.Chrome(options=options, service=service)
+    driver.set_page_load_timeout(PATIENCE_S)
+    driver.set_script_timeout(PATIENCE_S)
+    yield driver
+    driver.quit()
+
+
+def wait_for(browser, condition, what):
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.1)
+    browser.save_screenshot("/tmp/ris-hpo-browser.png")
+    print(browser.get_log("browser"))
+    pytest.fail(f"no {what} after {PATIENCE_S} s; the page says: {text_of(browser)[:500]!r}")
+
+
+def text_of(browser):
+    return browser.execute_script("return document.body ? document.body.innerText : ''")
+
+
+def wait_for_text(browser, text):
+    wait_for(browser, lambda: text in text_of(browser), f"'{text}'")
+
+
+def errors_in_console(browser):
+    return [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+def fetch(browser, method, path, body=None):
+    """A request by the page itself, with its cookie: [status, text]."""
+    script = """
+        const done = arguments[arguments.length - 1];
+        fetch(arguments[1], {method: arguments[0], body: arguments[2],
+                             headers: {'Content-Type': 'application/json'}})
+            .then(async answer => done([answer.status, await answer.text()]), error => done([0, String(error)]));
+    """
+    return browser.execute_async_script(script, method, path, body)
+
+
+def test_from_login_to_a_live_trial_and_its_figure(make_site, browser):
+    site = make_site()
+
+    # without a token: the form, whatever the page
+    browser.get(f"{site.base}/dashboard/studies/1")
+    field = browser.find_element("name", "token")
+    status = "return performance.getEntriesByType('navigation')[0].responseStatus"
+    assert browser.execute_script(status) == 401
+    field.send_keys("not-the-right-token")
+    field.submit()
+    wait_for_text(browser, "That is not the token")
+    errors_in_console(browser)  # three refusals so far, each of them wanted
+
+    # with it: the list of studies, from the form as from the link
+    field = browser.find_element("name", "token")
+    field.send_keys(site.token)
+    field.submit()
+    wait_for_text(browser, "wide")
+    browser.delete_all_cookies()
+    browser.get(site.dashboard.login_url)
+    wait_for_text(browser, "wide")
+    assert site.token not in browser.current_url
+    assert browser.execute_script("return document.cookie") == ""
+
+    # a trial appears while the page is open
+    browser.get(f"{site.base}/dashboard/studies/1/trials")
+    wait_for_text(browser, "Trial 1")
+    assert "Trial 2" not in text_of(browser)
+    site.study.optimize(site.objective, n_trials=1)
+    wait_for_text(browser, "Trial 2")
+
+    # its figure is an image that has been drawn
+    browser.get(f"{site.base}/dashboard/studies/1/trials?numbers=2")
+    image = wait_for(
+        browser,
+        lambda: browser.execute_script(
+            "return [...document.images].filter(i => i.src.includes('/artifacts/') && i.complete && i.naturalWidth)[0]"
+        ),
+        "artifact image",
+    )
+    assert image.get_attribute("src").startswith(site.base)
+    browser.execute_script("arguments[0].scrollIntoView()", image)
+
+    # plots of the study, then the log: nothing went wrong on any page
+    browser.get(f"{site.base}/dashboard/studies/1/analytics")
+    wait_for(browser, lambda: browser.execute_script("return document.querySelector('.js-plotly-plot')"), "plot")
+    assert errors_in_console(browser) == []
+
+    # read-only: refused with a reason, nothing changed
+    status, body = fetch(browser, "DELETE", "/api/studies/1")
+    assert status == 403
+    assert "read-only" in json.loads(body)["reason"]
+    status, body = fetch(browser, "POST", "/api/studies/1/rename", json.dumps({"study_name": "renamed"}))
+    assert status == 403
+    assert [study.study_name for study in optuna.get_all_study_summaries(site.store)] == ["wide"]
+
+
+def test_an_artifact_cannot_run_a_script(make_site, browser, tmp_path):
+    site = make_site()
+    evil = tmp_path / "evil.svg"
+    evil.write_text("<svg xmlns='http://www.w3.org/2000/svg'><script>document.documentElement.id='ran'</script></svg>")
+    trial = site.study.ask()
+    identifier = optuna.artifacts.upload_artifact(
+        artifact_store=optuna.artifacts.FileSystemArtifactStore(str(tmp_path / "artifacts")),
+        file_path=str(evil), study_or_trial=trial, mimetype="image/svg+xml",
+    )  # fmt: skip
+    browser.get(site.dashboard.login_url)
+    browser.get(f"{site.base}/artifacts/1/{trial._trial_id}/{identifier}")
+    assert "<svg" in browser.page_source
+    assert "ran" not in browser.page_source.replace("='ran'", "")

@@ -1,0 +1,215 @@
+"""Scene and estimate files: round trips, and one clear line for every way a file can be wrong."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ris_hpo.errors import SceneFileError
+from ris_hpo.physics.array import Geometry
+from ris_hpo.physics.files import load_estimates, load_scenes, save_estimates, save_scenes
+from ris_hpo.physics.scene import Scenes, SceneSpec, simulate
+from ris_hpo.physics.sources import Sources
+
+SPEC = SceneSpec(geometry=Geometry(num_horizontal=4, num_vertical=3), num_antennas=4, num_snapshots=3)
+
+
+@pytest.fixture
+def scenes() -> Scenes:
+    return simulate(SPEC, 1, range(6))
+
+
+@pytest.fixture
+def arrays(scenes: Scenes, tmp_path: Path) -> dict[str, np.ndarray]:
+    save_scenes(tmp_path / "good.npz", scenes)
+    with np.load(tmp_path / "good.npz", allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
+
+
+def test_scenes_round_trip_with_everything_known(scenes, tmp_path):
+    save_scenes(tmp_path / "s.npz", scenes)
+    back = load_scenes(tmp_path / "s.npz")
+    assert back.geometry == scenes.geometry
+    for name in ("y", "bs_ris_channel", "ris_codes", "noise_power", "snr_db", "symbols"):
+        assert torch.equal(getattr(back, name), getattr(scenes, name)), name
+    mask = scenes.truth.mask
+    assert torch.equal(back.truth.mask, mask)
+    for name in ("azimuth", "elevation", "range_m", "power"):
+        assert torch.equal(getattr(back.truth, name)[mask], getattr(scenes.truth, name)[mask])
+        assert torch.isfinite(getattr(back.truth, name)).all()
+    assert [path.name for path in tmp_path.iterdir()] == ["s.npz"]
+
+
+def test_the_file_is_as_documented(arrays):
+    expected = {
+        "y": ("complex64", (6, 3, 4)),
+        "bs_ris_channel": ("complex64", (6, 4, 12)),
+        "ris_codes": ("complex64", (6, 3, 12)),
+        "noise_power": ("float32", (6,)),
+        "num_sources": ("int64", (6,)),
+        "azimuth": ("float32", (6, 5)),
+        "elevation": ("float32", (6, 5)),
+        "range_m": ("float32", (6, 5)),
+        "snr_db": ("float32", (6,)),
+    }
+    for name, (dtype, shape) in expected.items():
+        assert (arrays[name].dtype.name, arrays[name].shape) == (dtype, shape), name
+    beyond = np.arange(5) >= arrays["num_sources"][:, None]
+    assert np.isnan(arrays["range_m"]).tolist() == beyond.tolist()
+
+
+def test_a_file_without_truth_or_geometry_is_enough(arrays, tmp_path):
+    bare = {name: arrays[name] for name in ("y", "bs_ris_channel", "ris_codes", "noise_power")}
+    np.savez(tmp_path / "bare.npz", **bare)
+    back = load_scenes(tmp_path / "bare.npz", SPEC.geometry)
+    assert back.truth is None
+    assert back.geometry == SPEC.geometry
+    with pytest.raises(SceneFileError, match=r"'bs_ris_channel' has N = 12 elements, expected 12 x 12 = 144"):
+        load_scenes(tmp_path / "bare.npz")
+
+
+def test_the_true_channel_travels_along(tmp_path):
+    scenes = simulate(SPEC.replaced({"channel_error_db": (-10.0, -10.0)}), 1, range(2))
+    save_scenes(tmp_path / "s.npz", scenes)
+    assert torch.equal(load_scenes(tmp_path / "s.npz").true_channel, scenes.true_channel)
+
+
+def changed(name: str, function):
+    def change(arrays: dict[str, np.ndarray]) -> None:
+        arrays[name] = function(arrays[name])
+
+    return change
+
+
+def with_value(value, *index):
+    def change(array: np.ndarray) -> np.ndarray:
+        array = array.copy()
+        array[index] = value
+        return array
+
+    return change
+
+
+def removed(name: str):
+    return lambda arrays: arrays.pop(name)
+
+
+MALFORMED = {
+    "y missing": (removed("y"), r"array 'y' is missing"),
+    "codes missing": (removed("ris_codes"), r"array 'ris_codes' is missing"),
+    "y wrong rank": (changed("y", lambda a: a[0]), r"'y' has shape \(3, 4\), expected \(B, L, M\)"),
+    "y empty": (changed("y", lambda a: a[:0]), r"'y' has shape \(0, 3, 4\)"),
+    "y double": (changed("y", lambda a: a.astype(np.complex128)), r"'y' has dtype complex128, expected complex64"),
+    "y real": (changed("y", lambda a: a.real), r"'y' has dtype float32, expected complex64"),
+    "y nan": (changed("y", with_value(np.nan, 0, 0, 0)), r"'y': every value must be finite; 1 of 72"),
+    "y inf": (changed("y", with_value(np.inf, 1, 0, 0)), r"'y': every value must be finite"),
+    "channel scenes": (
+        changed("bs_ris_channel", lambda a: a[:2]),
+        r"'bs_ris_channel' has shape \(2, 4, 12\), expected \(6, 4, N\)",
+    ),
+    "channel antennas": (changed("bs_ris_channel", lambda a: a[:, :3]), r"'bs_ris_channel' has shape \(6, 3, 12\)"),
+    "codes elements": (
+        changed("ris_codes", lambda a: a[..., :5]),
+        r"'ris_codes' has shape \(6, 3, 5\), expected \(6, 3, 12\) = \[B, L, N\]",
+    ),
+    "noise zero": (changed("noise_power", with_value(0, 0)), r"'noise_power': every value must be positive"),
+    "noise shape": (changed("noise_power", lambda a: a[:, None]), r"'noise_power' has shape \(6, 1\)"),
+    "count dtype": (changed("num_sources", lambda a: a.astype(np.int32)), r"'num_sources' has dtype int32"),
+    "count large": (changed("num_sources", with_value(9, 0)), r"'num_sources': every value must lie within 0..5"),
+    "azimuth missing": (removed("azimuth"), r"array 'azimuth' is missing; the truth needs all of"),
+    "azimuth degrees": (changed("azimuth", with_value(45.0, 0, 0)), r"'azimuth': radians"),
+    "azimuth nan": (changed("azimuth", with_value(np.nan, 0, 0)), r"'azimuth': values of a source must be finite"),
+    "range negative": (changed("range_m", with_value(-1.0, 0, 0)), r"'range_m': every range must be positive"),
+    "range width": (changed("range_m", lambda a: a[:, :4]), r"'range_m' has shape \(6, 4\), expected \(6, 5\)"),
+    "snr shape": (changed("snr_db", lambda a: a[:3]), r"'snr_db' has shape \(3,\), expected \(6\)"),
+    "symbols shape": (changed("symbols", lambda a: a[..., :2]), r"'symbols' has shape \(6, 3, 2\)"),
+    "power negative": (changed("power", with_value(-1.0, 0, 0)), r"'power': no value may be negative"),
+    "geometry text": (changed("geometry_json", lambda a: np.array("{")), r"'geometry_json' does not describe"),
+    "geometry key": (changed("geometry_json", lambda a: np.array('{"n": 1}')), r"unknown key 'n'"),
+    "geometry type": (changed("geometry_json", lambda a: np.zeros(3)), r"'geometry_json' has shape \(3,\)"),
+    "geometry size": (
+        changed("geometry_json", lambda a: np.array('{"num_horizontal": 5}')),
+        r"N = 12 elements, expected 5 x 12 = 60",
+    ),
+    "pickled": (changed("y", lambda a: np.array([{"x": 1}], dtype=object)), r"not a readable npz archive"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_every_misfit_is_named(case, arrays, tmp_path):
+    change, message = MALFORMED[case]
+    change(arrays)
+    path = tmp_path / "bad.npz"
+    np.savez(path, **arrays)
+    with pytest.raises(SceneFileError, match=message) as caught:
+        load_scenes(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_archive_is_refused(tmp_path):
+    with pytest.raises(SceneFileError, match="no such file"):
+        load_scenes(tmp_path / "none.npz")
+    with pytest.raises(SceneFileError, match="not a readable"):
+        load_scenes(tmp_path)
+    path = tmp_path / "x.npz"
+    for content in (b"", b"plain text", b"PK\x03\x04 broken"):
+        path.write_bytes(content)
+        with pytest.raises(SceneFileError, match="not a readable"):
+            load_scenes(path)
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    with pytest.raises(SceneFileError, match="single array"):
+        load_scenes(tmp_path / "one.npy")
+
+
+def test_a_truncated_archive_is_refused(scenes, tmp_path):
+    path = tmp_path / "s.npz"
+    save_scenes(path, scenes)
+    whole = path.read_bytes()
+    for size in (len(whole) // 2, len(whole) - 10):
+        path.write_bytes(whole[:size])
+        with pytest.raises(SceneFileError):
+            load_scenes(path)
+
+
+def test_an_unwritable_place_leaves_nothing(scenes, tmp_path):
+    with pytest.raises(SceneFileError, match="cannot be written"):
+        save_scenes(tmp_path / "no" / "such" / "s.npz", scenes)
+    with pytest.raises(SceneFileError, match="cannot be written"):
+        save_scenes(tmp_path, scenes)
+    assert list(tmp_path.iterdir()) == []
+    assert not [name for name in os.listdir(tmp_path.parent) if name.endswith(".tmp")]
+
+
+def test_estimates_round_trip_with_present_sources_first(tmp_path):
+    values = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]])
+    mask = torch.tensor([[False, True, True], [False, False, False]])
+    covariance = torch.eye(3).expand(2, 3, 3, 3) * values[..., None, None]
+    save_estimates(tmp_path / "e.npz", Sources(values, -values, 1 + values, values, mask, values, covariance))
+    back = load_estimates(tmp_path / "e.npz")
+    assert back.num_sources.tolist() == [2, 0]
+    torch.testing.assert_close(back.azimuth[0, :2], torch.tensor([0.2, 0.3]))
+    torch.testing.assert_close(back.existence[0], torch.tensor([0.2, 0.3, 0.1]))
+    torch.testing.assert_close(back.covariance_m2[0, 0], 0.2 * torch.eye(3))
+    with np.load(tmp_path / "e.npz", allow_pickle=False) as archive:
+        assert {"num_sources", "azimuth", "elevation", "range_m", "existence"} <= set(archive.files)
+        assert np.isnan(archive["azimuth"][1]).all()
+
+
+def test_estimates_without_optional_fields_and_malformed_ones(tmp_path):
+    one = torch.ones(2, 3)
+    path = tmp_path / "e.npz"
+    save_estimates(path, Sources(one, one, one, one, one > 0))
+    assert load_estimates(path).covariance_m2 is None
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    arrays["existence"] = arrays["existence"] * 2
+    np.savez(path, **arrays)
+    with pytest.raises(SceneFileError, match="'existence': every value must be a probability"):
+        load_estimates(path)
+    del arrays["existence"]
+    np.savez(path, **arrays)
+    with pytest.raises(SceneFileError, match="'existence' is missing"):
+        load_estimates(path)
