@@ -16,11 +16,12 @@ help:  ## list the targets
 run: $(VENV)/installed  ## environment, then a study of 8 trials on CPU and SQLite (SPACE=, TRIALS=)
 	$(BIN)/ris-hpo run --space $(SPACE) --n-trials $(TRIALS) --gpus none
 
+# One thread: the tests are many small problems in several processes, where more threads only wait for each other.
 test: $(VENV)/installed-test  ## environment, then every test but the long forms
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 test-long: $(VENV)/installed-test  ## every test, long forms included
-	$(BIN)/python -m pytest -m ""
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ""
 
 bench: $(VENV)/installed-test  ## the benchmark table, appended to benchmarks/LOG.md
 	$(BIN)/python -m benchmarks

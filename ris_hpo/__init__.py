@@ -14,6 +14,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ris_hpo.estimators.estimate import estimate as estimate
+    from ris_hpo.learning.inference import localize as localize
     from ris_hpo.learning.metrics import score as score
     from ris_hpo.physics.files import load_scenes as load_scenes
     from ris_hpo.physics.files import save_scenes as save_scenes
@@ -21,12 +23,20 @@ if TYPE_CHECKING:
     from ris_hpo.physics.scene import SceneSpec as SceneSpec
     from ris_hpo.physics.scene import simulate as simulate
     from ris_hpo.physics.sources import Sources as Sources
+    from ris_hpo.training.config import RunConfig as RunConfig
+    from ris_hpo.training.trainer import Trainer as Trainer
+    from ris_hpo.training.trainer import load_network as load_network
 
 _HOME = {
+    "RunConfig": "training.config",
     "SceneSpec": "physics.scene",
     "Scenes": "physics.scene",
     "Sources": "physics.sources",
+    "Trainer": "training.trainer",
+    "estimate": "estimators.estimate",
+    "load_network": "training.trainer",
     "load_scenes": "physics.files",
+    "localize": "learning.inference",
     "save_scenes": "physics.files",
     "score": "learning.metrics",
     "simulate": "physics.scene",

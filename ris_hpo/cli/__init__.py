@@ -18,10 +18,9 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from ris_hpo.cli import display, model, study
+from ris_hpo.cli import display, model, options, study
 from ris_hpo.errors import OutputError, RisHpoError
 
-INTERRUPTED = 130
 _CANNOT_WRITE = {errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EPERM, errno.EROFS}
 
 app = typer.Typer(
@@ -77,7 +76,7 @@ def execute(arguments: Sequence[str]) -> int:
         display.print_error(str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return options.INTERRUPTED
     except OSError as error:
         if error.errno not in _CANNOT_WRITE:
             raise

@@ -9,12 +9,15 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from ris_hpo.hpo.replay import ReplayReport
 
 PLAIN_WIDTH = 120
 PLAIN_SECONDS = 10.0
@@ -124,6 +127,18 @@ def cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
     return str(value)
+
+
+def comparison(report: ReplayReport) -> None:
+    """Print a recorded curve beside its repetition, and the verdict."""
+    rows = [(step.step, f"{step.recorded:.9f}", f"{step.replayed:.9f}") for step in report.steps]
+    columns = ["scenes", "recorded k_loc", "replayed"]
+    table(f"trial {report.number} of '{report.study}'", columns, rows, text=())
+    if not report.fingerprint_agrees:
+        print_result("the configuration is not the recorded one: the program has changed since")
+    if not report.stopped:
+        difference = f"different, by up to {report.max_difference:.3g}"
+        print_result("identical" if report.identical else difference)
 
 
 def duration(seconds: float) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import ris_hpo
 from ris_hpo.cli import options
-from ris_hpo.config import read_toml, suggestion
+from ris_hpo.config import suggestion
 from ris_hpo.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -22,18 +22,15 @@ if TYPE_CHECKING:
 
 
 def run_config(path: Path | None) -> RunConfig:
-    """The run configuration of a TOML file; the defaults without one.
+    """The run configuration of a file, exported or written by hand; the defaults without one.
 
     Raises:
         ConfigError: no such file, not TOML, an unknown key or a value out of bounds.
     """
+    from ris_hpo.hpo.export import load_config
     from ris_hpo.training.config import RunConfig
 
-    if path is None:
-        return RunConfig()
-    tree = read_toml(path)
-    tree.pop("provenance", None)  # what export adds for the reader
-    return RunConfig.parse(tree, source=str(path))
+    return RunConfig() if path is None else load_config(path).config
 
 
 @dataclass(frozen=True)
@@ -110,18 +107,27 @@ def shipped_weights(name: str) -> Path:
 
 
 def _learned(checkpoint: Path, pairs: Sequence[str] | None, device: str, path: str) -> Method:
+    from typing import cast
+
+    from ris_hpo.learning.bundle import is_bundle, load_bundle
     from ris_hpo.learning.inference import localize, network_sources, predict
+    from ris_hpo.learning.network import Network
     from ris_hpo.training.trainer import load_network
 
-    network, config = load_network(checkpoint, device)
-    spec = options.changed(config.inference, pairs)
+    if is_bundle(checkpoint):
+        bundle = load_bundle(checkpoint, device=device)
+        network, inference, scene = cast(Network, bundle), bundle.inference, bundle.scene
+    else:
+        network, config = load_network(checkpoint, device)
+        inference, scene = config.inference, config.scene
+    spec = options.changed(inference, pairs)
 
     def located(scenes: Scenes, counts: Tensor | None) -> Sources:
         if path == "network":
             return network_sources(predict(network, scenes), spec, counts)
         return localize(network, scenes, spec, num_sources=counts)
 
-    return Method(f"{checkpoint} ({path})", located, 64, config.scene.geometry, config.scene)
+    return Method(f"{checkpoint} ({path})", located, 64, scene.geometry, scene)
 
 
 def known_counts(text: str | None, scenes: Scenes) -> Tensor | None:

@@ -11,7 +11,7 @@ import typer
 
 from ris_hpo.cli import display, methods, options, plots
 from ris_hpo.config import read_toml
-from ris_hpo.errors import SceneFileError
+from ris_hpo.errors import SceneFileError, StudyError
 
 if TYPE_CHECKING:
     from ris_hpo.cli.methods import Method
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PANEL = "Scenes and networks"
 CHUNK = 512
 
-Checkpoint = Annotated[Path | None, typer.Option(help="Folder of a trained network, or a weights file.")]
+Checkpoint = Annotated[Path | None, typer.Option(help="Folder of a trained network or of a bundle, or a weights file.")]
 Weights = Annotated[
     str | None, typer.Option(metavar="NAME", help="A network that ships: default, imperfect.", show_default="default")
 ]
@@ -94,7 +94,11 @@ def train(
     curriculum: Annotated[
         bool, typer.Option("--curriculum", help="Go through the phases, each with its gate.")
     ] = False,
+    replay: Annotated[
+        bool, typer.Option("--replay", help="Check that an exported trial's own curve comes out again, then end.")
+    ] = False,
     device: options.Device = "cpu",
+    plot: Annotated[Path | None, typer.Option(help="Draw the curve of the run: .png, .svg or .pdf.")] = None,
     json_: options.Json = False,
 ) -> None:
     """Train one configuration at its full budget; Ctrl-C saves, the same command goes on."""
@@ -105,7 +109,14 @@ def train(
     from ris_hpo.training.trainer import Trainer
 
     options.check_folder(out)
+    if plot is not None:
+        options.check_output(plot, suffix=plots.SUFFIXES)
     options.check_device(device)
+    if replay:
+        if config is None or set_ or num_scenes is not None or scenes is not None or curriculum:
+            raise options.UsageError("--replay needs --config alone: the exported trial, unchanged")
+        _replay(config, out, device, json_=json_)
+        return
     spec = options.changed(methods.run_config(config), set_)
     if num_scenes is not None:
         spec = spec.replaced({"budget.scenes": num_scenes})
@@ -115,13 +126,17 @@ def train(
     trainer = Trainer(spec, out, device=device, scenes=data)
     if trainer.scenes_seen:
         display.print_note(f"{out}: going on at {trainer.scenes_seen:,} of {spec.budget.scenes:,} scenes")
+    gates = 0
     with StopSignals() as stop, display.progress(spec.budget.scenes, "scenes") as advance:
         for validation in trainer.run(stop):
             score, floor = validation.network.k_loc, validation.floor.k_loc
             advance(validation.scenes_seen, f"k_loc {score:.3f} | floor {floor:.3f} | loss {validation.loss:.3f}")
+            gates = _tell_gates(out, gates) if spec.phases else 0
     if not trainer.finished:
         display.print_note(f"stopped at {trainer.scenes_seen:,} scenes, saved; the same command goes on")
-        raise typer.Exit(130)
+        raise typer.Exit(options.INTERRUPTED)
+    if plot is not None:
+        plots.learning_curve(trainer.initial, trainer.history, str(out), plot)
     found = trainer.conclude()
     result = {
         "checkpoint": str(out),
@@ -148,6 +163,37 @@ def train(
     display.table(f"{out} after {trainer.scenes_seen:,} scenes", columns, rows)
     display.print_result(trainer.diagnosis())
     display.print_note(f"next: ris-hpo evaluate --checkpoint {out}")
+
+
+def _tell_gates(directory: Path, told: int) -> int:
+    """Say how the gates of the phases went that have not been told yet; returns how many have been by now."""
+    from ris_hpo.training import telemetry
+
+    gates = [event for event in telemetry.read(directory) if event["event"] == telemetry.GATE]
+    for each in gates[told:]:
+        verdict = "passed" if each["passed"] else "not passed"
+        change = f"{each['before']:.4f} -> {each['after']:.4f}, margin {each['margin']:g}"
+        display.print_note(f"phase '{each['phase']}': {each['metric']} {each['direction']}: {change}: {verdict}")
+    return len(gates)
+
+
+def _replay(config: Path, out: Path, device: str, *, json_: bool) -> None:
+    from ris_hpo.hpo.export import load_config, replay_config
+    from ris_hpo.hpo.workers import StopSignals
+
+    found = load_config(config)
+    with StopSignals() as stop, display.progress(found.config.budget.scenes, "scenes") as advance:
+        compared = replay_config(
+            found, out, device=device, stop=stop, progress=lambda seen, k_loc: advance(seen, f"k_loc {k_loc:.3f}")
+        )
+    if json_:
+        display.print_json(compared.as_dict())
+    else:
+        display.comparison(compared)
+    if compared.stopped:
+        raise typer.Exit(options.INTERRUPTED)
+    if not compared.identical:
+        raise typer.Exit(StudyError.exit_code)
 
 
 def evaluate(
@@ -180,7 +226,7 @@ def evaluate(
     from ris_hpo.physics.scene import grid_of_cells
 
     if plot is not None:
-        options.check_output(plot, suffix={".png", ".svg", ".pdf"})
+        options.check_output(plot, suffix=plots.SUFFIXES)
     options.check_device(device)
     if estimates is not None:
         if scenes is None or checkpoint is not None or estimator is not None:
@@ -355,12 +401,34 @@ def localize(
         display.facts("", result)
 
 
+def package(
+    out: Annotated[Path, typer.Option(help="Folder of the bundle; must not be there yet.")],
+    checkpoint: Checkpoint = None,
+    weights: Weights = None,
+    json_: options.Json = False,
+) -> None:
+    """Make an inference bundle that loads without the training code: weights, configuration, exported program."""
+    from ris_hpo.hpo.export import package as make
+
+    if checkpoint is not None and weights is not None:
+        raise options.UsageError("--checkpoint and --weights exclude each other")
+    source = checkpoint if checkpoint is not None else methods.shipped_weights(weights or "default")
+    options.check_folder(out)
+    told = make(source, out)
+    files = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
+    if json_:
+        display.print_json({"folder": str(out), "files": files, **told})
+        return
+    display.facts(str(out), {name: f"{size / 1e6:.2f} MB" for name, size in files.items()})
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands, each with an example that the tests run."""
     examples: dict[Callable[..., None], str] = {
         train: "ris-hpo train --config best.toml --out runs/best",
         prove: "ris-hpo prove --head factor",
         evaluate: "ris-hpo evaluate --checkpoint runs/best --plot errors.png",
+        package: "ris-hpo package --checkpoint runs/best --out bundle",
         simulate: "ris-hpo simulate --num-scenes 200 --out scenes.npz",
         localize: "ris-hpo localize scenes.npz --estimator ml --out estimates.npz",
     }

@@ -15,6 +15,9 @@ from ris_hpo.errors import ConfigError, DeviceError, OutputError
 if TYPE_CHECKING:
     from ris_hpo.config import Spec
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C or SIGTERM, as shells have it."""
+
 S = TypeVar("S", bound="Spec")
 Json = Annotated[bool, typer.Option("--json", help="JSON alone on stdout.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]

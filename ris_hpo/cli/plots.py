@@ -1,15 +1,21 @@
-"""The figure of ``evaluate --plot``: errors against SNR beside the bound, on the same scenes."""
+"""Figures: errors against SNR beside the bound (``evaluate --plot``), the curve of a run (``train --plot``)."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ris_hpo.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from ris_hpo.learning.evaluate import Evaluation
+    from ris_hpo.training.trainer import Validation
+
+SUFFIXES = {".png", ".svg", ".pdf"}
 
 _PANELS = {
     "rmse_azimuth_deg": "RMSE azimuth, deg",
@@ -48,6 +54,37 @@ def error_against_snr(evaluation: Evaluation, name: str, path: Path) -> None:
     figure.supxlabel("SNR, dB", fontsize=10)
     handles, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=2, frameon=False)
+    _save(figure, path)
+
+
+def learning_curve(initial: Validation | None, history: Sequence[Validation], name: str, path: Path) -> None:
+    """Draw ``k_loc`` with its floor, and the loss, against the scenes seen.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    points = [*([initial] if initial is not None else []), *history]
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    score, loss = figure.subplots(1, 2)
+    scenes = [each.scenes_seen for each in points]
+    score.plot(scenes, [each.network.k_loc for each in points], "o-", label="network", markersize=4)
+    score.plot(scenes, [each.floor.k_loc for each in points], "k--", label="floor (CRB, count known)")
+    score.set_title("k_loc (lower is better)", fontsize=10)
+    score.legend(frameon=False)
+    loss.plot([each.scenes_seen for each in history], [each.loss for each in history], "o-", markersize=4)
+    loss.set_title("mean loss between validations", fontsize=10)
+    for panel in (score, loss):
+        panel.set_xlabel("scenes seen", fontsize=10)
+        panel.grid(alpha=0.3)
+    figure.suptitle(name, fontsize=10)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
     partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         figure.savefig(partial, dpi=150)

@@ -17,11 +17,10 @@ from ris_hpo.errors import StudyError
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-    from ris_hpo.hpo.space import Dimension
+    from ris_hpo.hpo.space import Dimension, StudySpec
     from ris_hpo.hpo.store import Store
 
 PANEL = "Studies"
-INTERRUPTED = 130
 SHOWN_TRIALS = 12
 
 Space = Annotated[str, typer.Option(help="Name of a study file (see 'ris-hpo spaces') or its path.")]
@@ -90,6 +89,7 @@ def run(
     json_: options.Json = False,
 ) -> None:
     """Run a study: train, prune, keep. The same command resumes it, and adds nothing to a finished one."""
+    from ris_hpo.hpo.page import kept_current
     from ris_hpo.hpo.pool import LocalPool
     from ris_hpo.hpo.space import load_study
     from ris_hpo.hpo.store import open_store, redact
@@ -114,7 +114,7 @@ def run(
         spec = spec.with_epochs(epochs_per_trial)
     spec.check()
     store = open_store(storage)
-    proof = "no-proof" if no_proof else None
+    proof = "no-proof" if no_proof else _proof(spec)
     command = redact(shlex.join(["ris-hpo", *sys.argv[1:]]))
     made = create_or_resume_study(
         store, spec, name=study, fork=fork, warm_start=warm_start, proof=proof, command=command
@@ -130,11 +130,11 @@ def run(
         )
     else:
         pool = LocalPool(store, made, workers=workers, gpus=_gpus(gpus), per_gpu=per_gpu)
-    live.follow(pool.run(), spec.budget.n_trials)
+    live.follow(kept_current(made, pool.run()), spec.budget.n_trials)
     _show_outcome(store, name, json_=json_)
     if pool.ending == "interrupted":
         display.print_note("interrupted; every trial is checkpointed, and the same command goes on from there")
-        raise typer.Exit(INTERRUPTED)
+        raise typer.Exit(options.INTERRUPTED)
     if pool.ending != "finished":
         display.print_note(f"stopped by the study's rule: {pool.ending}")
 
@@ -168,7 +168,7 @@ def worker(
     else:
         display.facts("", {"study": title, "trials ended here": report.ended, "why it left": report.reason})
     if report.reason == "stopped":
-        raise typer.Exit(INTERRUPTED)
+        raise typer.Exit(options.INTERRUPTED)
 
 
 def status(study: StudyName = None, storage: Storage = None, json_: options.Json = False) -> None:
@@ -238,16 +238,27 @@ def report(
     study: StudyName = None,
     storage: Storage = None,
     out: Annotated[Path | None, typer.Option(help="The page to write: .html, or .json for its figures.")] = None,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="First measure the ml estimator on the study's scenes, once.")
+    ] = False,
     json_: options.Json = False,
 ) -> None:
     """Write a study as one page that needs nothing else, or print its figures."""
     from ris_hpo.hpo import report as reports
-    from ris_hpo.hpo.store import open_store
+    from ris_hpo.hpo.store import open_store, storage_directory
 
     if out is not None:
         options.check_output(out)
     store = open_store(storage, create=False)
     chosen = _study(store, choose_study(store, study))
+    if reference:
+        from ris_hpo.hpo.reference import attach
+        from ris_hpo.hpo.study import stored_spec
+
+        spec = stored_spec(chosen)
+        with display.progress(spec.config({}).budget.pipeline_scenes, "scenes") as advance:
+            folder = storage_directory() / "reference"
+            attach(chosen, spec, folder, progress=lambda done, total: advance(done, "ml reference"))
     made = reports.collect(chosen) if out is None else reports.write_report(chosen, out)
     if json_:
         display.print_json(reports.as_json(made))
@@ -256,6 +267,38 @@ def report(
         display.print_result(sentence)
     if out is not None:
         display.print_note(f"written: {out}")
+
+
+def export(
+    out: Annotated[Path, typer.Option(help="The configuration file to write.")],
+    study: StudyName = None,
+    storage: Storage = None,
+    trial: Annotated[int | None, typer.Option(min=0, help="Number of the trial.", show_default="the best one")] = None,
+    form: Annotated[
+        Literal["toml", "json"] | None, typer.Option("--format", help="Form of the file.", show_default="by its suffix")
+    ] = None,
+    json_: options.Json = False,
+) -> None:
+    """Write a trial's configuration with its provenance, for 'train --config'."""
+    from ris_hpo.hpo.export import exported, write_config
+    from ris_hpo.hpo.store import open_store
+    from ris_hpo.hpo.study import stored_spec
+
+    options.check_output(out)
+    store = open_store(storage, create=False)
+    title = choose_study(store, study)
+    chosen = _study(store, title)
+    found = exported(chosen, stored_spec(chosen), trial)
+    write_config(found, out, form=form)
+    provenance = found.provenance
+    assert provenance is not None
+    if json_:
+        display.print_json({"file": str(out), **provenance.model_dump(mode="json")})
+        return
+    told = {"file": str(out), "study": title, "trial": provenance.trial, "fingerprint": provenance.config_fingerprint}
+    scores = {"k_loc": provenance.k_loc, "floor": provenance.floor, "efficiency": provenance.efficiency}
+    display.facts("", {**told, **scores})
+    display.print_note(f"next: ris-hpo train --config {shlex.quote(str(out))} --out runs/best")
 
 
 def replay(
@@ -279,15 +322,9 @@ def replay(
     if json_:
         display.print_json(found.as_dict())
     else:
-        rows = [(step.step, f"{step.recorded:.9f}", f"{step.replayed:.9f}") for step in found.steps]
-        display.table(f"trial {number} of '{title}'", ["scenes", "recorded k_loc", "replayed"], rows, text=())
-        if not found.fingerprint_agrees:
-            display.print_result("the configuration is not the recorded one: the program has changed since")
-        if not found.stopped:
-            verdict = "identical" if found.identical else f"different, by up to {found.max_difference:.3g}"
-            display.print_result(verdict)
+        display.comparison(found)
     if found.stopped:
-        raise typer.Exit(INTERRUPTED)
+        raise typer.Exit(options.INTERRUPTED)
     if not found.identical:
         raise typer.Exit(StudyError.exit_code)
 
@@ -378,6 +415,20 @@ def dashboard(
                 "other machines can connect and the token goes unencrypted: put a proxy with TLS in front"
             )
         server.run()
+
+
+def _proof(spec: StudySpec) -> str | None:
+    """The phase-0 certificate this study stands on, for the network form of its base configuration."""
+    from ris_hpo.hpo.store import storage_directory
+    from ris_hpo.training.proof import find_certificate
+
+    if spec.kind != "training":
+        return None
+    found = find_certificate(storage_directory() / "proofs", spec.config({}))
+    if found is None:
+        display.print_note("no phase-0 certificate for this code and network form; 'ris-hpo prove' makes one")
+        return None
+    return f"{found.code}-{found.form}"
 
 
 def _gpus(text: str | None) -> list[str] | None:
@@ -516,6 +567,7 @@ def register(app: typer.Typer) -> None:
         status: "ris-hpo status --study wide --json",
         best: "ris-hpo best --study wide --top 3",
         report: "ris-hpo report --study wide --out report.html",
+        export: "ris-hpo export --study wide --out best.toml",
         replay: "ris-hpo replay 3 --study wide",
         spaces: "ris-hpo spaces wide",
         dashboard: "ris-hpo dashboard --port 8080",

@@ -17,9 +17,12 @@ from ris_hpo.estimators.covariance import (
     source_covariance,
 )
 from ris_hpo.estimators.maximum_likelihood import LikelihoodSpec, deterministic_ml, ols, spectrum_maxima
+from ris_hpo.estimators.observation import require_finite
 from ris_hpo.estimators.spectrum import localize_covariance
 from ris_hpo.physics.scene import Scenes
 from ris_hpo.physics.sources import Sources
+
+_CHUNK = 64
 
 EstimatorName = Literal["ml", "music", "mvdr", "modified-music", "spectrum-maxima"]
 
@@ -65,28 +68,37 @@ def estimate(
         return _among_maxima(scenes, spec, num_sources)
     if name not in get_args(EstimatorName):
         raise ConfigError(f"unknown estimator '{name}'{suggestion(name, list(get_args(EstimatorName)))}")
-    found: Sources | None = None
-    if spec.covariance == "refined" or (spec.count == "evidence" and num_sources is None):
-        found = _among_maxima(scenes, spec, num_sources)
+    require_finite(scenes)
+    count = None if num_sources is None else torch.as_tensor(num_sources, device=scenes.device).expand(len(scenes))
+    parts = []
+    for start in range(0, len(scenes), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        parts.append(_from_covariance(name, scenes[rows], spec, None if count is None else count[rows]))
+    return Sources.cat(parts)
+
+
+def _from_covariance(
+    method: Literal["music", "mvdr", "modified-music"], scenes: Scenes, spec: EstimatorSpec, count: Tensor | None
+) -> Sources:
+    settings = spec.likelihood
+    if spec.covariance == "refined" or (spec.count == "evidence" and count is None):
+        found = _among_maxima(scenes, spec, count)
+        count = found.num_sources
+        covariance = source_covariance(scenes.geometry, found)
     if spec.covariance == "truth":
         covariance = source_covariance(scenes.geometry, scenes.require_truth())
-    elif spec.covariance == "refined" and found is not None:
-        covariance = source_covariance(scenes.geometry, found)
-    else:
+    elif spec.covariance == "least-squares":
         covariance = least_squares_covariance(scenes)
-    if num_sources is not None:
-        count = torch.as_tensor(num_sources, device=scenes.device).expand(len(scenes))
-    elif spec.count == "evidence" and found is not None:
-        count = found.num_sources
-    elif spec.count != "evidence":
-        count = count_from_snapshots(scenes, spec.count, spec.likelihood.max_sources)
+    if count is None:
+        criterion = "mdl" if spec.count == "evidence" else spec.count
+        count = count_from_snapshots(scenes, criterion, settings.max_sources)
     return localize_covariance(
         scenes.geometry,
         covariance,
-        name,
+        method,
         count,
-        max_sources=spec.likelihood.max_sources,
-        grid=spec.likelihood.grid,
+        max_sources=settings.max_sources,
+        grid=settings.grid,
         refinement_steps=spec.refinement_steps,
     )
 

@@ -20,9 +20,11 @@ from ris_hpo.estimators.counting import EvidenceSpec, order_scores, posterior_of
 from ris_hpo.estimators.likelihood import Fit, position_moments
 from ris_hpo.estimators.observation import (
     Observation,
+    box_steering,
     clipped,
     from_cosine_coordinates,
     grid_points,
+    require_finite,
     to_cosine_coordinates,
 )
 from ris_hpo.estimators.search import (
@@ -80,7 +82,8 @@ def deterministic_ml(
     """
     spec = spec or LikelihoodSpec()
     points, _ = grid_points(spec.grid, scenes.device)
-    return _in_batches(scenes, spec, num_sources, None, lambda observation, _: Atoms.of(observation, points))
+    response = box_steering(scenes.geometry, points).to(torch.complex64)
+    return _in_batches(scenes, spec, num_sources, None, lambda seen, _: Atoms.of(seen, points, response))
 
 
 def ols(
@@ -116,14 +119,16 @@ def spectrum_maxima(scenes: Scenes, count: int, spec: LikelihoodSpec | None = No
 
     The spectrum is the likelihood gain of a single source. Where it has fewer maxima the highest other points follow.
     """
+    require_finite(scenes)
     spec = spec or LikelihoodSpec()
     points, valid = grid_points(spec.grid, scenes.device)
+    response = box_steering(scenes.geometry, points).to(torch.complex64)
     count = min(count, len(points))
     chosen = []
     for start in range(0, len(scenes), spec.batch):
         part = scenes[start : start + spec.batch]
         observation = Observation.of(part, channel_error_db=spec.channel_error_db)
-        spectrum = gains(observation, Atoms.of(observation, points), None, spec.search)
+        spectrum = gains(observation, Atoms.of(observation, points, response), None, spec.search)
         chosen.append(local_maxima(spectrum, spec.grid, valid, count))
     return to_cosine_coordinates(points[torch.cat(chosen)])
 
@@ -148,8 +153,7 @@ def _in_batches(
     atoms_of: Callable[[Observation, slice], Atoms],
 ) -> Sources:
     count = None if num_sources is None else _checked_count(scenes, spec, num_sources)
-    if len(scenes) == 0:
-        raise ConfigError("no scenes to estimate from")
+    require_finite(scenes)
     parts = []
     for start in range(0, len(scenes), spec.batch):
         rows = slice(start, start + spec.batch)

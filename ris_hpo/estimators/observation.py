@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ris_hpo.errors import NumericalError
+from ris_hpo.errors import ConfigError, NumericalError
 from ris_hpo.physics.array import Cosines, Geometry, cosine_steering, cosine_steering_jacobian
 from ris_hpo.physics.grid import GridSpec, Region
 from ris_hpo.physics.scene import Scenes
@@ -137,10 +137,8 @@ class Observation:
         Raises:
             NumericalError: y, channel, codes or noise power are not finite, or the noise power is not positive.
         """
+        require_finite(scenes)
         noise = scenes.noise_power.double()
-        finite = [torch.view_as_real(value).isfinite().all() for value in _inputs(scenes)]
-        if not bool(torch.stack([*finite, (noise > 0).all(), noise.isfinite().all()]).all()):
-            raise NumericalError("scenes: y, channel, codes and noise power must be finite and noise power positive")
         y = scenes.y.to(torch.complex128)
         if channel_error_db is not None:
             received = y.abs().square().mean((1, 2))
@@ -178,5 +176,18 @@ def as_sources(observation: Observation, u: Tensor, power: Tensor, mask: Tensor)
     )
 
 
-def _inputs(scenes: Scenes) -> tuple[Tensor, Tensor, Tensor]:
-    return scenes.y, scenes.bs_ris_channel, scenes.ris_codes
+def require_finite(scenes: Scenes) -> None:
+    """Check the receiver's data.
+
+    Raises:
+        ConfigError: there is no scene.
+        NumericalError: y, channel, codes or noise power are not finite, or the noise power is not positive.
+    """
+    if len(scenes) == 0:
+        raise ConfigError("no scenes to estimate from")
+    noise = scenes.noise_power
+    checks = [
+        torch.view_as_real(value).isfinite().all() for value in (scenes.y, scenes.bs_ris_channel, scenes.ris_codes)
+    ]
+    if not bool(torch.stack([*checks, (noise > 0).all(), noise.isfinite().all()]).all()):
+        raise NumericalError("scenes: y, channel, codes and noise power must be finite and the noise power positive")

@@ -31,6 +31,7 @@ from ris_hpo.estimators.likelihood import (
 from ris_hpo.estimators.observation import Observation, box_steering
 from ris_hpo.physics.grid import Region
 
+_REPAIR = 8.0  # nats
 _SHARES = (0.06, 0.3)  # powers that an atom is tried with, as shares of what a single source would have
 
 
@@ -38,7 +39,7 @@ class SearchSpec(Spec):
     """How much work the search may do."""
 
     objective: Literal["stochastic", "deterministic"] = "stochastic"
-    greedy_steps: int = Field(6, ge=0, le=100)
+    greedy_steps: int = Field(4, ge=0, le=100)
     final_steps: int = Field(12, ge=0, le=200)
     extra_order: int = Field(1, ge=0, le=3)
     backward: bool = True
@@ -61,10 +62,11 @@ class Atoms:
     energy: Tensor
 
     @staticmethod
-    def of(observation: Observation, u: Tensor) -> Atoms:
-        """Atoms at u, [C, 3] for all scenes or [B, C, 3]."""
+    def of(observation: Observation, u: Tensor, response: Tensor | None = None) -> Atoms:
+        """Atoms at u, [C, 3] for all scenes or [B, C, 3]; their array responses may be given where they are at hand."""
         sensing, shape = observation.sensing.to(torch.complex64), observation.y.shape
-        response = box_steering(observation.geometry, u).to(torch.complex64)
+        if response is None:
+            response = box_steering(observation.geometry, u).to(torch.complex64)
         if u.dim() == 2:  # one product for the whole batch
             seen = (sensing.flatten(0, 1) @ response.mT).view(*shape, -1)
             u = u.expand(len(observation), -1, -1)
@@ -140,8 +142,7 @@ def search_orders(
         orders.append(fit)
     if spec.backward:
         for k in range(max_order - 1, 0, -1):
-            smaller = reduced(observation, orders[k], region, spec, spec.greedy_steps)
-            orders[k - 1] = smaller.take(smaller.nll < orders[k - 1].nll, orders[k - 1])
+            orders[k - 1] = improved_from_above(observation, orders[k], orders[k - 1], region, spec)
     return orders
 
 
@@ -195,10 +196,23 @@ def without(fit: Fit, source: Tensor) -> Fit:
     return Fit(fit.u.gather(1, kept.unsqueeze(-1).expand(-1, -1, 3)), fit.log_power.gather(1, kept), fit.nll)
 
 
-def reduced(observation: Observation, fit: Fit, region: Region, spec: SearchSpec, steps: int) -> Fit:
-    """Drop the source that is missed least and refine the rest."""
-    rest = without(fit, removal_costs(observation, fit).argmin(-1))
-    return refined(observation, rest.u, rest.log_power, region, spec, steps)
+def improved_from_above(observation: Observation, above: Fit, fit: Fit, region: Region, spec: SearchSpec) -> Fit:
+    """Drop the source that the order above misses least, refine the rest, and take it where it beats ``fit``.
+
+    Only scenes where that can win are refined: moving the others rarely makes up for more than ``_REPAIR`` nats.
+    """
+    cost, source = removal_costs(observation, above).min(-1)
+    rest = without(above, source)
+    rows = torch.nonzero(above.nll + cost < fit.nll + _REPAIR).squeeze(-1)
+    if len(rows) == 0:
+        return fit
+    part = observation if len(rows) == len(observation) else observation[rows]
+    tried = refined(part, rest.u[rows], rest.log_power[rows], region, spec, spec.greedy_steps)
+    old = Fit(fit.u[rows], fit.log_power[rows], fit.nll[rows])
+    best = tried.take(tried.nll < old.nll, old)
+    u, log_power, nll = fit.u.clone(), fit.log_power.clone(), fit.nll.clone()
+    u[rows], log_power[rows], nll[rows] = best
+    return Fit(u, log_power, nll)
 
 
 def swept(observation: Observation, atoms: Atoms, fit: Fit, region: Region, spec: SearchSpec, steps: int) -> Fit:

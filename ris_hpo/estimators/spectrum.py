@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ris_hpo.errors import ConfigError
+from ris_hpo.errors import ConfigError, NumericalError
 from ris_hpo.estimators.covariance import signal_subspace, trace_normalised
 from ris_hpo.estimators.likelihood import Evaluation, descend, ridged_cholesky
 from ris_hpo.estimators.observation import (
@@ -73,10 +73,16 @@ def music_form(geometry: Geometry, covariance: Tensor, num_sources: int) -> Quad
 
 
 def mvdr_form(geometry: Geometry, covariance: Tensor) -> QuadraticForm:
-    """Inverse form of a covariance [B, N, N], loaded with 1e-3 of its mean diagonal."""
+    """Inverse form of a covariance [B, N, N], loaded with 1e-3 of its mean diagonal.
+
+    Raises:
+        NumericalError: a covariance that is not positive semi-definite.
+    """
     matrix = trace_normalised(covariance.to(torch.complex128))
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    factor = torch.linalg.cholesky(matrix + _LOADING * eye)
+    factor, failed = torch.linalg.cholesky_ex(matrix + _LOADING * eye)
+    if bool((failed > 0).any()):
+        raise NumericalError("covariance: not positive semi-definite, even loaded with 1e-3 of its mean diagonal")
     whitening = torch.linalg.solve_triangular(factor, eye.expand_as(matrix), upper=False)
     return QuadraticForm(geometry, whitening, False)
 
@@ -125,6 +131,8 @@ def localize_covariance(
     n = geometry.num_elements
     if covariance.shape[-2:] != (n, n):
         raise ConfigError(f"covariance has shape {tuple(covariance.shape)}, expected [B, {n}, {n}]")
+    if not bool(torch.view_as_real(covariance.to(torch.complex64)).isfinite().all()):
+        raise NumericalError("covariance: not finite")
     if bool(((num_sources < 0) | (num_sources > max_sources)).any()):
         raise ConfigError(f"num_sources must lie within 0..{max_sources}")
     batch, device = len(covariance), covariance.device
@@ -152,7 +160,8 @@ def localize_covariance(
 def peak_angles(form: QuadraticForm, k: int, grid: GridSpec) -> Tensor:
     """The k highest local maxima over angle of the spectrum's largest value over range: u [B, k, 3]."""
     points, valid = grid_points(grid, form.factor.device)
-    inside = -form.of_steering(box_steering(form.geometry, points))
+    single = QuadraticForm(form.geometry, form.factor.to(torch.complex64), form.complement)  # ranks peaks only
+    inside = -single.of_steering(box_steering(form.geometry, points).to(torch.complex64)).double()
     values = inside.amin(-1, keepdim=True).repeat(1, len(valid))
     values[:, valid] = inside
     volume = values.unflatten(-1, grid.shape)

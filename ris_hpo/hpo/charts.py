@@ -81,7 +81,7 @@ class Axis:
             return [(float(index), name) for index, name in enumerate(self.categories)]
         if self.log:
             first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
-            if last - first >= 1:
+            if last - first >= 2:
                 stride = max(1, -(-(last - first + 1) // max(2, about)))
                 return [(10.0**power, number(10.0**power)) for power in range(first, last + 1, stride)]
             inner = [m * 10.0**p for p in range(first - 1, last + 2) for m in (1, 2, 5)]
@@ -307,8 +307,8 @@ def ruler(marks: Sequence[tuple[str, float, str]], axis: Axis, canvas: Canvas) -
 
 def side_by_side(charts: Sequence[str], canvas: Canvas) -> str:
     """Embedded charts in one row of equal widths, under one title, as one file."""
-    width = canvas.width / len(charts)
-    body = [f'<g transform="translate({index * width:.0f} 0)">{chart}</g>' for index, chart in enumerate(charts)]
+    width, top = canvas.width / len(charts), 26 if canvas.title else 0
+    body = [f'<g transform="translate({index * width:.0f} {top})">{chart}</g>' for index, chart in enumerate(charts)]
     return _svg(canvas, body)
 
 
@@ -434,7 +434,8 @@ def _cells(item: Cells, frame: _Frame, shades: int = 16) -> str:
                 if levels[start]:
                     x, y = frame.left + start * width, frame.bottom - (index + 1) * height
                     run = (column - start) * width
-                    paths.setdefault(levels[start], []).append(f"M{x:.1f} {y:.1f}h{run:.1f}v{height:.1f}h-{run:.1f}z")
+                    box = f"M{x:.1f} {y:.1f}h{run:.1f}v{height + 0.3:.1f}h-{run:.1f}z"  # overlaps, lest gaps show
+                    paths.setdefault(levels[start], []).append(box)
                 start = column
     drawn = []
     for shade, runs in sorted(paths.items()):

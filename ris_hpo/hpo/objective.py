@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -65,6 +65,19 @@ class _Trainer(Protocol):
     def run(self, stop: Callable[[], bool]) -> Iterator[Any]: ...
 
     def conclude(self) -> Any: ...
+
+
+class Figures(Protocol):
+    """What draws a trial for the dashboard while it runs; see ``artifacts.TrialFigures``."""
+
+    def begin(self, config: Any) -> None:
+        """Take note of the configuration."""
+
+    def follow(self, history: Any) -> None:
+        """Draw the curve so far."""
+
+    def conclude(self, history: Any, conclusion: Any) -> None:
+        """Draw the rest; ``conclusion`` is None for a pruned trial."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +144,8 @@ class Seat:
     device: str = "cpu"
     stop: Callable[[], bool] = lambda: False
     notify: Callable[[Report], None] = lambda report: None
-    started: Callable[[int], None] = field(default=lambda number: None)
+    started: Callable[[int], None] = lambda number: None
+    figures: Callable[[optuna.Trial, Path], Figures] | None = None
 
 
 def run_trial(seat: Seat, trial_id: int, owner: str) -> Outcome:
@@ -192,6 +206,7 @@ class _Attempt:
         self.owner = owner
         self.begun = begun
         self.floor: float | None = None
+        self.figures: Figures | None = None
 
     def run(self) -> Outcome:
         seat, trial = self.seat, self.trial
@@ -226,9 +241,15 @@ class _Attempt:
     def _train(self, config: Any, directory: Path) -> Outcome:
         trainer: _Trainer = self.seat.program.trainer(config, directory, device=self.seat.device, resume=True)
         resumed_at = trainer.scenes_seen
+        if self.seat.figures is not None:
+            self.figures = self.seat.figures(self.trial, directory)
+            self.figures.begin(config)
         try:
             for validation in self._validations(trainer):
-                if self._report(validation, resumed_at):
+                pruned = self._report(validation, resumed_at)
+                if self.figures is not None and validation.scenes_seen >= resumed_at:
+                    self.figures.follow(trainer.history)
+                if pruned:
                     return self._pruned(trainer)
         except TrainingDivergedError as error:
             return self._diverged(error)
@@ -295,11 +316,15 @@ class _Attempt:
 
     def _pruned(self, trainer: _Trainer) -> Outcome:
         best = min(trainer.history, key=lambda validation: finite_score(validation.network.k_loc))
+        if self.figures is not None:
+            self.figures.conclude(trainer.history, None)
         self._finish(TrialState.PRUNED, None, {names.COMPONENTS: best.network.as_dict(), **self._figures(trainer)})
         return Outcome("pruned", self.trial.number, value=finite_score(trainer.history[-1].network.k_loc))
 
     def _complete(self, trainer: _Trainer, marks: Mapping[str, Any]) -> Outcome:
         conclusion = trainer.conclude()
+        if self.figures is not None:
+            self.figures.conclude(trainer.history, conclusion)
         network, pipeline = conclusion.network, conclusion.pipeline
         self.floor = conclusion.floor.k_loc
         score = network if self.seat.spec.objective == "network" else pipeline

@@ -118,6 +118,7 @@ class LocalPool:
         stall_timeout_s: longest wait for a validation; None for the study's own.
         program: module of the training program; None for the study kind's.
         directory: folder of the trials; None for the storage directory's.
+        artifacts: folder of the dashboard's figures; None for the storage directory's.
         heartbeat: seconds between heartbeats.
         environment: further variables of the workers.
 
@@ -139,6 +140,7 @@ class LocalPool:
         stall_timeout_s: float | None = None,
         program: str | None = None,
         directory: Path | None = None,
+        artifacts: Path | None = None,
         heartbeat: int | None = HEARTBEAT_S,
         environment: Mapping[str, str] | None = None,
     ) -> None:
@@ -150,7 +152,8 @@ class LocalPool:
         self._trial_timeout = trial_timeout_s or spec.budget.trial_timeout_s
         self._stall_timeout = stall_timeout_s or spec.budget.stall_timeout_s
         self._program = program
-        self._directory = directory or storage_directory() / "trials" / study.study_name
+        self._directory = directory or storage_directory().absolute() / "trials" / study.study_name
+        self._artifacts = artifacts or storage_directory().absolute() / "artifacts"
         self._heartbeat = heartbeat
         self._environment = dict(environment or {})
         slots = plan_slots(workers, gpus, per_gpu, threads)
@@ -244,12 +247,15 @@ class LocalPool:
             threads=slot.threads,
             directory=str(self._directory),
             program=self._program,
+            artifacts=str(self._artifacts),
             heartbeat=self._heartbeat,
             max_bugs=1,  # a fresh process after each: what a bug leaves behind in a process may break the next trial
             fresh_after_memory=True,
         )
         environment = {**os.environ, **self._environment, "CUDA_VISIBLE_DEVICES": slot.mask, "PYTHONUNBUFFERED": "1"}
         environment |= dict.fromkeys(THREAD_VARIABLES, str(slot.threads))
+        # threads that wait without spinning: measured five times faster where cores are shared, and no slower alone
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         reading, writing = os.pipe()
         place.log = self._directory / f"worker-{slot.index}.log"
         place.log.parent.mkdir(parents=True, exist_ok=True)
@@ -379,7 +385,7 @@ class LocalPool:
                 f"worker {place.slot.index} died {place.crashes} times in a row without finishing a trial "
                 f"({_ending(status)}: {_last_line(place.log)}); its log is {place.log}"
             )
-        back_off = 0.0 if place.crashes == 1 else min(0.25 * 2**place.crashes, _LONGEST_BACK_OFF_S)
+        back_off = 0.0 if place.crashes == 1 else min(0.1 * 2**place.crashes, _LONGEST_BACK_OFF_S)
         place.not_before = now + back_off
         self._messages.append(f"worker {place.slot.index} ended with {_ending(status)}; restarted in {back_off:.1f} s")
 

@@ -7,6 +7,7 @@ nodes share a disk, or from the start, to the same curve, where they do not.
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -54,6 +55,7 @@ class RayPool:
         address: the cluster, ``auto`` for the one this machine belongs to.
         gpus_per_worker: fraction of a GPU per actor; 0 for the CPU.
         cpus_per_worker: cores per actor.
+        device: torch device of the actors; None for ``cuda`` where they have a share of a GPU, else ``cpu``.
         rules: stop rules; None for the study's own.
         program: module of the training program; None for the study kind's.
         directory: folder of the trials, the same on all nodes where they share one.
@@ -73,6 +75,7 @@ class RayPool:
         address: str = "auto",
         gpus_per_worker: float = 0.0,
         cpus_per_worker: float = 1.0,
+        device: str | None = None,
         rules: StopSpec | None = None,
         program: str | None = None,
         directory: Path | None = None,
@@ -101,10 +104,11 @@ class RayPool:
         self._job = WorkerJob(
             address=store.address,
             study=study.study_name,
-            device="cuda" if gpus_per_worker > 0 else "cpu",
+            device=device or ("cuda" if gpus_per_worker > 0 else "cpu"),
             threads=max(1, int(cpus_per_worker)),
             directory=str(directory or storage_directory().absolute() / "trials" / study.study_name),
             program=program,
+            artifacts=str(storage_directory().absolute() / "artifacts"),
             heartbeat=heartbeat,
             max_bugs=self._spec.retries.bugs,
         )
@@ -120,6 +124,7 @@ class RayPool:
         self._begun = time.monotonic()
         joined_here = not ray.is_initialized()
         if joined_here:
+            self._check_address()
             try:
                 ray.init(address=self._address, log_to_driver=False, logging_level="ERROR")
             except ConnectionError as error:
@@ -177,6 +182,16 @@ class RayPool:
     def stop(self) -> None:
         """Ask the run to stop, as SIGTERM does."""
         self._stop.ask()
+
+    def _check_address(self) -> None:
+        """Refuse at once what Ray itself would try for minutes, and then end the process over."""
+        host, _, port = self._address.removeprefix("ray://").rpartition(":")
+        if not port.isdigit():
+            return  # ``auto``, ``local``: Ray answers soon
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+        except OSError as error:
+            raise WorkerError(f"no Ray cluster at '{self._address}' ({error})") from None
 
     def _outcome(self, index: int, task: Any) -> list[str]:
         ray = self._ray

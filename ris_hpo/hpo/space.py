@@ -19,7 +19,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import Trial
 from pydantic import Field, model_validator
 
-from ris_hpo.config import Spec, fingerprint, read_toml, suggestion
+from ris_hpo.config import Spec, dotted_keys, fingerprint, read_toml, suggestion
 from ris_hpo.errors import ConfigError, SpaceError
 
 if TYPE_CHECKING:
@@ -289,6 +289,9 @@ class StudySpec(Spec):
                 continue
             value: Any = tree
             for part in path.split("."):
+                if not isinstance(value, dict) or part not in value:
+                    known = list(dotted_keys(self.config({}, config_type=config_type)))
+                    raise SpaceError(f"study '{self.name}': unknown key '{path}'{suggestion(path, known)}")
                 value = value[part]
             if not dimension.contains(value) and dimension.choices is None and isinstance(value, float):
                 value = int(value) if dimension.is_integer and value.is_integer() else value
@@ -312,11 +315,10 @@ class StudySpec(Spec):
             reference = self.base_params(kind)
             for path, dimension in self.space.items():
                 for value in dimension.edges():
-                    if path not in reference:  # conditional and off in the base: only its own bounds are in question
-                        parents = {parent: values[0] for parent, values in dimension.when.items()}
-                        base.replaced({**parents, path: value})
-                    else:
-                        base.replaced({path: value})
+                    # where it is conditional and off in the base, its parents are set so that it counts
+                    off = path not in reference
+                    parents = {parent: values[0] for parent, values in dimension.when.items()} if off else {}
+                    base.replaced({**parents, path: value})
             generator = random.Random(0)
             for _ in range(_PROBES):
                 params: dict[str, Value] = {}
@@ -399,6 +401,10 @@ def parse_study(tree: Mapping[str, Any], *, name: str, source: str) -> StudySpec
         if isinstance(table.get("when"), Mapping):
             conditions = dict(_flattened(table["when"], lambda _: False))
             space[path] = {**table, "when": {k: v if isinstance(v, list) else [v] for k, v in conditions.items()}}
+        try:
+            Dimension.parse(space[path], f"{source}: space.'{path}'")
+        except ConfigError as error:
+            raise SpaceError(str(error)) from None
     rest = {key: tree[key] for key in ("sampler", "pruner", "budget", "retries", "stop") if key in tree}
     whole = {
         "name": name,

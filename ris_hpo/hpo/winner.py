@@ -26,14 +26,16 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from ris_hpo.config import Spec
-from ris_hpo.errors import StudyError
+from ris_hpo.errors import GateError, StudyError, TrainingDivergedError
 from ris_hpo.hpo import attributes as names
 from ris_hpo.hpo.budget import ranked
+from ris_hpo.hpo.samplers import finite_score
 from ris_hpo.hpo.space import StudySpec, derived_seed
 
 TOP: Final = 3
 SEEDS: Final = 5
 CONFIDENCE: Final = 0.95
+FRESH_FAMILY: Final = 1 << 41  # seeds of the scenes of the re-evaluation, far from training's and validation's
 
 Evaluate = Callable[[Spec, Path], float]
 """Train a configuration in a folder (and go on where it was left), score it on fresh scenes; lower is better."""
@@ -179,9 +181,9 @@ def confirm(
     fresh = [derived_seed(spec.seed, index, "winner") for index in range(seeds)]
     table = np.empty((len(configs), seeds))
     runs = list(itertools.product(enumerate(fresh), enumerate(configs.items())))  # seed by seed: whole pairs early
-    for done, ((column, seed), (row, (name, config))) in enumerate(runs):
+    for done, ((column, seed), (row, (name, chosen))) in enumerate(runs):
         progress(done, len(runs), f"{name}, seed {column + 1} of {seeds}")
-        table[row, column] = _kept(evaluate, config.replaced({"seed": seed}), directory)
+        table[row, column] = _kept(evaluate, chosen.replaced({"seed": seed}), directory)
     progress(len(runs), len(runs), "done")
     verdict = judge(list(candidates), table, confidence=confidence)
     searched = {name: trial.values[0] for name, (trial, _) in candidates.items()}
@@ -209,9 +211,32 @@ def as_attribute(verdict: Verdict, searched: dict[str, float]) -> dict[str, Any]
     }
 
 
-def fresh_score(config: Spec, directory: Path) -> float:
-    """Pipeline ``k_loc`` of a configuration trained from scratch; its worst value where training diverges."""
-    raise NotImplementedError
+def fresh_score(config: Spec, directory: Path, *, device: str = "cpu") -> float:
+    """Train from scratch, then the pipeline's ``k_loc`` of the best weights on scenes nobody has selected on.
+
+    The scenes are a function of the configuration's seed, so that the base and every candidate meet the same ones. A
+    run that diverges scores worst; one whose curriculum fails a gate is scored by what it reached.
+    """
+    from ris_hpo.learning.inference import localize
+    from ris_hpo.learning.metrics import score
+    from ris_hpo.physics.scene import simulate
+    from ris_hpo.training.config import RunConfig
+    from ris_hpo.training.trainer import Trainer, load_network
+
+    run = RunConfig.parse(config.model_dump(mode="json"))
+    trainer = Trainer(run, directory, device=device)
+    try:
+        for _ in trainer.run():
+            continue
+    except TrainingDivergedError:
+        return names.WORST_SCORE
+    except GateError:
+        if trainer.best is None:
+            return names.WORST_SCORE
+    network, _ = load_network(directory, device)
+    count = run.budget.pipeline_scenes or run.budget.validation_scenes
+    scenes = simulate(run.scene, FRESH_FAMILY + run.seed, range(count), device=device)
+    return finite_score(score(localize(network, scenes, run.inference), scenes.require_truth()).k_loc)
 
 
 def _interval(differences: np.ndarray[Any, Any], alpha: float) -> tuple[float, float, float]:

@@ -21,12 +21,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final, Literal
 
-from optuna.trial import TrialState
+from optuna.study import Study
+from optuna.trial import Trial, TrialState
 
 from ris_hpo.errors import RisHpoError, WorkerError
 from ris_hpo.hpo import budget
 from ris_hpo.hpo.attributes import Cause
-from ris_hpo.hpo.objective import Outcome, Seat, TrialBugError, load_program, run_trial
+from ris_hpo.hpo.objective import Figures, Outcome, Seat, TrialBugError, load_program, run_trial
 from ris_hpo.hpo.space import StopSpec
 from ris_hpo.hpo.store import HEARTBEAT_S, open_store, storage_directory
 from ris_hpo.hpo.study import get_study, stored_spec
@@ -53,7 +54,8 @@ class WorkerJob:
         device: ``cpu`` or ``cuda``.
         threads: torch threads; None leaves torch's own choice.
         directory: folder of the trials' checkpoints; None for the storage directory's.
-        program: module with ``Trainer`` and ``RunConfig``; None for the study kind's own.
+        program: module with ``Trainer`` and ``RunConfig``; None for the study kind's own, with the dashboard's figures.
+        artifacts: folder of the dashboard's figures; None for the storage directory's.
         heartbeat: seconds between heartbeats.
         max_bugs: trials that may fail with a bug before this worker gives up.
         fresh_after_memory: leave after an out-of-memory failure, so that a fresh process goes on.
@@ -66,6 +68,7 @@ class WorkerJob:
     threads: int | None = None
     directory: str | None = None
     program: str | None = None
+    artifacts: str | None = None
     heartbeat: int | None = HEARTBEAT_S
     max_bugs: int = 3
     fresh_after_memory: bool = False
@@ -125,6 +128,7 @@ def run_worker(
             stop=stop,
             notify=lambda report: notify({"event": "report", **asdict(report)}),
             started=lambda number: notify({"event": "claimed", "number": number}),
+            figures=_figures(job, study) if job.program is None and spec.kind == "training" else None,
         )
         lost = budget.LostTrials(store, study_id, spec.retries)
         notify({"event": "ready"})
@@ -180,6 +184,13 @@ def run_worker(
         return WorkerReport(ended=ended, requeued=requeued, bugs=bugs, reason=reason)
     finally:
         store.close()
+
+
+def _figures(job: WorkerJob, study: Study) -> Callable[[Trial, Path], Figures]:
+    from ris_hpo.hpo.artifacts import TrialFigures  # imported late, since it brings torch
+
+    folder = Path(job.artifacts) if job.artifacts is not None else storage_directory() / "artifacts"
+    return lambda trial, directory: TrialFigures(study, trial, directory, folder)
 
 
 def _ended(outcome: Outcome) -> Event:
@@ -252,7 +263,7 @@ def main(arguments: Mapping[str, Any]) -> int:
                 stop.ask()
 
         def watch_parent() -> None:
-            sys.stdin.buffer.read()  # the parent never writes again: this returns when it is gone
+            os.read(sys.stdin.fileno(), 1)  # the parent never writes again: this returns when it is gone
             stop.ask()
 
         threading.Thread(target=watch_parent, daemon=True).start()

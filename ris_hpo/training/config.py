@@ -41,7 +41,9 @@ class GateSpec(Spec):
 
     metric: str
     direction: Literal["up", "down"]
-    margin: float = Field(0.0, description="change that is asked for; negative tolerates so much of a turn for the worse")
+    margin: float = Field(
+        0.0, description="change that is asked for; negative tolerates so much of a turn for the worse"
+    )
 
 
 class PhaseSpec(Spec):
@@ -51,7 +53,9 @@ class PhaseSpec(Spec):
     share: float = Field(gt=0, le=1, description="share of the budget")
     loss: dict[str, float] = Field(default_factory=dict, description="weights other than the run's")
     ramp: list[str] = Field(default_factory=list, description="terms whose weight rises from 0 over the phase")
-    ramp_share: float = Field(0.1, ge=0.05, le=0.15, description="share of the total that each ramped term is scaled to")
+    ramp_share: float = Field(
+        0.1, ge=0.05, le=0.15, description="share of the total that each ramped term is scaled to"
+    )
     beta: float | None = Field(None, ge=0, le=0.9)
     backbone_rate: float = Field(1.0, ge=0, le=1, description="factor on the backbone's rate; 0 freezes it")
     gates: list[GateSpec] = Field(default_factory=list)

@@ -26,10 +26,11 @@ from ris_hpo.learning.hybrid import covariances
 from ris_hpo.learning.losses import TERMS, label_factor, nmse
 from ris_hpo.learning.network import Network
 from ris_hpo.training.config import RunConfig
+from ris_hpo.training.stability import movement
 from ris_hpo.training.trainer import Trainer, training_scenes
 
 PASSING_NMSE = 0.1
-FULL_SCENES, SMALL_SCENES = 512, 64
+FULL_SCENES, SMALL_SCENES = 512, 32
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def proof_config(config: RunConfig, scenes: int, epochs: int) -> RunConfig:
             "optimizer.weight_decay": 0.0,
             "optimizer.ema_decay": 0.0,
             "optimizer.precision": "fp32",
-            "optimizer.batch_size": max(1, min(32, scenes // 8)),
+            "optimizer.batch_size": max(1, min(32, scenes // 4)),
             "optimizer.learning_rate": 2e-3 if config.network.front_end == "spectra" else 1e-3,
             "network.dropout": 0.0,
             "budget.scenes": epochs * scenes,
@@ -166,7 +167,7 @@ def prove(
         progress(epoch, figure)
         if figure <= PASSING_NMSE:
             break
-    moved = sum(float((a - b).norm()) for a, b in zip(start, trainer.network.parameters(), strict=True))
+    moved = movement(start, (p.detach() for p in trainer.network.parameters()))
     checks["movement"] = moved
     checks["parameters_without_gradient"] = float(len(still))
     if not moved > 0:

@@ -255,7 +255,9 @@ class Trainer:
         if self.initial is not None and self.best is not None:
             gained = self.initial.network.k_loc - self.best.network.k_loc
             if gained <= 0:
-                return f"k_loc never fell below its start ({self.initial.network.k_loc:.3f}); {taken} steps taken{cause}"
+                return (
+                    f"k_loc never fell below its start ({self.initial.network.k_loc:.3f}); {taken} steps taken{cause}"
+                )
             skipped = f", {total - taken} of {total} steps skipped{cause}" if total > taken else ""
             return f"k_loc fell by {gained:.3f} in {taken} steps{skipped}"
         return f"{taken} of {total} steps taken{cause}"
@@ -320,9 +322,7 @@ class Trainer:
         if int(self.gate.skipped_in_a_row) >= spec.skips_allowed:
             self._refuse_divergence(log)
 
-    def _terms(
-        self, scenes: Scenes, features: Features, loss: LossSpec, phase: PhaseSpec | None
-    ) -> dict[str, Tensor]:
+    def _terms(self, scenes: Scenes, features: Features, loss: LossSpec, phase: PhaseSpec | None) -> dict[str, Tensor]:
         """Forward pass and raw loss terms."""
         with autocast(self.config.optimizer, self.device):
             outputs: Outputs = self.network(*features)
@@ -619,7 +619,9 @@ def load_network(path: Path, device: str = "cpu") -> tuple[Network, RunConfig]:
     if misfits:
         name = misfits[0]
         found = tuple(weights[name].shape) if name in weights else "nothing"
-        raise CheckpointError(f"{file}: '{name}' has {found}, expected {tuple(own[name])}; a checkpoint of another network")
+        raise CheckpointError(
+            f"{file}: '{name}' has {found}, expected {tuple(own[name])}; a checkpoint of another network"
+        )
     network.load_state_dict({name: weights[name] for name in own}, strict=False)
     return network.to(device).eval(), config
 

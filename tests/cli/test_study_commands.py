@@ -152,7 +152,9 @@ def test_wrong_numbers_are_wrong_usage(cli, wrong: list[str], tmp_path: Path) ->
 def test_the_dashboard_serves_until_it_is_told_to_stop(made_study: str, tmp_path: Path) -> None:
     environment = {**os.environ, "RIS_HPO_DASHBOARD_TOKEN": "a-token-for-the-tests"}
     command = [sys.executable, "-m", "ris_hpo", "dashboard", "--port", "0", "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True) as server:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
+    ) as server:
         assert server.stdout is not None
         assert server.stderr is not None
         try:

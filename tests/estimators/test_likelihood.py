@@ -177,6 +177,19 @@ def test_single_precision_products_are_within_tolerance(loud):
         assert (shift / sigma[..., i][truth.mask]).quantile(0.9).item() < 0.05
 
 
+def test_evidence_in_single_precision_is_within_a_tenth_of_a_nat(loud):
+    truth = loud.truth
+    for k in (1, 2, 3):
+        scenes = loud[truth.num_sources == k]
+        t = scenes.truth
+        u = to_box_coordinates(t.azimuth, t.elevation, t.range_m)[:, :k]
+        nll = [
+            stochastic_fit(Observation.of(scenes, dtype=dtype), u, None, Region(), 0, 1e-6, positions=False).nll
+            for dtype in (torch.complex64, torch.complex128)
+        ]
+        torch.testing.assert_close(nll[0], nll[1], atol=0.1, rtol=0)
+
+
 def test_refine_keeps_empty_scenes_slots_and_existence(mixed):
     truth = mixed.truth
     mask = truth.mask.clone()
@@ -222,6 +235,30 @@ def test_the_order_of_sources_and_snapshots_changes_nothing(mixed):
     )
     turned = dataclasses.replace(mixed, y=mixed.y.flip(1), ris_codes=mixed.ris_codes.flip(1))
     torch.testing.assert_close(evidence(turned, mixed.truth), evidence(mixed, mixed.truth), rtol=1e-6, atol=1e-4)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 1000), st.booleans(), st.booleans())
+def test_mirroring_the_surface_mirrors_the_sources(index, horizontally, vertically):
+    scenes = simulate(SMALL, 10, range(index, index + 2), snr_db=torch.full((2,), 15.0))
+    truth = scenes.truth
+    rows, columns = SMALL.geometry.num_vertical, SMALL.geometry.num_horizontal
+    order = torch.arange(rows * columns).reshape(rows, columns)
+    order = order.flip(1) if horizontally else order
+    order = (order.flip(0) if vertically else order).flatten()
+    mirrored = dataclasses.replace(
+        scenes,
+        bs_ris_channel=scenes.bs_ris_channel[..., order],
+        ris_codes=scenes.ris_codes[..., order],
+        truth=dataclasses.replace(
+            truth,
+            azimuth=-truth.azimuth if horizontally else truth.azimuth,
+            elevation=-truth.elevation if vertically else truth.elevation,
+        ),
+    )
+    torch.testing.assert_close(evidence(mirrored, mirrored.truth), evidence(scenes, truth), rtol=1e-5, atol=1e-2)
+    variance, other = (deterministic_crb(s).diagonal(dim1=-2, dim2=-1) for s in (scenes, mirrored))
+    torch.testing.assert_close(other, variance, rtol=1e-4, atol=1e-12)
 
 
 def test_evidence_prefers_the_truth():

@@ -200,9 +200,12 @@ def test_odd_covariances_are_finite_or_refused():
         for method in METHODS:
             found = localize_covariance(geometry, matrix.to(torch.complex64), method, count, grid=grid)
             assert torch.isfinite(found.positions()).all(), method
-    for method in ("music", "modified-music"):
+    for method in METHODS:
         with pytest.raises(NumericalError, match="not finite"):
             localize_covariance(geometry, torch.full((1, 16, 16), torch.nan, dtype=torch.complex64), method, count)
+    indefinite = torch.diag(torch.linspace(-1, 5, 16)).to(torch.complex64)[None]
+    with pytest.raises(NumericalError, match="positive semi-definite"):
+        localize_covariance(geometry, indefinite, "mvdr", count)
     with pytest.raises(ConfigError, match="expected"):
         localize_covariance(geometry, torch.eye(9, dtype=torch.complex64)[None], "music", count)
     with pytest.raises(ConfigError, match="num_sources"):

@@ -1,0 +1,289 @@
+"""Taking a configuration home: one file with where it came from, read back, run again and compared, and packaged.
+
+The file is the run configuration with a table ``[provenance]`` beside it: study, trial, fingerprints, versions, scores,
+floor, and the trial's own curve. So ``train --config FILE --replay`` needs no store to check that the curve comes out
+again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import optuna
+import torch
+from optuna.trial import FrozenTrial, TrialState
+from pydantic import Field
+
+from ris_hpo.config import Spec, read_toml, to_toml
+from ris_hpo.errors import ConfigError, OutputError, StudyError
+from ris_hpo.hpo import attributes as names
+from ris_hpo.hpo.budget import best_trial
+from ris_hpo.hpo.replay import ReplayReport, ReplayStep
+from ris_hpo.hpo.samplers import finite_score, lineage_root
+from ris_hpo.hpo.space import StudySpec
+from ris_hpo.learning.bundle import save_bundle
+from ris_hpo.training.config import RunConfig
+from ris_hpo.training.trainer import Trainer, load_network
+
+FORMAT: Final = 1
+PROVENANCE: Final = "provenance"
+
+
+class Provenance(Spec):
+    """Where a configuration came from and what it scored there."""
+
+    format: int = FORMAT
+    study: str
+    trial: int
+    state: str
+    exported: str
+    origin: str | None = None
+    objective: str = "network"
+    config_fingerprint: str
+    space_fingerprint: str | None = None
+    score_version: int | None = None
+    proof: str | None = None
+    device: str | None = None
+    threads: int | None = Field(None, ge=1)
+    host: str | None = None
+    scenes: int | None = None
+    seconds: float | None = None
+    k_loc: float | None = None
+    floor: float | None = None
+    efficiency: float | None = None
+    network: dict[str, float] = Field(default_factory=dict)
+    pipeline: dict[str, float] = Field(default_factory=dict)
+    pipeline_floor: float | None = None
+    winner: str | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+    curve: list[tuple[int, float]] = Field(default_factory=list)
+
+
+class Exported(Spec):
+    """A configuration file as read: ``provenance`` is None for one written by hand."""
+
+    config: RunConfig
+    provenance: Provenance | None = None
+
+
+def exported(study: optuna.Study, spec: StudySpec, number: int | None = None) -> Exported:
+    """The configuration of a trial, the best one by default, with its provenance.
+
+    Raises:
+        StudyError: no such trial, or its configuration is not the one this version builds from its parameters.
+    """
+    trials = study.get_trials(deepcopy=False)
+    trial = best_trial(trials) if number is None else next((t for t in trials if t.number == number), None)
+    if trial is None:
+        wanted = "completed trial yet" if number is None else f"trial {number}: it has {len(trials)}"
+        raise StudyError(f"study '{study.study_name}' has no {wanted}")
+    if names.CONFIG_FINGERPRINT not in trial.user_attrs:
+        raise StudyError(f"trial {trial.number} of study '{study.study_name}' never got its parameters")
+    config = spec.config(trial.params, lineage_root(trial))
+    recorded = trial.user_attrs[names.CONFIG_FINGERPRINT]
+    if config.fingerprint() != recorded:
+        raise StudyError(
+            f"trial {trial.number} ran configuration {recorded}, this version builds {config.fingerprint()} from its "
+            f"parameters; use the version that ran it ({_versions(study)})"
+        )
+    return Exported(config=config, provenance=_provenance(study, spec, trial, config))
+
+
+def write_config(found: Exported, out: Path, *, form: Literal["toml", "json"] | None = None) -> None:
+    """Write a configuration file, whole or not at all; the form follows the suffix unless given.
+
+    Raises:
+        OutputError: the folder is missing or not writable.
+    """
+    tree = found.config.model_dump(mode="json")
+    if found.provenance is not None:
+        tree[PROVENANCE] = found.provenance.model_dump(mode="json", exclude_none=True)
+    if (form or out.suffix.removeprefix(".")) == "json":
+        text = json.dumps(tree, indent=2, allow_nan=False) + "\n"
+    else:
+        text = _heading(found) + to_toml(tree)
+    partial = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(out)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"{out}: cannot be written ({error.strerror})") from None
+
+
+def load_config(path: Path) -> Exported:
+    """Read a configuration file, exported or written by hand, TOML or (by its suffix) JSON.
+
+    Raises:
+        ConfigError: missing, malformed, an unknown key, a value out of bounds, or provenance of another configuration.
+    """
+    tree = _read_json(path) if path.suffix == ".json" else read_toml(path)
+    told = tree.pop(PROVENANCE, None)
+    config = RunConfig.parse(tree, source=str(path))
+    if told is None:
+        return Exported(config=config)
+    provenance = Provenance.parse(told, source=f"{path}: {PROVENANCE}")
+    return Exported(config=config, provenance=provenance)
+
+
+def is_unchanged(found: Exported) -> bool:
+    """Whether a configuration is still the one its provenance speaks of."""
+    return found.provenance is not None and found.provenance.config_fingerprint == found.config.fingerprint()
+
+
+def replay_config(
+    found: Exported,
+    directory: Path,
+    *,
+    device: str | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[int, float], None] = lambda scenes, k_loc: None,
+) -> ReplayReport:
+    """Train an exported configuration from its first scene, as far as its trial went, and compare the curves.
+
+    Args:
+        found: from ``load_config``.
+        directory: an empty or missing folder.
+        device: the trial's by default.
+        stop: asked between steps.
+        progress: called with (scenes seen, k_loc) after each validation.
+
+    Raises:
+        ConfigError: no provenance, or a configuration that was changed after the export.
+        CheckpointError: a run stands in the folder already.
+    """
+    provenance = found.provenance
+    if provenance is None or not provenance.curve:
+        raise ConfigError("this configuration carries no curve to compare with; replay one that 'export' wrote")
+    if not is_unchanged(found):
+        raise ConfigError(
+            f"the configuration was changed after its export (fingerprint {found.config.fingerprint()}, exported as "
+            f"{provenance.config_fingerprint}); its trial's curve cannot come out again"
+        )
+    recorded = dict(provenance.curve)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(provenance.threads or threads)
+    try:
+        trainer = Trainer(found.config, directory, device=device or provenance.device or "cpu", resume=False)
+        steps: list[ReplayStep] = []
+        for validation in trainer.run(stop):
+            value = finite_score(validation.network.k_loc)
+            progress(validation.scenes_seen, value)
+            if validation.scenes_seen in recorded:
+                steps.append(ReplayStep(validation.scenes_seen, recorded[validation.scenes_seen], value))
+            if validation.scenes_seen >= max(recorded):
+                break
+    finally:
+        torch.set_num_threads(threads)
+    differences = [abs(step.recorded - step.replayed) for step in steps]
+    complete = len(steps) == len(recorded)
+    return ReplayReport(
+        study=provenance.study,
+        number=provenance.trial,
+        identical=complete and all(difference == 0 for difference in differences),
+        max_difference=max(differences, default=float("inf")),
+        steps=steps,
+        fingerprint_agrees=True,
+        stopped=not complete and stop(),
+    )
+
+
+def package(checkpoint: Path, out: Path) -> dict[str, Any]:
+    """Make an inference bundle of a run's best weights; see ``ris_hpo.learning.bundle``.
+
+    Args:
+        checkpoint: a run's directory or a weights file.
+        out: a folder that does not exist yet.
+
+    Returns:
+        What the manifest says of its origin.
+
+    Raises:
+        CheckpointError: no usable checkpoint.
+        OutputError: ``out`` is there already, or cannot be written.
+    """
+    network, config = load_network(checkpoint)
+    provenance = {
+        "config_fingerprint": config.fingerprint(),
+        "config": config.model_dump(mode="json"),
+        "parameters": network.parameter_counts(),
+        "ris-hpo": version("ris-hpo"),
+        "packaged": _now(),
+    }
+    save_bundle(out, network, config.inference, config.scene, provenance)
+    return {name: value for name, value in provenance.items() if name != "config"}
+
+
+def _provenance(study: optuna.Study, spec: StudySpec, trial: FrozenTrial, config: RunConfig) -> Provenance:
+    read, told = trial.user_attrs.get, study.user_attrs
+    winner = told.get(names.WINNER)
+    mine = winner is not None and winner["winner"] == f"trial {trial.number}"
+    return Provenance(
+        study=study.study_name,
+        trial=trial.number,
+        state=trial.state.name.lower(),
+        exported=_now(),
+        origin=read(names.ORIGIN),
+        objective=spec.objective,
+        config_fingerprint=config.fingerprint(),
+        space_fingerprint=told.get(names.SPACE_FINGERPRINT),
+        score_version=told.get(names.SCORE_VERSION),
+        proof=told.get(names.PROOF),
+        device=read(names.DEVICE),
+        threads=read(names.THREADS),
+        host=read(names.HOST),
+        scenes=read(names.SCENES),
+        seconds=read(names.SECONDS),
+        k_loc=trial.values[0] if trial.state is TrialState.COMPLETE else None,
+        floor=read(names.FLOOR),
+        efficiency=read(names.EFFICIENCY),
+        network=_finite(read(names.COMPONENTS)),
+        pipeline=_finite(read(names.PIPELINE)),
+        pipeline_floor=read(names.PIPELINE_FLOOR),
+        winner=winner["verdict"] if winner is not None and mine else None,
+        versions=told.get(names.VERSIONS, {}),
+        curve=sorted(trial.intermediate_values.items()),
+    )
+
+
+def _finite(scores: dict[str, float | None] | None) -> dict[str, float]:
+    return {name: value for name, value in (scores or {}).items() if value is not None}
+
+
+def _versions(study: optuna.Study) -> str:
+    told: dict[str, str] = study.user_attrs.get(names.VERSIONS, {})
+    return ", ".join(f"{name} {value}" for name, value in told.items()) or "unknown"
+
+
+def _heading(found: Exported) -> str:
+    told = found.provenance
+    if told is None:
+        return ""
+    lines = [f"Trial {told.trial} of study '{told.study}'"]
+    if told.k_loc is not None:
+        beside = f", floor {told.floor:.4f}" if told.floor is not None else ""
+        lines[0] += f": k_loc {told.k_loc:.4f} on the {told.objective} path{beside}"
+    lines += ["ris-hpo train --config THIS --out runs/best", "ris-hpo train --config THIS --out runs/again --replay"]
+    return "".join(f"# {line}\n" for line in lines) + "\n"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise ConfigError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(tree).__name__}")
+    return tree
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")

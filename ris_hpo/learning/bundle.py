@@ -1,0 +1,181 @@
+"""Inference bundles: a trained network as a folder that locates sources without any training code.
+
+    bundle.json          specifications, provenance, and the SHA-256 of the other two files
+    weights.safetensors  the network's weights
+    network.pt2          the learned part as a ``torch.export`` program with a dynamic batch, weights included
+
+The fixed part of the front-end and everything after the network (refinement, evidence, count) are the very functions
+that ``localize`` uses, so a bundle gives the same sources as the checkpoint it was made from. A ``.pt2`` program is
+code: load bundles from people you trust.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Literal, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
+
+from ris_hpo.errors import CheckpointError, OutputError
+from ris_hpo.learning.inference import InferenceSpec, localize
+from ris_hpo.learning.network import Network, NetworkSpec, Outputs
+from ris_hpo.physics.scene import Scenes, SceneSpec, simulate
+from ris_hpo.physics.sources import Sources
+
+FORMAT: Final = "ris-hpo bundle 1"
+MANIFEST, WEIGHTS, PROGRAM = "bundle.json", "weights.safetensors", "network.pt2"
+
+_FIELDS: Final = 8  # of Outputs; the dense maps that follow are for training
+_LARGEST_BATCH: Final = 65_536
+
+
+class Bundle:
+    """A network that stands in for :class:`Network` wherever outputs are all that is asked of it."""
+
+    def __init__(self, manifest: Mapping[str, Any], call: Any) -> None:
+        self.manifest = dict(manifest)
+        self.spec = NetworkSpec.parse(manifest["network"], source=MANIFEST)
+        self.inference = InferenceSpec.parse(manifest["inference"], source=MANIFEST)
+        self.scene = SceneSpec.parse(manifest["scene"], source=MANIFEST)
+        self.training = False
+        self._call = call
+
+    def features(self, scenes: Scenes) -> Any:
+        """Fixed part of the front-end: the network's own."""
+        return Network.features(cast(Network, self), scenes)
+
+    def __call__(self, *features: Tensor) -> Outputs:
+        """The learned part."""
+        with torch.no_grad():
+            return Outputs(*self._call(*features)[:_FIELDS])
+
+    def train(self, mode: bool = True) -> Bundle:
+        """Nothing to switch: a bundle is always in evaluation mode."""
+        return self
+
+    def eval(self) -> Bundle:
+        """Likewise."""
+        return self
+
+    def localize(self, scenes: Scenes, *, num_sources: Tensor | None = None) -> Sources:
+        """Sources of every scene by the ``pipeline`` path, as the command ``localize`` finds them."""
+        return localize(cast(Network, self), scenes, self.inference, num_sources=num_sources)
+
+
+def save_bundle(
+    path: Path,
+    network: Network,
+    inference: InferenceSpec,
+    scene: SceneSpec,
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a bundle, whole or not at all.
+
+    Args:
+        path: a folder that does not exist yet.
+        network: trained.
+        inference: settings of the way from outputs to sources.
+        scene: the kind of scenes it was trained on.
+        provenance: JSON types that go into the manifest as they are.
+
+    Raises:
+        OutputError: something is there already, or it cannot be written.
+    """
+    if path.exists():
+        raise OutputError(f"{path}: already there; name a new folder")
+    network = network.cpu().eval()
+    try:
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
+    try:
+        save_file({name: value.contiguous() for name, value in network.state_dict().items()}, partial / WEIGHTS)
+        torch.export.save(_program(network, scene), partial / PROGRAM)
+        manifest = {
+            "format": FORMAT,
+            "network": network.spec.model_dump(mode="json"),
+            "inference": inference.model_dump(mode="json"),
+            "scene": scene.model_dump(mode="json"),
+            "torch": str(torch.__version__),
+            "digests": {name: _digest(partial / name) for name in (WEIGHTS, PROGRAM)},
+            "provenance": dict(provenance or {}),
+        }
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        partial.chmod(0o755)
+        partial.rename(path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether a folder is a bundle."""
+    return (path / MANIFEST).is_file()
+
+
+def load_bundle(path: Path, *, device: str = "cpu", form: Literal["program", "weights"] = "program") -> Bundle:
+    """Read a bundle.
+
+    Args:
+        path: its folder.
+        device: where to compute.
+        form: run the exported program, or build the network from this package's code and load the weights, which
+            needs no program and works where this torch cannot read it.
+
+    Raises:
+        CheckpointError: not a bundle, damaged, or of another format.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no bundle there ({MANIFEST} is missing)") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / MANIFEST}: cannot be read ({error})") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path / MANIFEST}: not a bundle of format {FORMAT!r}")
+    for name, digest in manifest["digests"].items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing from the bundle")
+        if _digest(file) != digest:
+            raise CheckpointError(f"{file}: contents do not match their digest; the file is damaged, make it again")
+    if form == "weights":
+        network = Network(NetworkSpec.parse(manifest["network"], source=MANIFEST))
+        network.load_state_dict(load_file(path / WEIGHTS))
+        return Bundle(manifest, network.to(device).eval())
+    program = torch.export.load(path / PROGRAM)
+    return Bundle(manifest, (program if device == "cpu" else move_to_device_pass(program, device)).module())
+
+
+class _LearnedPart(nn.Module):
+    """The network's tensors in and out, without the maps that only training looks at."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, maps: Tensor, relief: Tensor, tokens: Tensor, context: Tensor) -> tuple[Tensor, ...]:
+        outputs: Outputs = self.network(maps, relief, tokens, context)
+        return outputs[:_FIELDS]
+
+
+def _program(network: Network, scene: SceneSpec) -> torch.export.ExportedProgram:
+    example = network.features(simulate(scene, 0, range(3)))
+    batch = torch.export.Dim("batch", min=1, max=_LARGEST_BATCH)
+    shapes = {name: {0: batch} for name in example._fields}
+    with torch.no_grad():
+        return torch.export.export(_LearnedPart(network).eval(), tuple(example), dynamic_shapes=shapes)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

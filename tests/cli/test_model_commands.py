@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ris_hpo.errors import CheckpointError, ConfigError, DeviceError, OutputError, SceneFileError
+from ris_hpo.physics.files import load_estimates
+
+SMALL = """
+[budget]
+scenes = 64
+validate_every = 32
+validation_scenes = 16
+pipeline_scenes = 4
+
+[network]
+width = 8
+depth = 1
+heads = 2
+head_width = 16
+residual_passes = 0
+
+[optimizer]
+batch_size = 16
+"""
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small configuration, a network trained by it, and a scene file."""
+    from ris_hpo.cli import execute
+
+    folder = tmp_path_factory.mktemp("workshop")
+    (folder / "small.toml").write_text(SMALL)
+    assert execute(["train", "--config", str(folder / "small.toml"), "--out", str(folder / "run")]) == 0
+    fixed = ["--num-scenes", "6", "--snr-db", "15", "--out", str(folder / "scenes.npz")]
+    assert execute(["simulate", *fixed]) == 0
+    return folder
+
+
+def test_training_ends_with_both_paths_and_the_next_command(cli, workshop: Path) -> None:
+    outcome = cli("train", "--config", workshop / "small.toml", "--out", workshop / "run")  # finished: concludes again
+    assert outcome.code == 0, outcome.err
+    assert "going on at 64 of 64 scenes" in outcome.err
+    assert "network" in outcome.out
+    assert "pipeline" in outcome.out
+    assert f"next: ris-hpo evaluate --checkpoint {workshop / 'run'}" in outcome.err
+
+
+def test_a_curriculum_tells_the_evidence_of_each_gate(cli, tmp_path: Path) -> None:
+    gate = "gates = [{ metric = 'k_acc', direction = 'up', margin = -1.0 }]"
+    phases = "".join(f"[[phases]]\nname = '{name}'\nshare = 0.5\n{gate}\n" for name in ("first", "second"))
+    (tmp_path / "phased.toml").write_text(SMALL + phases)
+    outcome = cli("train", "--config", "phased.toml", "--out", "run", "--plot", "curve.png")
+    assert outcome.code == 0, outcome.err
+    for name in ("first", "second"):
+        assert outcome.err.count(f"phase '{name}': k_acc up: ") == 1
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_training_tells_programs_the_same(cli, workshop: Path) -> None:
+    found = cli("train", "--config", workshop / "small.toml", "--out", workshop / "run", "--json").json
+    assert found["scenes"] == 64
+    assert {"k_loc", "floor", "success"} <= set(found["network"])
+    assert found["pipeline"]["num_scenes"] == 4
+
+
+def test_files_go_through_localize_and_evaluate(cli, workshop: Path, tmp_path: Path) -> None:
+    found = cli("localize", workshop / "scenes.npz", "--checkpoint", workshop / "run", "--out", "e.npz", "--json").json
+    assert found["scenes"] == len(load_estimates(tmp_path / "e.npz")) == 6
+    direct = cli("evaluate", "--checkpoint", workshop / "run", "--scenes", workshop / "scenes.npz", "--json").json
+    by_file = cli("evaluate", "--estimates", "e.npz", "--scenes", workshop / "scenes.npz", "--json").json
+    assert direct["overall"]["scores"]["k_loc"] == pytest.approx(by_file["overall"]["scores"]["k_loc"], abs=1e-4)
+    assert direct["overall"]["floor"]["k_loc"] == by_file["overall"]["floor"]["k_loc"]
+
+
+def test_evaluate_draws_its_own_scenes_per_cell(cli, tmp_path: Path) -> None:
+    drawn = ["--snr-db", "10,20", "--counts", "1,2", "--per-cell", 2]
+    outcome = cli("evaluate", "--estimator", "spectrum-maxima", *drawn, "--plot", "errors.png")
+    assert outcome.code == 0, outcome.err
+    for part in ("10 dB", "20 dB", "K = 1", "K = 2", "RMSE azimuth, deg", "efficiency", "scenes/s"):
+        assert part in outcome.out
+    assert (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["errors.png"]
+
+
+def test_a_known_count_is_used(cli, workshop: Path, tmp_path: Path) -> None:
+    scenes = workshop / "scenes.npz"
+    told = ["--estimator", "spectrum-maxima", "--num-sources"]
+    assert cli("localize", scenes, *told, "2", "--out", "e.npz").code == 0
+    assert set(load_estimates(tmp_path / "e.npz").num_sources.tolist()) == {2}
+    assert cli("evaluate", "--scenes", scenes, *told, "truth", "--json").json["overall"]["scores"]["k_acc"] == 1
+    assert cli("localize", scenes, *told, "many", "--out", "e.npz").code == 2
+
+
+def damaged(source: Path, target: Path, **changes: object) -> Path:
+    """A copy of a scene file with arrays replaced, or taken out where None."""
+    with np.load(source) as arrays:
+        kept = {name: arrays[name] for name in arrays.files}
+    for name, value in changes.items():
+        if value is None:
+            kept.pop(name)
+        else:
+            kept[name] = value(kept[name])  # type: ignore[operator]
+    np.savez(target, **kept)  # type: ignore[arg-type]
+    return target
+
+
+def with_nan(array: np.ndarray) -> np.ndarray:
+    array = array.copy()
+    array.flat[0] = np.nan
+    return array
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"y": None}, "'y' is missing"),
+        ({"y": lambda a: a[:, :, :3]}, "'bs_ris_channel' has shape (6, 16, 144), expected (6, 3, N)"),
+        ({"y": lambda a: a.astype(np.complex128)}, "'y' has dtype complex128, expected complex64"),
+        ({"y": with_nan}, "'y': every value must be finite"),
+        ({"noise_power": lambda a: -a}, "'noise_power'"),
+    ],
+)
+def test_a_scene_file_that_cannot_be_used_names_the_array(
+    cli, workshop: Path, tmp_path: Path, change: dict[str, object], said: str
+) -> None:
+    damaged(workshop / "scenes.npz", tmp_path / "bad.npz", **change)
+    for command in (["localize", "bad.npz", "--out", "e.npz"], ["evaluate", "--scenes", "bad.npz"]):
+        outcome = cli(*command, "--estimator", "spectrum-maxima")
+        assert outcome.code == SceneFileError.exit_code
+        assert said in outcome.err
+        assert outcome.err.count("\n") == 1
+    assert not (tmp_path / "e.npz").exists()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not an archive at all"])
+def test_a_scene_file_that_is_missing_or_no_archive(cli, tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "bad.npz").write_bytes(content)
+    outcome = cli("localize", "bad.npz", "--estimator", "ml", "--out", "e.npz")
+    assert outcome.code == SceneFileError.exit_code
+    assert outcome.err.count("\n") == 1
+
+
+def test_scenes_without_truth_cannot_be_scored(cli, workshop: Path, tmp_path: Path) -> None:
+    truth = dict.fromkeys(("num_sources", "azimuth", "elevation", "range_m", "power", "symbols"))
+    damaged(workshop / "scenes.npz", tmp_path / "blind.npz", **truth)
+    outcome = cli("evaluate", "--scenes", "blind.npz", "--estimator", "spectrum-maxima")
+    assert outcome.code == ConfigError.exit_code
+    assert "carry no truth" in outcome.err
+    assert cli("localize", "blind.npz", "--estimator", "spectrum-maxima", "--out", "e.npz").code == 0
+
+
+def test_a_checkpoint_of_another_network_is_refused(cli, workshop: Path, tmp_path: Path) -> None:
+    wider = ["--config", workshop / "small.toml", "--set", "network.width=16"]
+    outcome = cli("train", *wider, "--out", workshop / "run")
+    assert outcome.code == CheckpointError.exit_code
+    assert "use another directory" in outcome.err
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "flipped", "foreign"])
+def test_a_checkpoint_that_cannot_be_used(cli, workshop: Path, tmp_path: Path, damage: str) -> None:
+    content = bytearray((workshop / "run" / "best.safetensors").read_bytes())
+    file = tmp_path / "best.safetensors"
+    if damage == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    elif damage == "flipped":
+        content[-5] ^= 0xFF
+        file.write_bytes(content)
+    elif damage == "foreign":
+        file.write_text("weights of something else")
+    outcome = cli("localize", workshop / "scenes.npz", "--checkpoint", tmp_path, "--out", "e.npz")
+    assert outcome.code == CheckpointError.exit_code
+    assert outcome.err.count("\n") == 1
+    assert not (tmp_path / "e.npz").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[network]\nwidht = 8\n", "unknown key 'network.widht'; did you mean 'width'?"),
+        ("[network]\nwidth = -8\n", "network.width"),
+        ("[scene]\nsnr_db = [20, -5]\n", "lower bound"),
+        ("seed = \n", "not valid TOML"),
+    ],
+)
+def test_a_run_configuration_that_cannot_be_used(cli, tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "run.toml").write_text(text)
+    outcome = cli("train", "--config", "run.toml", "--out", "run")
+    assert outcome.code == ConfigError.exit_code
+    assert said in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_outputs_and_devices_are_checked_before_any_work(cli, workshop: Path, tmp_path: Path) -> None:
+    scenes, method = workshop / "scenes.npz", ["--estimator", "ml"]
+    assert cli("localize", scenes, *method, "--out", "nowhere/e.npz").code == OutputError.exit_code
+    assert cli("localize", scenes, *method, "--out", tmp_path).code == OutputError.exit_code
+    assert cli("localize", scenes, *method, "--out", "e.txt").code == OutputError.exit_code
+    (tmp_path / "file").write_text("")
+    assert cli("train", "--out", "file").code == OutputError.exit_code
+    assert cli("train", "--out", "file/run").code == OutputError.exit_code
+    assert cli("localize", scenes, *method, "--device", "abacus", "--out", "e.npz").code == DeviceError.exit_code
+    assert cli("localize", scenes, "--estimator", "mll", "--out", "e.npz").code == ConfigError.exit_code
+    assert cli("localize", scenes, *method, "--checkpoint", workshop / "run", "--out", "e.npz").code == 2
+    assert cli("evaluate", *method, "--snr-db", "ten").code == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_training_told_to_stop_saves_and_goes_on_to_the_same_end(tmp_path: Path) -> None:
+    (tmp_path / "long.toml").write_text(SMALL.replace("scenes = 64", "scenes = 320", 1))
+    command = [sys.executable, "-m", "ris_hpo", "train", "--config", "long.toml", "--json", "--out"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole = subprocess.run(
+        [*command, "whole"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    with subprocess.Popen(
+        [*command, "cut"], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as training:
+        telemetry = tmp_path / "cut" / "telemetry.jsonl"
+        while training.poll() is None and (not telemetry.exists() or telemetry.read_text().count("\n") < 4):
+            time.sleep(0.01)
+        training.send_signal(signal.SIGTERM)
+        assert training.stderr is not None
+        said = training.stderr.read()
+        assert training.wait(timeout=60) == 130, said
+    assert "saved; the same command goes on" in said
+    rest = subprocess.run([*command, "cut"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert "going on at" in rest.stderr
+    first, second = json.loads(whole.stdout), json.loads(rest.stdout)
+    assert first["network"] == second["network"]
+    assert first["pipeline"] == second["pipeline"]

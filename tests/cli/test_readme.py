@@ -1,0 +1,93 @@
+"""The README is true: its tour runs as printed, its other commands are understood, its program runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from ris_hpo.cli import app
+from ris_hpo.physics.files import load_estimates
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+TOUR_HEADING = "## From clone to a localised scene file"
+
+
+def commands(text: str) -> list[str]:
+    """Every command line of the console blocks, without prompt and comment."""
+    blocks = re.findall(r"```console\n(.*?)```", text, re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    return [re.sub(r"\s{2,}#.*", "", line.removeprefix("$ ")) for line in lines if line.startswith("$ ")]
+
+
+def section(heading: str) -> str:
+    return README.partition(heading)[2].partition("\n## ")[0]
+
+
+TOUR = commands(section(TOUR_HEADING))
+
+
+def understood(line: str) -> None:
+    """Refuses unknown commands and options, and values out of bounds."""
+    words = shlex.split(line)
+    words = words[words.index("ris-hpo") + 1 :]
+    group = typer.main.get_command(app)
+    group.commands[words[0]].make_context(words[0], words[1:])  # type: ignore[attr-defined]
+
+
+def test_the_tour_runs_as_printed(cli, tmp_path: Path) -> None:
+    assert len(TOUR) < 10
+    for line in TOUR:
+        words = shlex.split(line)
+        assert words[0] == "ris-hpo"
+        outcome = cli(*words[1:])
+        assert outcome.code == 0, f"{line}\n{outcome.err}"
+    assert len(load_estimates(tmp_path / "estimates.npz")) == 40
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"storage", "runs", "report.html", "best.toml", "scenes.npz", "estimates.npz"}
+
+
+@pytest.mark.parametrize("line", [line for line in commands(README) if "ris-hpo " in line and line not in TOUR])
+def test_the_other_commands_are_understood(line: str) -> None:
+    wrapped = re.search(r'--wrap "exec (.*)"', line)
+    understood(wrapped.group(1) if wrapped else line)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("target", ["run", "test"])
+def test_the_two_commands_are_targets_of_the_makefile(target: str) -> None:
+    assert f"make {target}" in commands(section("## Two commands"))
+    done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=True)
+    recipe = done.stdout.splitlines()[-1]
+    if target == "run":
+        assert "run --space wide --n-trials 8" in recipe
+        understood(recipe.replace(".venv/bin/", ""))
+    else:
+        assert recipe.endswith(".venv/bin/python -m pytest")
+
+
+def test_the_python_example_runs(tmp_path: Path) -> None:
+    program = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    assert program
+    text = program.group(1).replace("range(20)", "range(2)")
+    done = subprocess.run([sys.executable, "-c", text], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "k_loc" in done.stdout
+
+
+def test_the_public_names_are_there_and_few() -> None:
+    import ris_hpo
+
+    assert 5 <= len(ris_hpo.__all__) <= 12
+    for name in ris_hpo.__all__:
+        assert ris_hpo.__getattr__(name).__doc__
+    with pytest.raises(AttributeError):
+        ris_hpo.__getattr__("nonsense")

@@ -1,0 +1,129 @@
+"""A study from the command line: to the end, interrupted, resumed, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ris_hpo.errors import SpaceError, StoreError, StudyError
+
+STUDY = """
+[study]
+description = "Seconds in all"
+
+[base]
+budget.scenes = 64
+budget.validate_every = 32
+budget.validation_scenes = 16
+budget.pipeline_scenes = 4
+network.width = 8
+network.depth = 1
+network.heads = 2
+network.head_width = 16
+network.residual_passes = 0
+optimizer.batch_size = 16
+
+[space]
+"optimizer.learning_rate" = { low = 1e-4, high = 2e-2, log = true }
+"""
+
+
+@pytest.fixture
+def brief(cli, tmp_path: Path) -> Path:
+    path = tmp_path / "brief.toml"
+    path.write_text(STUDY)
+    return path
+
+
+def test_a_run_ends_with_its_table_and_adds_nothing_when_repeated(cli, brief: Path, tmp_path: Path) -> None:
+    first = cli("run", "--space", brief, "--n-trials", 2, "--gpus", "none", "--no-proof")
+    assert first.code == 0, first.err
+    assert "study 'brief'" in first.out
+    assert "| floor " in first.out
+    assert "2 trials, 2 to add" in first.err
+    assert "next: ris-hpo best --study brief" in first.err
+    again = cli("run", "--space", brief, "--n-trials", 2, "--gpus", "none", "--json")
+    assert again.code == 0, again.err
+    assert "2 trials, 0 to add" in again.err
+    trials = again.json["trials"]
+    assert trials["complete"] + trials["pruned"] + trials["fail"] == 2
+    assert trials["running"] == trials["waiting"] == 0
+
+    compared = cli("replay", 0, "--study", "brief", "--json")
+    assert compared.code == 0, compared.out
+    assert compared.json["identical"]
+    assert cli("replay", 99, "--study", "brief").code == StudyError.exit_code
+
+    written = cli("export", "--study", "brief", "--out", "best.toml", "--json")
+    assert written.json["config_fingerprint"]
+    again = cli("train", "--config", "best.toml", "--out", "again", "--replay", "--json")
+    assert again.code == 0, again.err
+    assert again.json["identical"]
+    assert cli("train", "--config", "best.toml", "--out", "x", "--replay", "--curriculum").code == 2
+    assert cli("export", "--study", "brief", "--trial", 99, "--out", "none.toml").code == StudyError.exit_code
+    assert not (tmp_path / "none.toml").exists()
+
+    brief.write_text(STUDY.replace("high = 2e-2", "high = 1e-2"))
+    other = cli("run", "--space", brief, "--n-trials", 2, "--gpus", "none")
+    assert other.code == SpaceError.exit_code
+    assert "add --fork brief-2" in other.err
+
+
+def test_ctrl_c_leaves_a_study_that_the_same_command_finishes(brief: Path, tmp_path: Path) -> None:
+    brief.write_text(STUDY.replace("budget.scenes = 64", "budget.scenes = 960"))
+    command = [sys.executable, "-m", "ris_hpo", "run", "--space", "brief.toml", "--n-trials", "1", "--gpus", "none"]
+    environment = {**os.environ, "RIS_HPO_STORAGE_DIR": str(tmp_path / "storage")}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as running:
+        folder = tmp_path / "storage" / "trials" / "brief" / "0"
+        deadline = time.monotonic() + 120
+        while running.poll() is None and not (folder / "best.safetensors").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        running.send_signal(signal.SIGINT)
+        started = time.monotonic()
+        assert running.stderr is not None
+        said = running.stderr.read()
+        assert running.wait(timeout=60) == 130, said
+        assert time.monotonic() - started < 30
+    assert "the same command goes on" in said
+
+    def status() -> dict[str, dict[str, int]]:
+        query = [sys.executable, "-m", "ris_hpo", "status", "--json"]
+        done = subprocess.run(query, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout)
+
+    assert status()["trials"]["waiting"] == 1
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    trials = status()["trials"]
+    assert (trials["complete"], trials["waiting"], trials["running"]) == (1, 0, 0)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission_is_no_store(cli, brief: Path, tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    outcome = cli("run", "--space", brief, "--n-trials", 1, "--storage", f"sqlite:///{locked}/studies.db")
+    assert outcome.code == StoreError.exit_code
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["sqlite:////proc/studies.db", "sqlite:////dev/null/studies.db", "postgresql://nobody:canary@127.0.0.1:9/none"],
+)
+def test_a_store_that_cannot_be_used_stops_a_run_before_it_begins(
+    cli, brief: Path, tmp_path: Path, address: str
+) -> None:
+    outcome = cli("run", "--space", brief, "--n-trials", 1, "--storage", address)
+    assert outcome.code == StoreError.exit_code
+    assert outcome.err.count("\n") == 1
+    assert "canary" not in outcome.err
+    assert [path.name for path in tmp_path.iterdir()] == ["brief.toml"]

@@ -1,0 +1,133 @@
+"""Bundles: every form of the network, any batch, no training code, and no damaged file taken for a good one."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ris_hpo.errors import CheckpointError, OutputError
+from ris_hpo.learning.bundle import FORMAT, MANIFEST, PROGRAM, WEIGHTS, is_bundle, load_bundle, save_bundle
+from ris_hpo.learning.inference import InferenceSpec, localize, predict
+from ris_hpo.learning.network import Network, NetworkSpec
+from ris_hpo.physics.files import load_estimates, save_scenes
+from ris_hpo.physics.scene import SceneSpec, simulate
+
+SMALL = {"width": 16, "depth": 1, "heads": 2, "head_width": 16}
+FORMS = {
+    "structured": SMALL,
+    "atoms, noise unknown": {**SMALL, "covariance_head": "factor", "noise_known": False},
+    "tokens, free, ordinal": {
+        **SMALL, "front_end": "tokens", "covariance_head": "factor", "factor_basis": "free", "count_head": "ordinal",
+    },
+}  # fmt: skip
+SCENE = SceneSpec()
+SCENES = simulate(SCENE, 11, range(5))
+
+
+def same(first, second):
+    for field in dataclasses.fields(first):
+        a, b = getattr(first, field.name), getattr(second, field.name)
+        assert (a is None and b is None) or torch.equal(a, b), field.name
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    torch.manual_seed(3)
+    network = Network(NetworkSpec.parse(SMALL)).eval()
+    path = tmp_path_factory.mktemp("bundles") / "plain"
+    save_bundle(path, network, InferenceSpec(), SCENE, {"trial": 7})
+    return network, path
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+def test_every_form_gives_the_outputs_of_the_network_at_any_batch(tmp_path, form):
+    torch.manual_seed(1)
+    network = Network(NetworkSpec.parse(FORMS[form])).eval()
+    save_bundle(tmp_path / "bundle", network, InferenceSpec(), SCENE)
+    bundle = load_bundle(tmp_path / "bundle")
+    for count in (1, 2, 5):
+        few = SCENES[:count]
+        for a, b in zip(predict(network, few), predict(bundle, few), strict=True):
+            assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_sources_are_those_of_localize(made):
+    network, path = made
+    bundle, rebuilt = load_bundle(path), load_bundle(path, form="weights")
+    few = SCENES[:2]
+    known = few.require_truth().num_sources
+    for localizer, counts in (("polish", None), ("polish", known), ("music", None)):
+        inference = InferenceSpec(localizer=localizer)
+        bundle.inference = rebuilt.inference = inference
+        expected = localize(network, few, inference, num_sources=counts)
+        same(expected, bundle.localize(few, num_sources=counts))
+        same(expected, rebuilt.localize(few, num_sources=counts))
+
+
+def test_it_loads_and_locates_without_the_training_code(made, tmp_path):
+    network, path = made
+    save_scenes(tmp_path / "scenes.npz", SCENES)
+    program = f"""
+import sys
+for name in ("ris_hpo.training", "ris_hpo.hpo", "ris_hpo.cli", "optuna", "sqlalchemy", "matplotlib"):
+    sys.modules[name] = None
+from pathlib import Path
+from ris_hpo.learning.bundle import load_bundle
+from ris_hpo.physics.files import load_scenes, save_estimates
+bundle = load_bundle(Path({str(path)!r}))
+folder = Path({str(tmp_path)!r})
+save_estimates(folder / "estimates.npz", bundle.localize(load_scenes(folder / "scenes.npz")))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = load_estimates(tmp_path / "estimates.npz")
+    expected = localize(network, SCENES, InferenceSpec())
+    assert torch.equal(found.mask, expected.mask)
+    mask = found.mask
+    torch.testing.assert_close(found.azimuth[mask], expected.azimuth[mask].to(found.azimuth.dtype), rtol=0, atol=1e-6)
+
+
+def test_the_manifest_tells_where_it_came_from(made):
+    _, path = made
+    manifest = json.loads((path / MANIFEST).read_text())
+    assert manifest["format"] == FORMAT
+    assert manifest["provenance"] == {"trial": 7}
+    assert NetworkSpec.parse(manifest["network"]) == NetworkSpec.parse(SMALL)
+    assert SceneSpec.parse(manifest["scene"]) == SCENE
+    assert is_bundle(path)
+    assert not is_bundle(path.parent)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, PROGRAM])
+def test_a_damaged_file_is_found(made, tmp_path, name):
+    _, path = made
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in path.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    whole = bytearray((copy / name).read_bytes())
+    whole[len(whole) // 2] ^= 1
+    (copy / name).write_bytes(whole)
+    with pytest.raises(CheckpointError, match="do not match their digest"):
+        load_bundle(copy)
+    (copy / name).unlink()
+    with pytest.raises(CheckpointError, match="missing from the bundle"):
+        load_bundle(copy)
+
+
+def test_what_is_no_bundle(made, tmp_path):
+    network, path = made
+    with pytest.raises(CheckpointError, match="no bundle there"):
+        load_bundle(tmp_path)
+    for text, message in (("{", "cannot be read"), ("[]", "not a bundle"), ('{"format": "other"}', "not a bundle")):
+        (tmp_path / MANIFEST).write_text(text)
+        with pytest.raises(CheckpointError, match=message):
+            load_bundle(tmp_path)
+    with pytest.raises(OutputError, match="already there"):
+        save_bundle(path, network, InferenceSpec(), SCENE)
+    with pytest.raises(OutputError, match="cannot be written"):
+        save_bundle(tmp_path / "no" / "bundle", network, InferenceSpec(), SCENE)
+    assert [file.name for file in path.parent.iterdir()] == ["plain"]  # no partial folder is left
