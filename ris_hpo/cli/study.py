@@ -5,20 +5,17 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ris_hpo.cli import display, live, options
+from ris_hpo.cli import display, live, options, standing
 from ris_hpo.errors import StudyError
 
 if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
-
-    from ris_hpo.hpo.space import Dimension, StudySpec
-    from ris_hpo.hpo.store import Store
+    from ris_hpo.hpo.space import StudySpec
 
 PANEL = "Studies"
 SHOWN_TRIALS = 12
@@ -131,7 +128,7 @@ def run(
     else:
         pool = LocalPool(store, made, workers=workers, gpus=_gpus(gpus), per_gpu=per_gpu)
     live.follow(kept_current(made, pool.run()), spec.budget.n_trials)
-    _show_outcome(store, name, json_=json_)
+    standing.show_outcome(store, name, json_=json_)
     if pool.ending == "interrupted":
         display.print_note("interrupted; every trial is checkpointed, and the same command goes on from there")
         raise typer.Exit(options.INTERRUPTED)
@@ -151,14 +148,14 @@ def worker(
     from dataclasses import asdict
 
     from ris_hpo.hpo.store import default_url, open_store
-    from ris_hpo.hpo.study import stored_spec
+    from ris_hpo.hpo.study import get_study, stored_spec
     from ris_hpo.hpo.workers import StopSignals, WorkerJob, run_worker
 
     if device != "cpu":
         options.check_device(device)
     store = open_store(storage, create=False)
-    title = choose_study(store, study)
-    rules = stored_spec(_study(store, title)).stop
+    title = standing.choose_study(store, study)
+    rules = stored_spec(get_study(store, title)).stop
     store.close()
     job = WorkerJob(storage or default_url(), title, device=device, threads=threads, max_trials=max_trials)
     with StopSignals() as stop:
@@ -176,7 +173,7 @@ def status(study: StudyName = None, storage: Storage = None, json_: options.Json
     from ris_hpo.hpo.store import open_store
 
     store = open_store(storage, create=False)
-    _show_status(store, choose_study(store, study), json_=json_)
+    standing.show_status(store, standing.choose_study(store, study), json_=json_)
 
 
 def best(
@@ -194,12 +191,12 @@ def best(
 
     from ris_hpo.hpo import winner
     from ris_hpo.hpo.store import open_store, storage_directory
+    from ris_hpo.hpo.study import get_study, stored_spec
     from ris_hpo.hpo.study import status as status_of
-    from ris_hpo.hpo.study import stored_spec
 
     store = open_store(storage, create=False)
-    title = choose_study(store, study)
-    chosen = _study(store, title)
+    title = standing.choose_study(store, study)
+    chosen = get_study(store, title)
     leader = status_of(store, title).best
     if leader is None:
         raise StudyError(f"study '{title}' has no completed trial yet")
@@ -220,7 +217,7 @@ def best(
     if json_:
         display.print_json({"study": title, "best": asdict(leader), "winner": verdict})
         return
-    pairs = _best_line(leader.number, leader.k_loc, leader.floor, leader.efficiency)
+    pairs = standing.best_line(leader.number, leader.k_loc, leader.floor, leader.efficiency)
     display.facts(f"study '{title}', as searched", {**pairs, "pipeline k_loc": leader.pipeline_k_loc, **leader.params})
     if verdict is not None:
         rows = [
@@ -246,11 +243,12 @@ def report(
     """Write a study as one page that needs nothing else, or print its figures."""
     from ris_hpo.hpo import report as reports
     from ris_hpo.hpo.store import open_store, storage_directory
+    from ris_hpo.hpo.study import get_study
 
     if out is not None:
         options.check_output(out)
     store = open_store(storage, create=False)
-    chosen = _study(store, choose_study(store, study))
+    chosen = get_study(store, standing.choose_study(store, study))
     if reference:
         from ris_hpo.hpo.reference import attach
         from ris_hpo.hpo.study import stored_spec
@@ -282,12 +280,12 @@ def export(
     """Write a trial's configuration with its provenance, for 'train --config'."""
     from ris_hpo.hpo.export import exported, write_config
     from ris_hpo.hpo.store import open_store
-    from ris_hpo.hpo.study import stored_spec
+    from ris_hpo.hpo.study import get_study, stored_spec
 
     options.check_output(out)
     store = open_store(storage, create=False)
-    title = choose_study(store, study)
-    chosen = _study(store, title)
+    title = standing.choose_study(store, study)
+    chosen = get_study(store, title)
     found = exported(chosen, stored_spec(chosen), trial)
     write_config(found, out, form=form)
     provenance = found.provenance
@@ -316,7 +314,7 @@ def replay(
     if device is not None:
         options.check_device(device)
     store = open_store(storage, create=False)
-    title = choose_study(store, study)
+    title = standing.choose_study(store, study)
     with StopSignals() as stop:
         found = run_again(store, title, number, device=device, stop=stop)
     if json_:
@@ -368,7 +366,10 @@ def spaces(
         display.print_json({**spec.model_dump(mode="json"), "space_fingerprint": spec.space_fingerprint()})
         return
     base = spec.base_params()
-    rows = [(path, _range_of(each), base.get(path), _condition(each)) for path, each in spec.space.items()]
+    rows = [
+        (path, standing.range_of(each), base.get(path), standing.condition_of(each))
+        for path, each in spec.space.items()
+    ]
     display.table(f"{spec.name}: {spec.description}", ["dimension", "range", "base", "when"], rows, text=range(4))
 
 
@@ -436,127 +437,6 @@ def _gpus(text: str | None) -> list[str] | None:
     if text is None:
         return None
     return [] if text == "none" else [part.strip() for part in text.split(",") if part.strip()]
-
-
-# -- what several commands need --------------------------------------------------------------------------------------
-
-
-def choose_study(store: Store, name: str | None) -> str:
-    """The study that is meant: the named one, or the only one.
-
-    Raises:
-        StudyError: none in the store, or several and no name.
-    """
-    if name is not None:
-        return name
-    known = sorted(study.study_name for study in store.get_all_studies())
-    if not known:
-        raise StudyError(f"{store.redacted} holds no study yet; start one with 'ris-hpo run'")
-    if len(known) > 1:
-        raise StudyError(f"{store.redacted} holds several studies: {', '.join(known)}; choose one with --study")
-    return known[0]
-
-
-def _study(store: Store, name: str) -> Any:
-    from ris_hpo.hpo.study import get_study
-
-    return get_study(store, name)
-
-
-def _show_status(store: Store, name: str, *, json_: bool) -> None:
-    from ris_hpo.hpo.study import status as status_of
-
-    found = status_of(store, name)
-    if json_:
-        display.print_json(found.as_dict())
-        return
-    counts = ", ".join(f"{count} {state}" for state, count in found.trials.as_dict().items() if count)
-    pairs: dict[str, object] = {"study": name, "trials": counts or "none yet"}
-    if found.best is not None:
-        pairs |= _best_line(found.best.number, found.best.k_loc, found.best.floor, found.best.efficiency)
-    if found.causes:
-        pairs["failures"] = ", ".join(f"{count} {cause}" for cause, count in found.causes.items())
-    pairs["device hours"] = found.device_hours
-    display.facts("", pairs)
-    if found.running:
-        rows = [(each.number, each.step, each.k_loc, each.seconds, each.owner) for each in found.running]
-        display.table("\nrunning", ["trial", "scenes", "k_loc", "seconds", "worker"], rows, text={4})
-
-
-def _best_line(number: int, k_loc: float, floor: float | None, efficiency: float | None) -> dict[str, object]:
-    text = f"trial {number}: k_loc {k_loc:.3f}"
-    if floor is not None and efficiency is not None:
-        text += f" | floor {floor:.3f} | efficiency {efficiency:.0%}"
-    return {"best": text}
-
-
-def _show_outcome(store: Store, name: str, *, json_: bool) -> None:
-    """What a run ends with: the table of trials, the best one, its floor, and the next command."""
-    from ris_hpo.hpo.budget import live_trials, ranked
-
-    if json_:
-        _show_status(store, name, json_=True)
-        return
-    trials = live_trials(_study(store, name).get_trials(deepcopy=False))
-    order = {trial.number: place for place, trial in enumerate(ranked(trials))}
-    shown = sorted(trials, key=lambda trial: (order.get(trial.number, len(order)), trial.number))[:SHOWN_TRIALS]
-    columns = [
-        "trial",
-        "state",
-        "k_loc",
-        "floor",
-        "efficiency",
-        "pipeline",
-        "K_acc",
-        "success",
-        "scenes",
-        "time",
-        "note",
-    ]
-    display.table(f"study '{name}'", columns, [_row(trial) for trial in shown], text={1, 10})
-    if len(trials) > len(shown):
-        display.print_result(f"... and {len(trials) - len(shown)} more")
-    _show_status(store, name, json_=False)
-    if order:
-        choice = f"--study {shlex.quote(name)}"
-        display.print_note(
-            f"next: ris-hpo best {choice}    ris-hpo export {choice} --out best.toml    ris-hpo dashboard"
-        )
-
-
-def _row(trial: FrozenTrial) -> tuple[object, ...]:
-    from ris_hpo.hpo import attributes as names
-
-    marks: Mapping[str, Any] = trial.user_attrs
-    scores, pipeline = marks.get(names.COMPONENTS, {}), marks.get(names.PIPELINE, {})
-    values = list(trial.intermediate_values.values())
-    value = trial.values[0] if trial.values else (values[-1] if values else None)
-    note = (marks.get(names.DIVERGED) and "diverged") or marks.get(names.CAUSE) or marks.get(names.ORIGIN)
-    seconds = marks.get(names.SECONDS)
-    return (
-        trial.number,
-        trial.state.name.lower(),
-        value,
-        marks.get(names.FLOOR),
-        marks.get(names.EFFICIENCY),
-        pipeline.get("k_loc"),
-        scores.get("k_acc"),
-        scores.get("success"),
-        marks.get(names.SCENES) or trial.last_step,
-        None if seconds is None else display.duration(seconds),
-        note,
-    )
-
-
-def _range_of(dimension: Dimension) -> str:
-    if dimension.choices is not None:
-        return " | ".join(str(choice) for choice in dimension.choices)
-    notes = [word for word, present in (("log", dimension.log), (f"step {dimension.step}", dimension.step)) if present]
-    return f"{dimension.low} .. {dimension.high}" + (f" ({', '.join(notes)})" if notes else "")
-
-
-def _condition(dimension: Dimension) -> str:
-    return ", ".join(f"{path} in {values}" for path, values in dimension.when.items())
 
 
 def register(app: typer.Typer) -> None:

@@ -24,7 +24,7 @@ from http import HTTPStatus
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self, runtime_checkable
 from urllib.parse import parse_qsl, quote, urlencode
 
 import optuna_dashboard
@@ -50,6 +50,9 @@ ATTEMPT_WINDOW_S: Final = 60.0
 
 _LOGIN_PATH: Final = "/login"
 _HEALTH_PATH: Final = "/healthz"
+_ZOOM_PATH: Final = "/ris-hpo/zoom.js"
+_ZOOM_STYLE: Final = '<style>img[src*="/artifacts/"] { cursor: zoom-in }</style>'
+_ZOOM_TAG: Final = f'<script defer src="{_ZOOM_PATH}"></script>\n{_ZOOM_STYLE}\n</head>'.encode()
 _MAX_FORM_BYTES: Final = 4096
 _MAX_HEADER_BYTES: Final = 65_536
 _COMPRESS_ABOVE: Final = 16_384
@@ -70,6 +73,7 @@ _HEADERS: Final = (
 )
 
 _templates = Environment(loader=PackageLoader("ris_hpo.hpo"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+_zoom: Final = (Path(__file__).parent / "templates" / "zoom.js").read_text(encoding="utf-8")
 
 
 def make_token() -> str:
@@ -172,6 +176,8 @@ class Gate:
             return self._refuse(reply, HTTPStatus.UNAUTHORIZED)
         if path == _LOGIN_PATH:
             return reply.redirect("/dashboard")
+        if path == _ZOOM_PATH and method in _READING:
+            return reply.script(_zoom)
         if method not in _READING:
             if not self._read_write:
                 return reply.json(
@@ -267,10 +273,17 @@ class Gate:
             headers.append(("Cache-Control", "private, no-cache"))  # kept, and asked about by its date
         else:
             headers.append(("Cache-Control", "no-store"))
-        if kind.startswith("application/json") and "gzip" in environ.get("HTTP_ACCEPT_ENCODING", ""):
+        if path.startswith("/dashboard") and kind.startswith("text/html"):
+            body, headers = _with_zoom(body, headers)
+        elif kind.startswith("application/json") and "gzip" in environ.get("HTTP_ACCEPT_ENCODING", ""):
             body, headers = _compressed(body, headers)
         start_response(captured["status"], headers + list(_HEADERS))
         return body
+
+
+@runtime_checkable
+class _Closeable(Protocol):
+    def close(self) -> None: ...
 
 
 class _Reply:
@@ -290,6 +303,9 @@ class _Reply:
 
     def json(self, status: HTTPStatus, value: Any, *extra: tuple[str, str]) -> Iterable[bytes]:
         return self._send(status, "application/json", json.dumps(value), *extra)
+
+    def script(self, text: str) -> Iterable[bytes]:
+        return self._send(HTTPStatus.OK, "text/javascript; charset=utf-8", text)
 
     def redirect(self, location: str, *extra: tuple[str, str]) -> Iterable[bytes]:
         return self._send(HTTPStatus.SEE_OTHER, "text/plain", "", ("Location", location), *extra)
@@ -429,6 +445,17 @@ def _same_origin(environ: WSGIEnvironment) -> bool:
         return False
     origin = environ.get("HTTP_ORIGIN")
     return origin is None or origin.partition("://")[2] == environ.get("HTTP_HOST")
+
+
+def _with_zoom(body: Iterable[bytes], headers: list[tuple[str, str]]) -> tuple[Iterable[bytes], list[tuple[str, str]]]:
+    """The page with a script of ours: its artifact cards are thumbnails without a way to see them large."""
+    whole = b"".join(body)
+    if isinstance(body, _Closeable):
+        body.close()
+    page = whole.replace(b"</head>", _ZOOM_TAG, 1)
+    dropped = {"content-length", "last-modified", "etag", "accept-ranges"}
+    kept = [(name, value) for name, value in headers if name.lower() not in dropped]
+    return [page], [*kept, ("Content-Length", str(len(page)))]
 
 
 def _compressed(body: Iterable[bytes], headers: list[tuple[str, str]]) -> tuple[Iterable[bytes], list[tuple[str, str]]]:

@@ -11,11 +11,18 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Final, TypeVar
 
 import optuna
+from optuna.artifacts import get_all_artifact_meta
 from optuna_dashboard import get_note, save_note, save_plotly_graph_object
 
 from ris_hpo.hpo.report import Report, Trial, choices, collect
 
 EVERY_S: Final = 15.0
+FIGURES: Final = {
+    "curve.svg": "k_loc after each validation",
+    "counts.svg": "estimated against true number of sources",
+    "errors.svg": "errors against SNR beside the Cramér-Rao floor",
+    "scene.svg": "spectrum of one scene",
+}
 MAX_POINTS: Final = 300
 
 Snapshot = TypeVar("Snapshot")
@@ -38,7 +45,7 @@ def kept_current(study: optuna.Study, snapshots: Iterable[Snapshot], every_s: fl
 def write_page(study: optuna.Study) -> bool:
     """Write the note and the plots, if they have anything new to say; returns whether they had."""
     report = collect(study)
-    text = note(report)
+    text = note(report) + figures(study, report)
     if get_note(study) == text:
         return False
     save_note(study, text)
@@ -87,6 +94,17 @@ def note(report: Report) -> str:
             shown = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
             lines.append(f"| {_cell(name)} | {_cell(choices(dimension))} | {_cell(shown)} |")
     return "\n".join(lines).strip() + "\n"
+
+
+def figures(study: optuna.Study, report: Report) -> str:
+    """The best trial's figures as they are served, Markdown."""
+    if report.best is None:
+        return ""
+    trial = study.get_trials(deepcopy=False)[report.best.number]
+    metas = {meta.filename: meta.artifact_id for meta in get_all_artifact_meta(trial, storage=study._storage)}
+    place = f"/artifacts/{study._study_id}/{trial._trial_id}"
+    shown = [f"![{title}]({place}/{metas[name]})" for name, title in FIGURES.items() if name in metas]
+    return "\n".join(["", f"## Trial {trial.number}", "", *shown, ""]) if shown else ""
 
 
 def _cell(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -114,7 +115,7 @@ def _snr_groups(snr_db: Tensor) -> Mapping[str, Tensor]:
     if len(values) <= 12:
         return {f"{float(value):g} dB": snr_db == value for value in values}
     groups = {}
-    for low, high in zip(SNR_BINS_DB[:-1], SNR_BINS_DB[1:], strict=True):
+    for low, high in itertools.pairwise(SNR_BINS_DB):
         lowest = low if low > SNR_BINS_DB[0] else -torch.inf
         highest = high if high < SNR_BINS_DB[-1] else torch.inf
         mask = (snr_db >= lowest) & (snr_db < highest)

@@ -10,12 +10,13 @@ H c_l alone would not do: it cannot tell the elements apart. The matched spectru
 nothing to the whitened one (measured: 14.14 against 14.15 nats a scene), so that only tokens carry it.
 
 A *residual pass* takes the highest cell, projects its snapshots T_l a out of y_l (orthogonal matching pursuit, Pati,
-Rezaiifar and Krishnaprasad, Asilomar 1993) and adds the spectrum of what is left: weaker sources come out from under the
-side lobes of stronger ones, which differ from scene to scene with H and the codes.
+Rezaiifar and Krishnaprasad, Asilomar 1993) and adds the spectrum of what is left: weaker sources come out from under
+the side lobes of stronger ones, which differ from scene to scene with H and the codes.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -61,7 +62,8 @@ def spectrum(geometry: Geometry, z: Tensor, grid: GridSpec) -> Tensor:
     for part in z.split(chunk):
         squares = (torch.cat([part.real, part.imag], -1) @ atoms).square_().sum(1)
         parts.append(squares[:, : squares.shape[1] // 2] + squares[:, squares.shape[1] // 2 :])
-    return torch.cat(parts).unflatten(-1, grid.shape)
+    whole: Tensor = torch.cat(parts).unflatten(-1, grid.shape)
+    return whole
 
 
 def back_projection(channel: Tensor, codes: Tensor, y: Tensor) -> Tensor:
@@ -93,7 +95,7 @@ def spectral_features(scenes: Scenes, grid: GridSpec, *, passes: int, noise_know
         spread = log.flatten(1).std(-1).clamp(min=1e-3)
         maps.append(log / spread[:, None, None, None])
         context += [spread, maps[-1].flatten(1).amax(-1) / 4]
-    for before, after in zip(energies[:-1], energies[1:], strict=True):
+    for before, after in itertools.pairwise(energies):
         context += [((after + _SMALL) / (before + _SMALL)).log(), (after / energies[0].clamp(min=_SMALL)).log1p()]
     relief = logs[0] - logs[0].flatten(1).amax(-1)[:, None, None, None]
     empty = scenes.y.new_zeros(len(scenes), 0, dtype=torch.float32)

@@ -59,8 +59,8 @@ def network_sources(outputs: Outputs, spec: InferenceSpec, num_sources: Tensor |
     K^ is the count head's mode where its probability reaches ``count_confidence``; elsewhere the number of slots that
     probably exist, at least one.
     """
-    slots = outputs.count.shape[1] - 1
-    probability, counted = outputs.count.exp().max(-1)
+    slots = outputs.log_count.shape[1] - 1
+    probability, counted = outputs.log_count.exp().max(-1)
     existence = torch.sigmoid(outputs.existence[:, :slots])
     by_slots = existence.sum(-1).round().long().clamp(1, slots)
     if num_sources is None:
@@ -106,4 +106,4 @@ def localize(
     )
     keep = spec.proposals
     candidates = Cosines(outputs.v[:, :keep], outputs.w[:, :keep], outputs.rho[:, :keep])
-    return ols(scenes, candidates, likelihood, num_sources=num_sources, log_prior=outputs.count)
+    return ols(scenes, candidates, likelihood, num_sources=num_sources, log_prior=outputs.log_count)

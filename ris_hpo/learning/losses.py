@@ -125,7 +125,7 @@ def offset(outputs: Outputs, truth: Sources, grid: GridSpec) -> Tensor:
 
 def count(outputs: Outputs, truth: Sources) -> Tensor:
     """Negative log-probability of the true number of sources."""
-    return F.nll_loss(outputs.count, truth.num_sources)
+    return F.nll_loss(outputs.log_count, truth.num_sources)
 
 
 def auxiliary(outputs: Outputs, truth: Sources) -> Tensor:
@@ -253,7 +253,8 @@ def _inverse_gram(label: Tensor) -> Tensor:
     gram = label.mH @ label
     scale = gram.diagonal(dim1=-2, dim2=-1).real.amax(-1).clamp(min=1e-30)[:, None, None]
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return torch.linalg.inv(gram + SUBSPACE_LOADING * scale * identity)
+    inverse: Tensor = torch.linalg.inv(gram + SUBSPACE_LOADING * scale * identity)
+    return inverse
 
 
 def _project(matrix: Tensor, label: Tensor) -> Tensor:

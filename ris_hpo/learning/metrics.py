@@ -65,7 +65,8 @@ class Scores:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Scores:
         """Inverse of :meth:`as_dict`."""
-        return cls(**{name: math.inf if value is None else value for name, value in values.items()})
+        finite: dict[str, Any] = {name: math.inf if value is None else value for name, value in values.items()}
+        return cls(**finite)
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,7 +76,7 @@ class Outputs(NamedTuple):
             first K_max are the slots.
         v, w, rho: [B, C] cosine coordinates.
         power: [B, C] positive, relative to the scene's total.
-        count: [B, K_max + 1] log-probabilities of the number of sources.
+        log_count: [B, K_max + 1] log-probabilities of the number of sources.
         factor: complex64 [B, N, Q], F with R_pred = F F^H + sigma^2 I.
         noise_level: [B] sigma^2, relative.
         cell_logit, cell_power: [B, P, V, W]; cell_offset: [B, 3, P, V, W] in cells; None for the token front-end.
@@ -87,7 +87,7 @@ class Outputs(NamedTuple):
     w: Tensor
     rho: Tensor
     power: Tensor
-    count: Tensor
+    log_count: Tensor
     factor: Tensor
     noise_level: Tensor
     cell_logit: Tensor | None = None
@@ -212,7 +212,8 @@ class _Attention(nn.Module):
         q, k, v = self.qkv(self.first_norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + self.dropout(self.out(mixed))
-        return x + self.dropout(self.contract(F.gelu(self.expand(self.second_norm(x)))))
+        out: Tensor = x + self.dropout(self.contract(F.gelu(self.expand(self.second_norm(x)))))
+        return out
 
 
 class _SpectralBackbone(nn.Module):
@@ -294,7 +295,8 @@ class _CellHead(nn.Module):
         plane_size = grid.num_v * grid.num_w
         column = (chosen % plane_size).unsqueeze(1).expand(-1, self.state, -1)
         state = hidden.flatten(2).gather(2, column).mT
-        return _Proposals(torch.logit(near), *coordinates, strength, state, logit, power, offset)
+        v, w, rho = coordinates
+        return _Proposals(torch.logit(near), v, w, rho, strength, state, logit, power, offset)
 
 
 def _over_planes(maps: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -408,4 +410,5 @@ class _AtomFactor(nn.Module):
 
     def forward(self, state: Tensor) -> Tensor:
         share, gain = (self.body(state) + self.rank[: state.shape[1]]).chunk(2, -1)
-        return torch.softmax(share, -1) * (1 + gain)
+        mixing: Tensor = torch.softmax(share, -1) * (1 + gain)
+        return mixing

@@ -1,0 +1,1 @@
+"""The trainer: steps, checkpoints, telemetry, phases and the proof that it learns."""

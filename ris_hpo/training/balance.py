@@ -19,6 +19,10 @@ class Balance(nn.Module):
     rate (Chen et al., ICML 2018); the anchor's weight is kept.
     """
 
+    task_weight: Tensor
+    first_loss: Tensor
+    movable: Tensor
+
     def __init__(self, spec: BalanceSpec, terms: list[str]) -> None:
         super().__init__()
         self.spec = spec
@@ -42,7 +46,7 @@ class Balance(nn.Module):
                 if self.spec.kind == "uncertainty":
                     factor = torch.exp(-self.log_variance[place] * self.movable[place])
                 else:
-                    factor = self.task_weight[place]
+                    factor = self.task_weight[place].clone()  # moved in place before backward
                 weighted[name] = factor * weighted[name]
         ramped = [name for name in names if phase is not None and name in phase.ramp]
         if ramped and phase is not None:

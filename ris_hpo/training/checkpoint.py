@@ -21,8 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ris_hpo.errors import CheckpointError
+from ris_hpo.learning.network import Network
+from ris_hpo.training.config import RunConfig
 
 FORMAT = "ris-hpo checkpoint 1"
+LAST, BEST = "last.safetensors", "best.safetensors"
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -69,6 +72,30 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if header.get("digest") != _digest(tensors, header.get("state", "")):
         raise CheckpointError(f"{path}: contents do not match their digest; the file is damaged, use an older one")
     return tensors, json.loads(header["state"])
+
+
+def load_network(path: Path, device: str = "cpu") -> tuple[Network, RunConfig]:
+    """Network in evaluation mode and its run configuration, from a run's directory or a weights file.
+
+    Raises:
+        CheckpointError: missing, damaged, or weights that do not fit their own configuration.
+    """
+    path = Path(path)
+    file = path / BEST if path.is_dir() else path
+    tensors, state = read(file)
+    config = RunConfig.parse(state["config"], source=str(file))
+    network = Network(config.network)
+    weights = {name.removeprefix("network."): value for name, value in tensors.items()}
+    own = {name: p.shape for name, p in network.named_parameters()}
+    misfits = [n for n, shape in own.items() if n not in weights or weights[n].shape != shape]
+    if misfits:
+        name = misfits[0]
+        found = tuple(weights[name].shape) if name in weights else "nothing"
+        raise CheckpointError(
+            f"{file}: '{name}' has {found}, expected {tuple(own[name])}; a checkpoint of another network"
+        )
+    network.load_state_dict({name: weights[name] for name in own}, strict=False)
+    return network.to(device).eval(), config
 
 
 def _digest(tensors: Mapping[str, Tensor], text: str) -> str:

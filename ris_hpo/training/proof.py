@@ -114,7 +114,7 @@ def self_tests(config: RunConfig) -> dict[str, float]:
     outputs = network(*network.features(scenes))
     predicted = covariances(outputs, scenes, config.inference.hybrid, 0.0).predicted
     loss = nmse(predicted, covariance).mean()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     trace = predicted.diagonal(dim1=-2, dim2=-1).real.sum(-1)
     checks = {
         "nmse_of_truth": float(nmse(covariance, covariance).max()),

@@ -60,16 +60,27 @@ class StepGate(nn.Module):
     cause -> loss scale update. NaN gradients are never turned into numbers. The counters are buffers.
     """
 
-    def __init__(self, network: Network, spec: OptimizerSpec, total_steps: int) -> None:
+    steps_taken: Tensor
+    skipped_not_finite: Tensor
+    skipped_vanishing: Tensor
+    skipped_in_a_row: Tensor
+    since_overflow: Tensor
+    scale: Tensor
+    gradient_norms: Tensor
+
+    def __init__(
+        self, network: Network, spec: OptimizerSpec, total_steps: int, weights: Iterable[nn.Parameter] = ()
+    ) -> None:
+        """Group the network's parameters; learned loss ``weights`` go with the heads."""
         super().__init__()
         self.spec = spec
         self.total_steps = max(1, total_steps)
         groups = []
-        for name, part, multiplier in (
-            ("backbone", network.backbone, 1.0),
-            ("heads", network.heads, spec.head_multiplier),
+        for name, candidates, multiplier in (
+            ("backbone", [*network.backbone.parameters()], 1.0),
+            ("heads", [*network.heads.parameters(), *weights], spec.head_multiplier),
         ):
-            parameters = [p for p in part.parameters() if p.requires_grad]
+            parameters = [p for p in candidates if p.requires_grad]
             if parameters:
                 rate = torch.tensor(spec.learning_rate * multiplier)
                 groups.append({"params": parameters, "name": name, "lr": rate, "multiplier": multiplier})
@@ -114,7 +125,7 @@ class StepGate(nn.Module):
         self.gradient_norms.copy_(torch.stack(norms))
         total = self.gradient_norms.norm()
         finite = torch.isfinite(total)
-        fit = finite & (total > SMALLEST_NORM)
+        fit: Tensor = finite & (total > SMALLEST_NORM)
 
         clip = (self.spec.clip / total.clamp(min=self.spec.clip)).nan_to_num(1.0)
         rate = self.rate()
@@ -126,7 +137,7 @@ class StepGate(nn.Module):
             group["lr"].copy_(rate * (self.spec.learning_rate * group["multiplier"] * slowed))
         self.optimizer.found_inf = (~fit).float()  # type: ignore[attr-defined]
         self.optimizer.grad_scale = None  # type: ignore[attr-defined]
-        self.optimizer.step()
+        self.optimizer.step()  # type: ignore[no-untyped-call, unused-ignore]
 
         self.steps_taken += fit
         self.skipped_not_finite += ~finite
@@ -150,6 +161,8 @@ class AveragedWeights(nn.Module):
     There are no batch statistics in the network, so that the averaged weights need no second pass over data.
     """
 
+    count: Tensor
+
     def __init__(self, network: Network, spec: OptimizerSpec) -> None:
         super().__init__()
         self.spec = spec
@@ -165,7 +178,7 @@ class AveragedWeights(nn.Module):
 
     @torch.no_grad()
     def update(self, network: Network, taken: Tensor, progress: float) -> None:
-        """Move toward the network's weights if the step was ``taken``; ``progress`` is the share of the budget spent."""
+        """Move toward the network if the step was ``taken``; ``progress`` is the share of the budget spent."""
         even = self.spec.swa_start < 1 and progress >= self.spec.swa_start
         if not even and self.spec.ema_decay == 0:
             return
@@ -193,3 +206,26 @@ def movement(before: Iterable[Tensor], after: Iterable[Tensor]) -> float:
     """||theta_after - theta_before||, to see that a step really moved the parameters."""
     squares = [(b - a).double().square().sum() for a, b in zip(before, after, strict=True)]
     return float(torch.stack(squares).sum().sqrt())
+
+
+class Swapped:
+    """Puts weights into a network in evaluation mode for the length of a ``with``."""
+
+    def __init__(self, network: Network, weights: dict[str, Tensor]) -> None:
+        self.network, self.weights = network, weights
+
+    def __enter__(self) -> Network:
+        self._own = {name: p.detach().clone() for name, p in self.network.named_parameters()}
+        self._was_training = self.network.training
+        self._put(self.weights)
+        self.network.eval()
+        return self.network
+
+    def __exit__(self, *_: object) -> None:
+        self._put(self._own)
+        self.network.train(self._was_training)
+
+    @torch.no_grad()
+    def _put(self, weights: dict[str, Tensor]) -> None:
+        for name, parameter in self.network.named_parameters():
+            parameter.copy_(weights[name])

@@ -1,7 +1,7 @@
 """The training loop.
 
-One step, in this order: forward -> loss terms -> finite check by term -> backward (for every micro-batch) -> unscale once
--> clip -> gate -> step -> loss scale -> learning rate (a function of the steps taken) -> movement -> averaged weights.
+One step, in this order: forward -> loss terms -> finite check by term -> backward (for every micro-batch) -> unscale
+once -> clip -> gate -> step -> loss scale -> learning rate (a function of the steps taken) -> movement -> averaged weights.
 Validation uses the same inference path as evaluation and use, with the averaged weights.
 """
 
@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from ris_hpo.errors import CheckpointError, DeviceError, GateError, TrainingDivergedError
 from ris_hpo.learning.features import Features
 from ris_hpo.learning.hybrid import covariances
-from ris_hpo.learning.inference import localize, network_sources, predict
+from ris_hpo.learning.inference import localize, network_sources
 from ris_hpo.learning.losses import TERMS, LossSpec, label_factor, loss_terms, nmse
 from ris_hpo.learning.metrics import SCORE_VERSION, Scores, floor_scores, score
 from ris_hpo.learning.network import Network, Outputs
@@ -30,13 +29,13 @@ from ris_hpo.physics.scene import Scenes, simulate
 from ris_hpo.physics.sources import Sources
 from ris_hpo.training import checkpoint, telemetry
 from ris_hpo.training.balance import Balance
+from ris_hpo.training.checkpoint import BEST, LAST, load_network
 from ris_hpo.training.config import PhaseSpec, RunConfig
-from ris_hpo.training.stability import AveragedWeights, StepGate, autocast, movement
+from ris_hpo.training.stability import AveragedWeights, StepGate, Swapped, autocast, movement
 from ris_hpo.training.telemetry import Telemetry
 
 __all__ = ["Conclusion", "RunConfig", "Trainer", "Validation", "load_network"]
 
-LAST, BEST = "last.safetensors", "best.safetensors"
 TRAINING_FAMILY = 1 << 40  # training seeds are this far from those of validation and test scenes
 CACHE_BYTES = 4 << 30  # a fixed set of scenes whose features fit in here is kept on the device
 
@@ -135,9 +134,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.network = Network(config.network).to(self.device)
         self.balance = Balance(config.balance, list(TERMS)).to(self.device)
-        if config.balance.kind == "uncertainty":  # learned by the same optimiser, as a head
-            self.network.heads.register_parameter("log_variance", self.balance.log_variance)
-        self.gate = StepGate(self.network, config.optimizer, self._planned_steps()).to(self.device)
+        learned = [p for p in self.balance.parameters() if p.requires_grad]
+        self.gate = StepGate(self.network, config.optimizer, self._planned_steps(), learned).to(self.device)
         self.averaged = AveragedWeights(self.network, config.optimizer).to(self.device)
         self._dataset = self._make_dataset(scenes)
         self._features: Features | None = None
@@ -239,9 +237,9 @@ class Trainer:
                 total += float(nmse(predicted, label @ label.mH).sum())
         return total / len(scenes)
 
-    def evaluation_weights(self) -> _Swapped:
+    def evaluation_weights(self) -> Swapped:
         """Context in which the network holds the averaged weights and is in evaluation mode."""
-        return _Swapped(self.network, self.averaged.state(self.network))
+        return Swapped(self.network, self.averaged.state(self.network))
 
     def diagnosis(self) -> str:
         """One line on whether the run learned, and if not, why."""
@@ -417,7 +415,7 @@ class Trainer:
         phase = self._phase()
         if phase is None:
             return self.config.loss
-        ramped = {name: 1.0 for name in phase.ramp}  # computed at all; the balance scales them
+        ramped = dict.fromkeys(phase.ramp, 1.0)  # computed at all; the balance scales them
         return self.config.loss.replaced({**phase.loss, **ramped})
 
     def _phase_scenes(self) -> int:
@@ -574,58 +572,11 @@ class Trainer:
         self.best = min(self.history, key=lambda v: v.network.k_loc, default=None)
 
 
-class _Swapped:
-    """Puts weights into a network in evaluation mode for the length of a ``with``."""
-
-    def __init__(self, network: Network, weights: dict[str, Tensor]) -> None:
-        self.network, self.weights = network, weights
-
-    def __enter__(self) -> Network:
-        self._own = {name: p.detach().clone() for name, p in self.network.named_parameters()}
-        self._was_training = self.network.training
-        self._put(self.weights)
-        self.network.eval()
-        return self.network
-
-    def __exit__(self, *_: object) -> None:
-        self._put(self._own)
-        self.network.train(self._was_training)
-
-    @torch.no_grad()
-    def _put(self, weights: dict[str, Tensor]) -> None:
-        for name, parameter in self.network.named_parameters():
-            parameter.copy_(weights[name])
-
-
 def training_scenes(config: RunConfig, index: range, device: torch.device | str = "cpu") -> Scenes:
     """Scenes of a run by their index; their seeds are far from those of validation and test scenes."""
     return simulate(config.scene, TRAINING_FAMILY + config.seed, index, device=device)
 
 
-def load_network(path: Path, device: str = "cpu") -> tuple[Network, RunConfig]:
-    """Network in evaluation mode and its run configuration, from a run's directory or a weights file.
-
-    Raises:
-        CheckpointError: missing, damaged, or weights that do not fit their own configuration.
-    """
-    path = Path(path)
-    file = path / BEST if path.is_dir() else path
-    tensors, state = checkpoint.read(file)
-    config = RunConfig.parse(state["config"], source=str(file))
-    network = Network(config.network)
-    weights = {name.removeprefix("network."): value for name, value in tensors.items()}
-    own = {name: p.shape for name, p in network.named_parameters()}
-    misfits = [n for n, shape in own.items() if n not in weights or weights[n].shape != shape]
-    if misfits:
-        name = misfits[0]
-        found = tuple(weights[name].shape) if name in weights else "nothing"
-        raise CheckpointError(
-            f"{file}: '{name}' has {found}, expected {tuple(own[name])}; a checkpoint of another network"
-        )
-    network.load_state_dict({name: weights[name] for name in own}, strict=False)
-    return network.to(device).eval(), config
-
-
 def _flat(validation: Validation) -> dict[str, Any]:
-    figures = {name: value for name, value in validation.network.as_dict().items()}
+    figures: dict[str, Any] = dict(validation.network.as_dict())
     return figures | {"floor_k_loc": validation.floor.k_loc, "loss": validation.loss, "seconds": validation.seconds}

@@ -107,14 +107,6 @@ def test_ctrl_c_leaves_a_study_that_the_same_command_finishes(brief: Path, tmp_p
     assert (trials["complete"], trials["waiting"], trials["running"]) == (1, 0, 0)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_without_permission_is_no_store(cli, brief: Path, tmp_path: Path) -> None:
-    locked = tmp_path / "locked"
-    locked.mkdir(mode=0o500)
-    outcome = cli("run", "--space", brief, "--n-trials", 1, "--storage", f"sqlite:///{locked}/studies.db")
-    assert outcome.code == StoreError.exit_code
-
-
 @pytest.mark.parametrize(
     "address",
     ["sqlite:////proc/studies.db", "sqlite:////dev/null/studies.db", "postgresql://nobody:canary@127.0.0.1:9/none"],

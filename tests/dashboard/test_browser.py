@@ -45,9 +45,8 @@ def wait_for(browser, condition, what):
         if found:
             return found
         time.sleep(0.1)
-    browser.save_screenshot("/tmp/ris-hpo-browser.png")
-    print(browser.get_log("browser"))
-    pytest.fail(f"no {what} after {PATIENCE_S} s; the page says: {text_of(browser)[:500]!r}")
+    console = errors_in_console(browser)
+    pytest.fail(f"no {what} after {PATIENCE_S} s; the page says {text_of(browser)[:500]!r}, its console {console}")
 
 
 def text_of(browser):
@@ -115,6 +114,13 @@ def test_from_login_to_a_live_trial_and_its_figure(make_site, browser):
     )
     assert image.get_attribute("src").startswith(site.base)
     browser.execute_script("arguments[0].scrollIntoView()", image)
+
+    # a click shows it large, Escape closes it
+    image.click()
+    large = wait_for(browser, lambda: browser.find_elements("css selector", "dialog[open] img"), "large figure")[0]
+    wait_for(browser, lambda: large.size["width"] > 800, "large figure of its size")
+    browser.switch_to.active_element.send_keys("\ue00c")
+    wait_for(browser, lambda: not browser.find_elements("css selector", "dialog"), "figure closed")
 
     # plots of the study, then the log: nothing went wrong on any page
     browser.get(f"{site.base}/dashboard/studies/1/analytics")

@@ -194,6 +194,15 @@ def test_large_json_is_compressed_for_those_who_can():
     assert int(packed["headers"]["Content-Length"]) == len(packed["body"]) < len(plain["body"]) / 10
 
 
+def test_the_script_of_ours_is_served_to_visitors_alone():
+    visitor = Visitor()
+    assert visitor.ask("/ris-hpo/zoom.js")["status"] == 401
+    visitor.log_in()
+    answer = visitor.ask("/ris-hpo/zoom.js")
+    assert answer["headers"]["Content-Type"].startswith("text/javascript")
+    assert b"showModal" in answer["body"]
+
+
 def test_health_needs_no_token_and_says_nothing():
     answer = Visitor().ask("/healthz", host="container")
     assert (answer["status"], answer["body"]) == (200, b"ok\n")

@@ -35,7 +35,7 @@ def test_outputs_are_well_formed(spec, scenes):
     torch.manual_seed(0)
     network = Network(spec)
     outputs = predict(network, scenes)
-    assert torch.allclose(outputs.count.exp().sum(-1), torch.ones(12), atol=1e-5)
+    assert torch.allclose(outputs.log_count.exp().sum(-1), torch.ones(12), atol=1e-5)
     assert (outputs.existence[:, :-1] >= outputs.existence[:, 1:] - 30).all()
     for value, (low, high) in zip(outputs.cosines, spec.grid.region.bounds(), strict=True):
         assert (value >= low - 1e-6).all()
@@ -52,7 +52,7 @@ def test_a_scene_does_not_depend_on_its_batch(spec, scenes):
     torch.manual_seed(0)
     network = Network(spec)
     together, alone = predict(network, scenes), predict(network, scenes[3:4])
-    assert torch.allclose(together.count[3:4], alone.count, atol=1e-4)
+    assert torch.allclose(together.log_count[3:4], alone.log_count, atol=1e-4)
     assert torch.allclose(together.v[3:4, :5], alone.v[:, :5], atol=1e-4)
 
 

@@ -67,7 +67,7 @@ def test_it_is_kept_current_while_a_pool_runs_and_after_it_fails():
         seen.extend(follow)
     assert [number for number, _ in seen] == [0, 1, 2]
     assert len({text for _, text in seen}) == 3
-    assert get_note(study) == note(collect(study))
+    assert get_note(study).startswith(note(collect(study)))
 
 
 def test_an_empty_study_has_a_note_and_values_cannot_break_the_table():

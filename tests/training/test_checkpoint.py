@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 
 from ris_hpo.errors import CheckpointError
 from ris_hpo.training import checkpoint, telemetry
+from ris_hpo.training.checkpoint import BEST, LAST, load_network
 from ris_hpo.training.config import RunConfig
-from ris_hpo.training.trainer import BEST, LAST, Trainer, load_network
+from ris_hpo.training.trainer import Trainer
 
 from .conftest import TINY
 
-FULL = RunConfig().replaced(TINY | {"network.dropout": 0.1, "inference.hybrid.beta": 0.2, "inference.hybrid.beta_jitter": 0.05})
+HARD = {"network.dropout": 0.1, "inference.hybrid.beta": 0.2, "inference.hybrid.beta_jitter": 0.05}
+FULL = RunConfig().replaced(TINY | HARD)
 
 
 @pytest.fixture(scope="module")

@@ -94,7 +94,8 @@ def test_proof_of_a_small_form_passes_and_is_found_again(tmp_path):
     assert certificate.checks["nmse_of_truth"] == 0
     assert certificate.checks["parameters_without_gradient"] == 0
     assert proof.find_certificate(tmp_path, config) == certificate
-    assert proof.find_certificate(tmp_path, config.replaced({"network.front_end": "tokens", "network.factor_basis": "free"})) is None
+    other = config.replaced({"network.front_end": "tokens", "network.factor_basis": "free"})
+    assert proof.find_certificate(tmp_path, other) is None
 
 
 def test_proof_catches_a_prediction_that_is_detached(tmp_path, monkeypatch):

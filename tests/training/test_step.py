@@ -171,7 +171,7 @@ def test_averages_ignore_skipped_steps_and_movement_is_measured_before_them(tiny
     """A probe that measured after EMA."""
     trainer = Trainer(tiny, tmp_path)
     averaged = AveragedWeights(trainer.network, OptimizerSpec(ema_decay=0.5))
-    start = averaged.state(trainer.network)
+    start = {name: value.clone() for name, value in averaged.state(trainer.network).items()}
     with torch.no_grad():
         for p in trainer.network.parameters():
             p.add_(1.0)
@@ -247,7 +247,7 @@ def test_validations_fall_on_the_same_scenes_whatever_the_batch(batch, accumulat
 
 
 def test_early_stopping(tiny, tmp_path):
-    changes = {"budget.scenes": 3200, "budget.patience": 2, "optimizer.learning_rate": 1e-9}
+    changes = {"budget.scenes": 3200, "budget.patience": 2, "optimizer.learning_rate": 0.5}
     trainer = run(tiny.replaced(changes), tmp_path)
     assert trainer.finished
     assert trainer.scenes_seen < 3200

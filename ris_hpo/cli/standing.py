@@ -1,0 +1,135 @@
+"""Where a study stands, as people and programs read it: counts, the best trial beside its floor, the table of a run."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ris_hpo.cli import display
+from ris_hpo.errors import StudyError
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+    from ris_hpo.hpo.space import Dimension
+    from ris_hpo.hpo.store import Store
+
+SHOWN_TRIALS = 12
+
+
+def choose_study(store: Store, name: str | None) -> str:
+    """The study that is meant: the named one, or the only one.
+
+    Raises:
+        StudyError: none in the store, or several and no name.
+    """
+    if name is not None:
+        return name
+    known = sorted(study.study_name for study in store.get_all_studies())
+    if not known:
+        raise StudyError(f"{store.redacted} holds no study yet; start one with 'ris-hpo run'")
+    if len(known) > 1:
+        raise StudyError(f"{store.redacted} holds several studies: {', '.join(known)}; choose one with --study")
+    return known[0]
+
+
+def show_status(store: Store, name: str, *, json_: bool) -> None:
+    """Trials by state, the best one, failures by cause, what runs now."""
+    from ris_hpo.hpo.study import status as status_of
+
+    found = status_of(store, name)
+    if json_:
+        display.print_json(found.as_dict())
+        return
+    counts = ", ".join(f"{count} {state}" for state, count in found.trials.as_dict().items() if count)
+    pairs: dict[str, object] = {"study": name, "trials": counts or "none yet"}
+    if found.best is not None:
+        pairs |= best_line(found.best.number, found.best.k_loc, found.best.floor, found.best.efficiency)
+    if found.causes:
+        pairs["failures"] = ", ".join(f"{count} {cause}" for cause, count in found.causes.items())
+    pairs["device hours"] = found.device_hours
+    display.facts("", pairs)
+    if found.running:
+        rows = [(each.number, each.step, each.k_loc, each.seconds, each.owner) for each in found.running]
+        display.table("\nrunning", ["trial", "scenes", "k_loc", "seconds", "worker"], rows, text={4})
+
+
+def best_line(number: int, k_loc: float, floor: float | None, efficiency: float | None) -> dict[str, object]:
+    """The best trial beside its floor, as one fact."""
+    text = f"trial {number}: k_loc {k_loc:.3f}"
+    if floor is not None and efficiency is not None:
+        text += f" | floor {floor:.3f} | efficiency {efficiency:.0%}"
+    return {"best": text}
+
+
+def show_outcome(store: Store, name: str, *, json_: bool) -> None:
+    """What a run ends with: the table of trials, the best one, its floor, and the next command."""
+    from ris_hpo.hpo.budget import live_trials, ranked
+    from ris_hpo.hpo.study import get_study
+
+    if json_:
+        show_status(store, name, json_=True)
+        return
+    trials = live_trials(get_study(store, name).get_trials(deepcopy=False))
+    order = {trial.number: place for place, trial in enumerate(ranked(trials))}
+    shown = sorted(trials, key=lambda trial: (order.get(trial.number, len(order)), trial.number))[:SHOWN_TRIALS]
+    columns = [
+        "trial",
+        "state",
+        "k_loc",
+        "floor",
+        "efficiency",
+        "pipeline",
+        "K_acc",
+        "success",
+        "scenes",
+        "time",
+        "note",
+    ]
+    display.table(f"study '{name}'", columns, [_row(trial) for trial in shown], text={1, 10})
+    if len(trials) > len(shown):
+        display.print_result(f"... and {len(trials) - len(shown)} more")
+    show_status(store, name, json_=False)
+    if order:
+        choice = f"--study {shlex.quote(name)}"
+        display.print_note(
+            f"next: ris-hpo best {choice}    ris-hpo export {choice} --out best.toml    ris-hpo dashboard"
+        )
+
+
+def _row(trial: FrozenTrial) -> tuple[object, ...]:
+    from ris_hpo.hpo import attributes as names
+
+    marks: Mapping[str, Any] = trial.user_attrs
+    scores, pipeline = marks.get(names.COMPONENTS, {}), marks.get(names.PIPELINE, {})
+    values = list(trial.intermediate_values.values())
+    value = trial.values[0] if trial.values else (values[-1] if values else None)
+    note = (marks.get(names.DIVERGED) and "diverged") or marks.get(names.CAUSE) or marks.get(names.ORIGIN)
+    seconds = marks.get(names.SECONDS)
+    return (
+        trial.number,
+        trial.state.name.lower(),
+        value,
+        marks.get(names.FLOOR),
+        marks.get(names.EFFICIENCY),
+        pipeline.get("k_loc"),
+        scores.get("k_acc"),
+        scores.get("success"),
+        marks.get(names.SCENES) or trial.last_step,
+        None if seconds is None else display.duration(seconds),
+        note,
+    )
+
+
+def range_of(dimension: Dimension) -> str:
+    """The values of a dimension in a few words."""
+    if dimension.choices is not None:
+        return " | ".join(str(choice) for choice in dimension.choices)
+    notes = [word for word, present in (("log", dimension.log), (f"step {dimension.step}", dimension.step)) if present]
+    return f"{dimension.low} .. {dimension.high}" + (f" ({', '.join(notes)})" if notes else "")
+
+
+def condition_of(dimension: Dimension) -> str:
+    """When a dimension is searched; nothing where it always is."""
+    return ", ".join(f"{path} in {values}" for path, values in dimension.when.items())
