@@ -203,9 +203,7 @@ def winner(arguments: argparse.Namespace) -> None:
             verdict = judge(["a", "b", "c"], table)
             named += verdict.distinguishable and verdict.winner == "b"
         total = arguments.repetitions
-        print(
-            f"{seeds} seeds: noise passes {wrong / total:.1%}, a lead of {arguments.lead:g} sigma named {named / total:.1%}"
-        )
+        print(f"{seeds} seeds: noise passes {wrong / total:.1%}, {arguments.lead:g} sigma named {named / total:.1%}")
 
 
 def main() -> None:

@@ -154,12 +154,12 @@ def rough(arguments: argparse.Namespace) -> None:
         spec = SceneSpec(channel_error_db=(level, level))
         scenes = grid_of_cells(spec, arguments.seed, SNR_DB, COUNTS, arguments.per_cell)
         truth = scenes.require_truth()
-        for stated, noise in ((None, "known"), (None, "estimated"), (level, "known")):
-            chosen = EstimatorSpec.parse({"likelihood": {"channel_error_db": stated, "noise": noise}})
+        for stated in (None, level):
+            chosen = EstimatorSpec.parse({"likelihood": {"channel_error_db": stated}})
             for known in (False, True):
                 s = score(estimate("ml", scenes, chosen, truth.num_sources if known else None), truth)
                 print(
-                    f"channel error {level:.0f} dB, stated {stated}, noise {noise}, K known {known}: "
+                    f"channel error {level:.0f} dB, stated {stated}, K known {known}: "
                     f"K_acc {s.k_acc:.3f} success {s.success:.3f} k_loc {s.k_loc:.2f}",
                     flush=True,
                 )

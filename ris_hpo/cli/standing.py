@@ -48,7 +48,7 @@ def show_status(store: Store, name: str, *, json_: bool) -> None:
         pairs |= best_line(found.best.number, found.best.k_loc, found.best.floor, found.best.efficiency)
     if found.causes:
         pairs["failures"] = ", ".join(f"{count} {cause}" for cause, count in found.causes.items())
-    pairs["device hours"] = found.device_hours
+    pairs["device time"] = display.duration(3600 * found.device_hours)
     display.facts("", pairs)
     if found.running:
         rows = [(each.number, each.step, each.k_loc, each.seconds, each.owner) for each in found.running]

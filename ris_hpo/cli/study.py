@@ -86,6 +86,7 @@ def run(
     json_: options.Json = False,
 ) -> None:
     """Run a study: train, prune, keep. The same command resumes it, and adds nothing to a finished one."""
+    from ris_hpo.hpo.devices import plan_slots
     from ris_hpo.hpo.page import kept_current
     from ris_hpo.hpo.pool import LocalPool
     from ris_hpo.hpo.space import load_study
@@ -110,7 +111,12 @@ def run(
     if epochs_per_trial is not None:
         spec = spec.with_epochs(epochs_per_trial)
     spec.check()
+    chosen = _gpus(gpus)
     store = open_store(storage)
+    if engine == "ray" and store.is_sqlite:
+        raise options.UsageError("--engine ray needs a store that every node reaches: --storage postgresql://...")
+    if engine == "local":
+        plan_slots(workers, chosen, per_gpu)  # a device that is not there is told before a study is made
     proof = "no-proof" if no_proof else _proof(spec)
     command = redact(shlex.join(["ris-hpo", *sys.argv[1:]]))
     made = create_or_resume_study(
@@ -123,10 +129,10 @@ def run(
         from ris_hpo.hpo.ray_pool import RayPool
 
         pool: Any = RayPool(
-            store, made, workers=workers or 1, address=address, gpus_per_worker=1 / per_gpu if gpus else 0
+            store, made, workers=workers or 1, address=address, gpus_per_worker=1 / per_gpu if chosen else 0
         )
     else:
-        pool = LocalPool(store, made, workers=workers, gpus=_gpus(gpus), per_gpu=per_gpu)
+        pool = LocalPool(store, made, workers=workers, gpus=chosen, per_gpu=per_gpu)
     live.follow(kept_current(made, pool.run()), spec.budget.n_trials)
     standing.show_outcome(store, name, json_=json_)
     if pool.ending == "interrupted":

@@ -34,7 +34,6 @@ from ris_hpo.estimators.search import (
     null_nll,
     refined,
     removal_costs,
-    residual_level,
     search_orders,
     swept,
 )
@@ -45,12 +44,7 @@ from ris_hpo.physics.sources import Sources
 
 
 class LikelihoodSpec(Spec):
-    """Settings of ``ml`` and of the search among candidates.
-
-    With ``noise = "estimated"`` a scene whose residual at the highest order is louder than the noise power says is
-    searched again with the noise raised to that residual: for channels known roughly by an unknown amount, or a noise
-    power that is too low. ``channel_error_db`` does better where the amount is known.
-    """
+    """Settings of ``ml`` and of the search among candidates."""
 
     grid: GridSpec = GridSpec()
     search: SearchSpec = SearchSpec()
@@ -59,7 +53,6 @@ class LikelihoodSpec(Spec):
     max_sources: int = Field(5, ge=1, le=8)
     range_estimate: Literal["mean", "mode"] = "mean"
     channel_error_db: float | None = Field(None, ge=-100, le=20)
-    noise: Literal["known", "estimated"] = "known"
     batch: int = Field(16, ge=1, le=4096)
 
     @model_validator(mode="after")
@@ -184,11 +177,6 @@ def _estimated(
     """One batch: all orders, their evidence, the chosen order refined."""
     highest = spec.max_sources if count is None else max(int(count.max()), 1)
     orders = search_orders(observation, atoms, highest + spec.search.extra_order, spec.grid.region, spec.search)
-    if spec.noise == "estimated":
-        level = residual_level(observation, orders[-1])
-        if bool((level > 1).any()):
-            observation = observation.with_noise_raised(level)
-            orders = search_orders(observation, atoms, highest + spec.search.extra_order, spec.grid.region, spec.search)
     orders = orders[:highest]
     if spec.search.sweeps:
         strongest = gains(observation, atoms, None, spec.search)

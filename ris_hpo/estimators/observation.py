@@ -150,11 +150,6 @@ class Observation:
         """The same with products in complex128."""
         return Observation(self.geometry, self.sensing.to(torch.complex128), self.y, self.noise_power)
 
-    def with_noise_raised(self, factor: Tensor) -> Observation:
-        """The same under ``factor`` [B] times the noise power."""
-        y = self.y * factor.rsqrt()[:, None, None]
-        return Observation(self.geometry, self.sensing, y, self.noise_power * factor)
-
     def see(self, vectors: Tensor) -> Tensor:
         """T_l x for vectors [B, C, N]: [B, L, M, C] in the sensing matrices' precision."""
         result: Tensor = torch.bmm(self.sensing, vectors.to(self.sensing.dtype).mT).unflatten(1, self.y.shape[1:])

@@ -22,7 +22,6 @@ from torch import Tensor
 from ris_hpo.config import Spec
 from ris_hpo.estimators.likelihood import (
     Fit,
-    deterministic_cost,
     deterministic_fit,
     power_cost,
     power_statistics,
@@ -224,20 +223,6 @@ def swept(observation: Observation, atoms: Atoms, fit: Fit, region: Region, spec
         rolled = Fit(fit.u.roll(-1, 1), fit.log_power.roll(-1, 1), fit.nll)
         fit = candidate.take(candidate.nll < fit.nll - 1e-6, rolled)
     return fit
-
-
-def residual_level(observation: Observation, fit: Fit) -> Tensor:
-    """Power that the sources leave of y per degree of freedom, in units of the noise power, float64 [B].
-
-    A level below 1, or within three standard errors of it, is taken for 1.
-    """
-    snapshots, antennas = observation.y.shape[1:]
-    freedom = snapshots * (antennas - fit.u.shape[1]) - 2 * fit.u.shape[1]
-    if freedom < 8:
-        return torch.ones_like(fit.nll)
-    cost = deterministic_cost(observation, fit.u.flatten(1))[0]
-    level = cost / freedom
-    return torch.where(level > 1 + 3 / freedom**0.5, level, torch.ones_like(level))
 
 
 def null_nll(observation: Observation) -> Tensor:

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ris_hpo.config import Spec
-from ris_hpo.estimators.covariance import effective_covariance, least_squares_covariance, trace_normalised
+from ris_hpo.estimators.covariance import effective_covariance, least_squares_covariance
 from ris_hpo.learning.network import Outputs
 from ris_hpo.physics.scene import Scenes
 
@@ -43,16 +43,29 @@ def covariances(outputs: Outputs, scenes: Scenes, spec: HybridSpec, beta: float 
         beta: the ramped and jittered value in training; None takes the spec's.
     """
     beta = spec.beta if beta is None else beta
-    identity = torch.eye(outputs.factor.shape[1], dtype=outputs.factor.dtype, device=outputs.factor.device)
-    raw = outputs.factor @ outputs.factor.mH + outputs.noise_level[:, None, None] * identity
-    predicted = trace_normalised(raw)
+    factor, elements = outputs.factor, outputs.factor.shape[1]
+    trace = torch.view_as_real(factor).square().sum((1, 2, 3)) + elements * outputs.noise_level
+    scale = elements / trace.clamp(min=1e-12)
+    predicted = _plus_identity((factor * scale[:, None, None]) @ factor.mH, scale * outputs.noise_level)
     if beta == 0 and spec.shrinkage == 0:
         return Covariances(predicted, predicted)
-    sample = None
     if beta > 0:
         with torch.no_grad():
             sample = least_squares_covariance(scenes)
+        return Covariances(
+            predicted, effective_covariance(predicted, sample, beta, shrinkage=spec.shrinkage, snr_db=_snr_db(scenes))
+        )
+    snr = 10 ** (_snr_db(scenes) / 10)  # the same as effective_covariance, which would normalise once more
+    share = spec.shrinkage / (spec.shrinkage + (1 - spec.shrinkage) * snr)
+    return Covariances(predicted, _plus_identity(predicted * (1 - share)[:, None, None], share))
+
+
+def _snr_db(scenes: Scenes) -> Tensor:
     received = scenes.y.detach().abs().square().mean((1, 2)) / scenes.noise_power.clamp(min=1e-30)
-    snr_db = 10 * (received - 1).clamp(min=0.1, max=1e4).log10()
-    effective = effective_covariance(predicted, sample, beta, shrinkage=spec.shrinkage, snr_db=snr_db)
-    return Covariances(predicted, effective)
+    return 10 * (received - 1).clamp(min=0.1, max=1e4).log10()
+
+
+def _plus_identity(matrix: Tensor, amount: Tensor) -> Tensor:
+    """Add amount times I, touching the diagonal alone."""
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1) + amount.unsqueeze(-1)
+    return matrix.diagonal_scatter(diagonal, dim1=-2, dim2=-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 from pydantic import Field
@@ -70,9 +71,57 @@ def dictionary(geometry: Geometry, grid: GridSpec, device: torch.device) -> Tens
     return cosine_steering(geometry, cells).to(torch.complex64).mT.contiguous()
 
 
+class Mirrored(NamedTuple):
+    """The dictionary of a grid symmetric in v and w, a quarter of its size in each direction.
+
+    A centred array sees (v, w) as its mirror image sees (-v, w): delta(-v, w; -y, z) = delta(v, w; y, z), and alike in
+    w and z. So z^H a splits into four products, of the parts of z that are even or odd in y and in z, over a quarter of
+    the elements and a quarter of the cells; sums and differences of the four give all cells. Exact, 3.7 times fewer
+    operations.
+
+    Attributes:
+        atoms: float32 [4, 2N/4, 2G'] for (even, even), (odd, even), (even, odd), (odd, odd) parts in (y, z), in real
+            arithmetic: [Re z, Im z] times it is [Re z^H a, Im z^H a].
+        cell: int64 [G], place of every cell among the four quadrants' cells.
+    """
+
+    atoms: Tensor
+    cell: Tensor
+
+
+def is_symmetric(geometry: Geometry, grid: GridSpec) -> bool:
+    """Whether the mirror symmetries hold: even numbers of elements, and bounds symmetric about 0."""
+    even = geometry.num_horizontal % 2 == 0 and geometry.num_vertical % 2 == 0
+    return even and all(math.isclose(low, -high) for low, high in grid.region.bounds()[:2])
+
+
 @functools.lru_cache(maxsize=8)
-def real_dictionary(geometry: Geometry, grid: GridSpec, device: torch.device) -> Tensor:
-    """The same for real arithmetic, float32 [2N, 2G]: [Re z, Im z] times it is [Re z^H a, Im z^H a]."""
-    atoms = dictionary(geometry, grid, device)
-    top, bottom = torch.cat([atoms.real, atoms.imag], 1), torch.cat([atoms.imag, -atoms.real], 1)
-    return torch.cat([top, bottom]).contiguous()
+def mirrored_dictionary(geometry: Geometry, grid: GridSpec, device: torch.device) -> Mirrored:
+    """The quarter-size dictionary; only where :func:`is_symmetric`."""
+    middle_v, middle_w = grid.num_v // 2, grid.num_w // 2
+    atoms = dictionary(geometry, grid, device).unflatten(0, (geometry.num_vertical, geometry.num_horizontal))
+    atoms = atoms.unflatten(-1, grid.shape)[..., middle_v:, middle_w:].flatten(2)
+    parts = []
+    for part in mirror_parts(atoms, 0):
+        parts.append(torch.cat([torch.cat([part.real, part.imag], -1), torch.cat([part.imag, -part.real], -1)], 0))
+    # distance of every cell from the middle; an even axis has no cell of its own there
+    v, w = torch.arange(grid.num_v, device=device), torch.arange(grid.num_w, device=device)
+    far_v = torch.where(v >= middle_v, v - middle_v, grid.num_v - 1 - v - middle_v)
+    far_w = torch.where(w >= middle_w, w - middle_w, grid.num_w - 1 - w - middle_w)
+    half_v, half_w = grid.num_v - middle_v, grid.num_w - middle_w
+    plane = torch.arange(grid.num_rho, device=device)[:, None, None]
+    place = (plane * half_v + far_v[:, None]) * half_w + far_w
+    quadrant = (v < middle_v).long()[:, None] + 2 * (w < middle_w).long()
+    cell = quadrant * (grid.num_rho * half_v * half_w) + place
+    return Mirrored(torch.stack(parts).contiguous(), cell.flatten())
+
+
+def mirror_parts(value: Tensor, start: int) -> list[Tensor]:
+    """Parts of [.., N_V, N_H, ..] even and odd in y and z, each [.., N/4, ..]; ``start`` is the place of N_V."""
+    upper, lower = value.chunk(2, start)[1], value.chunk(2, start)[0].flip(start)
+    parts = []
+    for sign_z in (1, -1):
+        rows = upper + sign_z * lower
+        right, left = rows.chunk(2, start + 1)[1], rows.chunk(2, start + 1)[0].flip(start + 1)
+        parts += [(right + sign_y * left).flatten(start, start + 1) / 2 for sign_y in (1, -1)]
+    return parts

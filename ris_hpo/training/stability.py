@@ -35,7 +35,9 @@ class OptimizerSpec(Spec):
     warmup_floor: float = Field(0.05, gt=0, le=1, description="share of the rate that warm-up starts from")
     final_rate: float = Field(0.02, ge=0, le=1, description="share of the rate that the cosine ends at")
     clip: float = Field(1.0, gt=0, description="largest total gradient norm")
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="of the learned part; auto is bf16 where the device computes it natively, else fp32"
+    )
     ema_decay: float = Field(0.995, ge=0, lt=1, description="0 switches averaging off")
     swa_start: float = Field(1.0, ge=0, le=1, description="share of the budget after which weights are averaged evenly")
     skips_allowed: int = Field(20, ge=1, description="skipped steps in a row after which training has diverged")
@@ -47,10 +49,21 @@ class OptimizerSpec(Spec):
         return self
 
 
-def autocast(spec: OptimizerSpec, device: torch.device) -> AbstractContextManager[None]:
+def resolved_precision(spec: OptimizerSpec, device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
+    """The precision that ``auto`` means on a device."""
+    if spec.precision != "auto":
+        return spec.precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    capabilities = torch.cpu.get_capabilities()
+    native = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
+    return "bf16" if native else "fp32"
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
     """Mixed precision for the learned part; covariances and decompositions leave it by themselves."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[spec.precision]
-    return torch.autocast(device.type, dtype=dtype, enabled=spec.precision != "fp32")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
 
 
 class StepGate(nn.Module):

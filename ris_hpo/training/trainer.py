@@ -1,7 +1,7 @@
 """The training loop.
 
 One step, in this order: forward -> loss terms -> finite check by term -> backward (for every micro-batch) -> unscale
-once -> clip -> gate -> step -> loss scale -> learning rate (a function of the steps taken) -> movement -> averaged weights.
+once -> clip -> gate -> step -> loss scale -> learning rate (a function of the steps taken) -> movement -> averages.
 Validation uses the same inference path as evaluation and use, with the averaged weights.
 """
 
@@ -31,7 +31,7 @@ from ris_hpo.training import checkpoint, telemetry
 from ris_hpo.training.balance import Balance
 from ris_hpo.training.checkpoint import BEST, LAST, load_network
 from ris_hpo.training.config import PhaseSpec, RunConfig
-from ris_hpo.training.stability import AveragedWeights, StepGate, Swapped, autocast, movement
+from ris_hpo.training.stability import AveragedWeights, StepGate, Swapped, autocast, movement, resolved_precision
 from ris_hpo.training.telemetry import Telemetry
 
 __all__ = ["Conclusion", "RunConfig", "Trainer", "Validation", "load_network"]
@@ -131,6 +131,7 @@ class Trainer:
         self._telemetry_offset = 0
         self._first_bad_term: str | None = None
 
+        self.precision = resolved_precision(config.optimizer, self.device)
         torch.manual_seed(config.seed)
         self.network = Network(config.network).to(self.device)
         self.balance = Balance(config.balance, list(TERMS)).to(self.device)
@@ -164,7 +165,14 @@ class Trainer:
         with Telemetry(self.directory, self._telemetry_offset) as log:
             if self.scenes_seen == 0 and self.initial is None:
                 counts = self.network.parameter_counts()
-                log.write(telemetry.START, 0, config=self.config.fingerprint(), device=str(self.device), **counts)
+                log.write(
+                    telemetry.START,
+                    0,
+                    config=self.config.fingerprint(),
+                    device=str(self.device),
+                    precision=self.precision,
+                    **counts,
+                )
                 self.initial = self.validate()
                 self.phase_baseline = self.initial.network
                 log.write(telemetry.VALIDATION, 0, **_flat(self.initial))
@@ -322,7 +330,7 @@ class Trainer:
 
     def _terms(self, scenes: Scenes, features: Features, loss: LossSpec, phase: PhaseSpec | None) -> dict[str, Tensor]:
         """Forward pass and raw loss terms."""
-        with autocast(self.config.optimizer, self.device):
+        with autocast(self.precision, self.device):
             outputs: Outputs = self.network(*features)
         mixed = covariances(outputs, scenes, self.config.inference.hybrid, self._beta(phase))
         return loss_terms(loss, self.network, outputs, mixed, scenes)
@@ -510,6 +518,7 @@ class Trainer:
             "fingerprint": self.config.fingerprint(),
             "score_version": SCORE_VERSION,
             "torch": torch.__version__,
+            "precision": self.precision,
             "scenes_seen": self.scenes_seen,
             "finished": self.finished,
             "phase_index": self.phase_index,

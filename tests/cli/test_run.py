@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ris_hpo.errors import SpaceError, StoreError, StudyError
+from ris_hpo.errors import ConfigError, DeviceError, SpaceError, StoreError, StudyError
 
 STUDY = """
 [study]
@@ -105,6 +105,16 @@ def test_ctrl_c_leaves_a_study_that_the_same_command_finishes(brief: Path, tmp_p
     assert done.returncode == 0, done.stderr
     trials = status()["trials"]
     assert (trials["complete"], trials["waiting"], trials["running"]) == (1, 0, 0)
+
+
+def test_devices_and_engines_are_checked_before_a_study_is_made(cli, brief: Path, tmp_path: Path) -> None:
+    assert cli("run", "--space", brief, "--gpus", "97").code == DeviceError.exit_code
+    assert cli("run", "--space", brief, "--engine", "ray").code == 2
+    assert cli("run", "--space", brief, "--sampler", "tp").code == ConfigError.exit_code
+    unknown = cli("run", "--space", brief, "--set", "budgt.scenes=3")
+    assert unknown.code == SpaceError.exit_code
+    assert "did you mean 'budget.scenes'?" in unknown.err
+    assert cli("status").code in (StoreError.exit_code, StudyError.exit_code)  # no study came of any of these
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import xml.etree.ElementTree as ET
 import optuna
 import pytest
 import torch
-from synthetic import scores
 
 from ris_hpo.config import Spec
 from ris_hpo.hpo import artifacts
@@ -19,6 +18,7 @@ from ris_hpo.learning.metrics import Scores
 from ris_hpo.physics.scene import SceneSpec, simulate
 from ris_hpo.training import telemetry
 from ris_hpo.training.telemetry import Telemetry
+from tests.report.synthetic import scores
 
 
 class Knobs(Spec):

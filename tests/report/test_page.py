@@ -6,7 +6,6 @@ import optuna
 import pytest
 from optuna_dashboard import get_note
 from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
-from synthetic import fill, make_study
 
 from ris_hpo.hpo import attributes as names
 from ris_hpo.hpo import reference
@@ -15,6 +14,7 @@ from ris_hpo.hpo.report import collect
 from ris_hpo.hpo.space import load_study
 from ris_hpo.learning.metrics import floor_scores
 from ris_hpo.physics.scene import simulate
+from tests.report.synthetic import fill, make_study
 
 CANARY = "canary-Pa55word"
 

@@ -8,11 +8,11 @@ from html.parser import HTMLParser
 import optuna
 import pytest
 from optuna.trial import TrialState
-from synthetic import FLOOR, fill, make_study, scores
 
 from ris_hpo.errors import OutputError
 from ris_hpo.hpo import attributes as names
 from ris_hpo.hpo.report import as_html, as_json, collect, headline, write_report
+from tests.report.synthetic import FLOOR, fill, make_study, scores
 
 CANARY = "canary-Pa55word"
 VOID = {"meta", "br", "img", "link", "input", "hr"}

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import sys
+
+import pytest
+from rich.console import Console
+
+from ris_hpo.cli import display, live
+from ris_hpo.hpo.budget import BestTrial, Tally
+from ris_hpo.hpo.pool import PoolSnapshot, WorkerView
+
+
+def snapshot(ended: int = 3, messages: tuple[str, ...] = ()) -> PoolSnapshot:
+    best = BestTrial(1, 2.5, 1.0, 0.75, None, {}, 96)
+    views = [
+        WorkerView(0, "cpu", "training", trial=4, step=2048, k_loc=3.25, floor=1.0, scenes_per_second=321.0),
+        WorkerView(1, "cpu", "restarting", restarts=2),
+    ]
+    return PoolSnapshot("wide", 8, Tally(complete=ended), best, views, 65.0, list(messages))
+
+
+def test_the_live_view_shows_every_worker_and_the_best_trial() -> None:
+    console = Console(file=io.StringIO(), width=120)
+    console.print(live._view(snapshot(), 8))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "3 of 8 trials (3 complete, 0 pruned, 0 failed), 1 min 05 s" in text
+    assert "best: trial 1, k_loc 2.500, floor 1.000" in text
+    for part in ("2048", "3.250", "321", "restarting"):
+        assert part in text
+
+
+def test_without_a_terminal_a_line_is_said_when_something_changed(capsys: pytest.CaptureFixture[str]) -> None:
+    live.follow([snapshot(1), snapshot(1), snapshot(2, ("trial 7: worker 1 ended with signal 9",))], 8)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(" trials")[0] for line in lines if "trials (" in line] == ["1 of 8", "2 of 8"]
+    assert "trial 7: worker 1 ended with signal 9" in lines
+
+
+def test_a_single_worker_tells_each_trial(capsys: pytest.CaptureFixture[str]) -> None:
+    live.tell({"event": "claimed", "number": 3})
+    live.tell({"event": "report", "number": 3})
+    live.tell({"event": "ended", "number": 3, "state": "complete", "value": 1.5, "cause": None, "error": None})
+    assert capsys.readouterr().err.splitlines() == ["trial 3: taken up", "trial 3: complete, k_loc 1.500"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "-"),
+        (math.nan, "-"),
+        (True, "yes"),
+        (0.0, "0.000"),
+        (2.71828, "2.718"),
+        (0.000338, "3.38e-04"),
+        (12345.6, "12,346"),
+        (7, "7"),
+        ("word", "word"),
+    ],
+)
+def test_cells(value: object, text: str) -> None:
+    assert display.cell(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(1.26, "1.3 s"), (59.0, "59 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert display.duration(seconds) == text
+
+
+def test_json_has_no_numbers_that_json_does_not_have(capsys: pytest.CaptureFixture[str]) -> None:
+    display.print_json({"a": [math.inf, 1.5], "b": {"c": math.nan}})
+    assert json.loads(capsys.readouterr().out) == {"a": [None, 1.5], "b": {"c": None}}
+
+
+def test_an_error_is_one_line_whatever_it_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    display.print_error("first\nsecond [bold]as it is[/]")
+    assert capsys.readouterr().err == "error: first second [bold]as it is[/]\n"
+
+
+def test_logs_and_warnings_go_to_stderr_once(capsys: pytest.CaptureFixture[str]) -> None:
+    root = logging.getLogger()
+    kept, level = list(root.handlers), root.level
+    try:
+        for _ in range(2):
+            display.set_up_logging(logging.INFO)
+        logging.getLogger("ris_hpo.anything").info("said once")
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.count("said once") == 1
+    finally:
+        root.handlers[:], root.level = kept, level
+        logging.captureWarnings(False)
+
+
+def test_progress_is_silent_while_short(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not sys.stderr.isatty()
+    with display.progress(10, "scenes") as advance:
+        advance(5, "half")
+    assert capsys.readouterr().err == ""
