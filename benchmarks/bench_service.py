@@ -71,15 +71,10 @@ def overhead(folder: Path, urls: dict[str, str], seconds: float) -> None:
             store = open_store(url)
             study = begin(store, spec_of(f"w{workers}", 10, seconds / 10), trials)
             pool = LocalPool(store, study, workers=workers, gpus=[], program=PROGRAM, directory=folder / kind)
-            ready: dict[int, float] = {}
-            gone: dict[int, float] = {}
-            for snapshot in pool.run(interval=0.02):
-                now = time.perf_counter()
-                for view in snapshot.workers:
-                    if view.state in ("idle", "training"):
-                        ready.setdefault(view.slot, now)
-                        gone[view.slot] = now
-            # a worker that finds nothing more waits for the last trial of the others: that is the study's tail
+            for _ in pool.run():
+                pass
+            # from a worker's first claim to its last end: starting a process, and waiting for the others' last trials
+            # when no ticket is left, are once per study and not per trial
             training = sum(float(line) for line in journal.read_text().split())
             each = [trial.user_attrs["seconds"] for trial in study.get_trials()]
             begun = [trial.datetime_start.timestamp() for trial in study.get_trials() if trial.datetime_start]
@@ -92,9 +87,10 @@ def overhead(folder: Path, urls: dict[str, str], seconds: float) -> None:
             )
             share = 1 - training / busy
             inside = statistics.mean(each) - training / trials
+            outside = 1000 * (busy - training) / trials
             print(
-                f"{kind:10} {workers} workers: {share:6.2%} outside training ({1000 * (busy - training) / trials:.0f} ms "
-                f"a trial, {1000 * inside:.0f} ms of it within the trial), {trials} trials"
+                f"{kind:10} {workers} workers, {trials} trials: {share:6.2%} outside training "
+                f"({outside:.0f} ms a trial, {1000 * inside:.0f} ms of it within the trial)"
             )
             store.close()
 
@@ -123,7 +119,8 @@ def throughput(folder: Path, urls: dict[str, str], trials: int, repeats: int) ->
 def _plain(store: Store, name: str, trials: int, *, attributes: bool) -> float:
     spec = spec_of(name, 10, 0.0)
     # our settings of the engine (WAL, pool) on both sides: what is compared is the path, not the store
-    study = optuna.create_study(study_name=name, storage=store, sampler=optuna.samplers.RandomSampler(0))
+    sampler, pruner = optuna.samplers.RandomSampler(0), optuna.pruners.NopPruner()
+    study = optuna.create_study(study_name=name, storage=store, sampler=sampler, pruner=pruner)
 
     def objective(trial: optuna.Trial) -> float:
         params = spec.suggest(trial)
@@ -214,8 +211,9 @@ def crowd(folder: Path, processes: int, trials: int, reports: int) -> None:
     reported = sum(len(trial.intermediate_values) for trial in study.get_trials())
     complete = sum(trial.state == TrialState.COMPLETE for trial in study.get_trials())
     print(
-        f"{processes} processes x {trials} trials x {reports} reports on SQLite: {len(errors)} errors, {complete} complete, "
-        f"{counts.open} open, {reported} reports, {seconds:.0f} s ({complete / seconds:.1f} trials/s, imports included)"
+        f"{processes} processes x {trials} trials x {reports} reports on SQLite: {len(errors)} errors, "
+        f"{complete} complete, {counts.open} open, {reported} reports, {seconds:.0f} s "
+        f"({complete / seconds:.1f} trials/s, imports included)"
     )
     for error in errors:
         print("  ", error)

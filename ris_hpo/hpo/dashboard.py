@@ -8,6 +8,7 @@ run scripts, and large JSON is compressed for those who look through a tunnel.
 
 from __future__ import annotations
 
+import functools
 import gc
 import gzip
 import hmac
@@ -25,12 +26,14 @@ from http import HTTPStatus
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol, Self, runtime_checkable
 from urllib.parse import parse_qsl, quote, urlencode
 
+import bottle
 import optuna_dashboard
 from jinja2 import Environment, PackageLoader
 from optuna.artifacts import FileSystemArtifactStore
+from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage
 from waitress import create_server
@@ -196,7 +199,7 @@ class Gate:
         host = matched["name"].strip("[]").lower()
         if self._hosts is not None:
             return host in self._hosts
-        if host in _LOOPBACK or host in {socket.gethostname().lower(), socket.getfqdn().lower()}:
+        if host in _LOOPBACK or host in _own_names():
             return True
         try:  # rebinding needs a name; an address in the Host header is always what the visitor typed
             ipaddress.ip_address(host)
@@ -318,6 +321,16 @@ class _Reply:
         return [] if self._bodiless else [body]
 
 
+class _Artifacts(FileSystemArtifactStore):
+    """The figures in a folder of this machine; those of workers elsewhere are not found rather than an error."""
+
+    def open_reader(self, artifact_id: str) -> BinaryIO:
+        try:
+            return super().open_reader(artifact_id)
+        except ArtifactNotFound:
+            raise bottle.HTTPError(404, "This artifact lies on the machine that ran the trial.") from None
+
+
 class Dashboard:
     """The dashboard as a server; a context manager that closes its socket.
 
@@ -355,7 +368,7 @@ class Dashboard:
         self._address = listener.getsockname()[:2]
         wildcard = ipaddress.ip_address(self._address[0]).is_unspecified
         names = None if wildcard and not allowed_hosts else _LOOPBACK | {host.lower(), *map(str.lower, allowed_hosts)}
-        app = optuna_dashboard.wsgi(storage, artifact_store=FileSystemArtifactStore(str(artifacts)))
+        app = optuna_dashboard.wsgi(storage, artifact_store=_Artifacts(str(artifacts)))
         gate = Gate(app, token=token, read_write=read_write, hosts=names, cookie=f"ris_hpo_{self._address[1]}")
         self._map: dict[int, Any] = {}
         self._server = create_server(
@@ -437,6 +450,11 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.close()
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; --port 0 takes a free port") from None
     return listener
+
+
+@functools.cache
+def _own_names() -> frozenset[str]:
+    return frozenset({socket.gethostname().lower(), socket.getfqdn().lower()})
 
 
 def _equal(guess: str, secret: bytes) -> bool:

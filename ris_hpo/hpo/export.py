@@ -75,7 +75,10 @@ class Exported(Spec):
 def exported(study: optuna.Study, spec: StudySpec, number: int | None = None) -> Exported:
     """The configuration of a trial, the best one by default, with its provenance.
 
+    Of an inference study it is the configuration of the network that was tuned, with the trial's settings in it.
+
     Raises:
+        CheckpointError: that network is not there any more.
         StudyError: no such trial, or its configuration is not the one this version builds from its parameters.
     """
     trials = study.get_trials(deepcopy=False)
@@ -92,6 +95,8 @@ def exported(study: optuna.Study, spec: StudySpec, number: int | None = None) ->
             f"trial {trial.number} ran configuration {recorded}, this version builds {config.fingerprint()} from its "
             f"parameters; use the version that ran it ({_versions(study)})"
         )
+    if spec.kind == "inference":
+        return _of_network(study, spec, trial, config)
     return Exported(config=config, provenance=_provenance(study, spec, trial, config))
 
 
@@ -250,6 +255,14 @@ def _provenance(study: optuna.Study, spec: StudySpec, trial: FrozenTrial, config
         versions=told.get(names.VERSIONS, {}),
         curve=sorted(trial.intermediate_values.items()),
     )
+
+
+def _of_network(study: optuna.Study, spec: StudySpec, trial: FrozenTrial, config: Any) -> Exported:
+    """The run configuration of the network that an inference study tuned, with the trial's settings in it."""
+    _, trained = load_network(Path(config.checkpoint))
+    run = trained.replaced({"inference": config.inference.model_dump(mode="json")})
+    told = _provenance(study, spec, trial, run)
+    return Exported(config=run, provenance=told.replaced({"curve": []}))  # its curve is not one of training
 
 
 def _finite(scores: dict[str, float | None] | None) -> dict[str, float]:

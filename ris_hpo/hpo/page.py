@@ -29,17 +29,18 @@ Snapshot = TypeVar("Snapshot")
 
 
 def kept_current(study: optuna.Study, snapshots: Iterable[Snapshot], every_s: float = EVERY_S) -> Iterator[Snapshot]:
-    """Hand on a pool's snapshots, and bring the study's page up to date before, between and after them."""
+    """Hand on a pool's snapshots, and bring the study's page up to date before, between and after them.
+
+    Not after an error: the store may be away, and whoever stops a run is not made to wait for a note.
+    """
     write_page(study)
     due = time.monotonic() + every_s
-    try:
-        for snapshot in snapshots:
-            if time.monotonic() >= due:
-                write_page(study)
-                due = time.monotonic() + every_s
-            yield snapshot
-    finally:
-        write_page(study)
+    for snapshot in snapshots:
+        if time.monotonic() >= due:
+            write_page(study)
+            due = time.monotonic() + every_s
+        yield snapshot
+    write_page(study)
 
 
 def write_page(study: optuna.Study) -> bool:

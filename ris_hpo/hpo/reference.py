@@ -16,6 +16,7 @@ from typing import Any, Final
 import optuna
 
 from ris_hpo.config import fingerprint
+from ris_hpo.errors import StudyError
 from ris_hpo.estimators.estimate import EstimatorName, EstimatorSpec, estimate
 from ris_hpo.hpo import attributes as names
 from ris_hpo.hpo.space import StudySpec
@@ -93,10 +94,18 @@ def attach(
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Reference:
-    """Put the reference into a study's attributes, where report, note and curves find it; measured only once."""
+    """Put the reference into a study's attributes, where report, note and curves find it; measured only once.
+
+    Raises:
+        StudyError: the study trains nothing, so that its scenes are those of some network.
+    """
     told = study.user_attrs.get(names.REFERENCE)
     if told is not None:
         return Reference.from_dict(told)
+    if spec.kind != "training":
+        raise StudyError(
+            f"study '{study.study_name}' tunes a trained network; evaluate --estimator ml is its reference"
+        )
     made = measure(spec.config({}), directory, progress=progress)
     study.set_user_attr(names.REFERENCE, made.as_dict())
     return made

@@ -274,7 +274,7 @@ class StudySpec(Spec):
         changes = {**self.base, **params}
         if root is not None and "seed" not in self.base:
             changes["seed"] = derived_seed(self.seed, root, "run")
-        return cast("RunConfig", (config_type or _run_config()).parse({}).replaced(changes))
+        return cast("RunConfig", (config_type or _run_config(self.kind)).parse({}).replaced(changes))
 
     def base_params(self, config_type: type[Spec] | None = None) -> dict[str, Value]:
         """Return the base configuration as parameters of this space.
@@ -309,7 +309,7 @@ class StudySpec(Spec):
         Raises:
             SpaceError: one line that names the key and what the run configuration said.
         """
-        kind = config_type or _run_config()
+        kind = config_type or _run_config(self.kind)
         try:
             base = self.config({}, config_type=kind)
             reference = self.base_params(kind)
@@ -431,8 +431,12 @@ def _flattened(
             yield prefix + key, value
 
 
-def _run_config() -> type[Spec]:
+def _run_config(kind: str) -> type[Spec]:
     # imported late: a supervisor or a status query reads studies without paying for torch
+    if kind == "inference":
+        from ris_hpo.hpo.inference_program import RunConfig as InferenceRun
+
+        return InferenceRun
     from ris_hpo.training.config import RunConfig
 
     return RunConfig

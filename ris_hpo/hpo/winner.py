@@ -214,15 +214,24 @@ def as_attribute(verdict: Verdict, searched: dict[str, float]) -> dict[str, Any]
 def fresh_score(config: Spec, directory: Path, *, device: str = "cpu") -> float:
     """Train from scratch, then the pipeline's ``k_loc`` of the best weights on scenes nobody has selected on.
 
+    A configuration of an inference study has a network already and is scored at once.
+
     The scenes are a function of the configuration's seed, so that the base and every candidate meet the same ones. A
     run that diverges scores worst; one whose curriculum fails a gate is scored by what it reached.
     """
+    from ris_hpo.hpo.inference_program import RunConfig as InferenceConfig
+    from ris_hpo.hpo.inference_program import Trainer as InferenceTrainer
     from ris_hpo.learning.inference import localize
     from ris_hpo.learning.metrics import score
     from ris_hpo.physics.scene import simulate
     from ris_hpo.training.config import RunConfig
     from ris_hpo.training.trainer import Trainer, load_network
 
+    if isinstance(config, InferenceConfig):
+        trial = InferenceTrainer(config.replaced({"scene_seed": FRESH_FAMILY + config.seed}), directory, device=device)
+        for _ in trial.run():
+            continue
+        return finite_score(trial.conclude().pipeline.k_loc)
     run = RunConfig.parse(config.model_dump(mode="json"))
     trainer = Trainer(run, directory, device=device)
     try:

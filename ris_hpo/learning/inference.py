@@ -29,7 +29,7 @@ class InferenceSpec(Spec):
     localizer: Literal["polish", "music", "mvdr"] = "polish"
     proposals: int = Field(64, ge=5, le=512, description="proposals searched by polish")
     refinement_steps: int = Field(10, ge=0, le=50, description="last Levenberg-Marquardt steps of polish")
-    count_weight: float = Field(0.5, ge=0, le=100, description="weight of the count head's log-probability in evidence")
+    count_weight: float = Field(1.0, ge=0, le=100, description="weight of the count head's log-probability in evidence")
     count_confidence: float = Field(
         0.0, ge=0, le=1, description="below it the network path counts existing slots instead of trusting the head"
     )

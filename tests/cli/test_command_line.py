@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shlex
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import typer
 
 from ris_hpo.cli import app, execute
-from ris_hpo.errors import RisHpoError
+from ris_hpo.errors import OutputError, RisHpoError
 
 GROUP = typer.main.get_command(app)
 COMMANDS = sorted(GROUP.commands)  # type: ignore[attr-defined]
@@ -86,3 +87,25 @@ def test_a_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(options, "check_output", broken)
     with pytest.raises(ZeroDivisionError):
         execute(["simulate", "--out", "s.npz"])
+
+
+def test_a_full_disk_is_one_line(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ris_hpo.cli import options
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "s.npz")
+
+    monkeypatch.setattr(options, "check_output", full)
+    outcome = cli("simulate", "--out", "s.npz")
+    assert outcome.code == OutputError.exit_code
+    assert outcome.err == "error: s.npz: cannot be written (No space left on device)\n"
+
+
+def test_ctrl_c_is_code_130_without_a_traceback(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ris_hpo.cli import options
+
+    def pressed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(options, "check_output", pressed)
+    assert cli("simulate", "--out", "s.npz").code == options.INTERRUPTED

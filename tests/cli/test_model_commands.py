@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ris_hpo.errors import CheckpointError, ConfigError, DeviceError, OutputError, SceneFileError
+from ris_hpo.errors import CheckpointError, ConfigError, DeviceError, OutputError, ProofError, SceneFileError
 from ris_hpo.physics.files import load_estimates
 
 SMALL = """
@@ -240,3 +240,29 @@ def test_training_told_to_stop_saves_and_goes_on_to_the_same_end(tmp_path: Path)
     first, second = json.loads(whole.stdout), json.loads(rest.stdout)
     assert first["network"] == second["network"]
     assert first["pipeline"] == second["pipeline"]
+
+
+def test_a_bundle_finds_the_same_sources_as_its_checkpoint(cli, workshop: Path, tmp_path: Path) -> None:
+    made = cli("package", "--checkpoint", workshop / "run", "--out", "bundle", "--json")
+    assert made.code == 0, made.err
+    assert set(made.json["files"]) == {"bundle.json", "network.pt2", "weights.safetensors"}
+    for name in ("bundle", workshop / "run"):
+        outcome = cli("localize", workshop / "scenes.npz", "--checkpoint", name, "--out", f"{Path(name).name}.npz")
+        assert outcome.code == 0, outcome.err
+    first, second = load_estimates(tmp_path / "bundle.npz"), load_estimates(tmp_path / "run.npz")
+    assert first.num_sources.tolist() == second.num_sources.tolist()
+    assert (first.positions() - second.positions()).abs().max() < 1e-4
+    assert cli("package", "--checkpoint", workshop / "run", "--out", "bundle").code == OutputError.exit_code
+    assert cli("package", "--checkpoint", "nothing", "--out", "other").code == CheckpointError.exit_code
+
+
+def test_a_network_that_cannot_memorise_gets_no_certificate(cli, workshop: Path) -> None:
+    outcome = cli("prove", "--config", workshop / "small.toml", "--num-scenes", 16, "--epochs", 1)
+    assert outcome.code == ProofError.exit_code
+    assert "expected <= 0.1" in outcome.err.splitlines()[-1]
+
+
+def test_weights_that_do_not_ship_are_named(cli, workshop: Path) -> None:
+    outcome = cli("localize", workshop / "scenes.npz", "--weights", "nonsense", "--out", "e.npz")
+    assert outcome.code == CheckpointError.exit_code
+    assert "no weights 'nonsense'" in outcome.err

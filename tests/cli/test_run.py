@@ -76,6 +76,23 @@ def test_a_run_ends_with_its_table_and_adds_nothing_when_repeated(cli, brief: Pa
     assert "add --fork brief-2" in other.err
 
 
+def test_a_worker_joins_a_study_and_leaves_when_nothing_is_left(cli, brief: Path) -> None:
+    from ris_hpo.hpo.space import load_study
+    from ris_hpo.hpo.store import open_store
+    from ris_hpo.hpo.study import create_or_resume_study, fill_budget
+
+    store = open_store()
+    fill_budget(store, create_or_resume_study(store, load_study(brief)), 1)
+    store.close()
+    outcome = cli("worker", "--study", "brief", "--threads", 1, "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json == {"ended": 1, "requeued": 0, "bugs": 0, "reason": "done"}
+    assert "trial 0: taken up" in outcome.err
+    assert "trial 0: complete, k_loc" in outcome.err
+    assert cli("status", "--json").json["trials"]["complete"] == 1
+    assert cli("worker", "--study", "breif").code == StudyError.exit_code
+
+
 def test_ctrl_c_leaves_a_study_that_the_same_command_finishes(brief: Path, tmp_path: Path) -> None:
     brief.write_text(STUDY.replace("budget.scenes = 64", "budget.scenes = 960"))
     command = [sys.executable, "-m", "ris_hpo", "run", "--space", "brief.toml", "--n-trials", "1", "--gpus", "none"]

@@ -173,3 +173,31 @@ def test_the_dashboard_serves_until_it_is_told_to_stop(made_study: str, tmp_path
             assert server.wait(timeout=20) == 0
         finally:
             server.kill()
+
+
+def test_spaces_lists_the_studies_and_shows_one(cli) -> None:
+    listed = cli("spaces")
+    assert {"wide", "narrow", "smoke"} <= {line.split()[0] for line in listed.out.splitlines() if line}
+    shown = cli("spaces", "wide")
+    assert "optimizer.learning_rate" in shown.out
+    assert "(log)" in shown.out
+    found = cli("spaces", "wide", "--json").json
+    assert found["space_fingerprint"]
+    assert len(found["space"]) > 20
+    assert set(cli("spaces", "--json").json) >= {"wide", "narrow", "smoke"}
+
+
+def test_doctor_says_what_it_found_and_makes_nothing(cli, tmp_path: Path) -> None:
+    outcome = cli("doctor")
+    assert outcome.code == 0, outcome.out
+    for what in ("python", "torch", "store", "disk"):
+        assert what in outcome.out
+    assert {finding["severity"] for finding in cli("doctor", "--json").json} <= {"ok", "note"}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_ends_with_an_error_where_there_is_a_problem(cli) -> None:
+    outcome = cli("doctor", "--storage", "postgresql://user:secret-canary@127.0.0.1:9/db")
+    assert outcome.code == 1
+    assert "problem" in outcome.out
+    assert "secret-canary" not in outcome.out + outcome.err

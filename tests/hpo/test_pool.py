@@ -80,6 +80,29 @@ def test_the_budget_is_exact(workers: int, store: Store, program: Program, tmp_p
     assert len(study.get_trials()) == 13
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("repetition", range(3))
+@pytest.mark.parametrize("workers", [1, 4, 8])
+def test_the_budget_is_exact_again_and_again(
+    workers: int, repetition: int, store: Store, program: Program, tmp_path: Path
+) -> None:
+    study = begin(store, program, 25, study={"seed": repetition})
+    for _ in range(2):
+        last = drain(pool_of(store, study, tmp_path, workers))[-1]
+        assert (last.tally.ended, last.tally.open, len(study.get_trials())) == (25, 0, 25)
+        assert fill_budget(store, study, 25, program=program) == 0
+
+
+@pytest.mark.slow
+def test_sixteen_processes_on_one_sqlite_file(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
+    base = {"budget": {"scenes": 2000, "validate_every": 100}}
+    study = begin(sqlite_store, program, 800, base=base, pruner={"name": "none"}, sampler={"name": "random"})
+    last = drain(pool_of(sqlite_store, study, tmp_path, 16))[-1]
+    assert (last.tally.complete, last.tally.open, last.tally.retried) == (800, 0, 0)
+    assert sum(view.restarts for view in last.workers) == 0
+    assert all(len(trial.intermediate_values) == 20 for trial in study.get_trials())
+
+
 def test_snapshots_tell_what_workers_do(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
     study = begin(sqlite_store, program, 3, base=slow_base(), pruner={"name": "none"})
     snapshots = drain(pool_of(sqlite_store, study, tmp_path, 1))
@@ -115,7 +138,9 @@ def kill_some(pool: LocalPool, kills: int, generator: random.Random) -> int:
 def check_campaign(store: Store, study: Study, program: Program, n_trials: int, kills: int, journal: Path) -> None:
     trials = study.get_trials()
     counts = budget.tally(trials)
-    assert (counts.ended, counts.open, counts.fail) == (n_trials, 0, 0)
+    final = [trial for trial in budget.live_trials(trials) if trial.state == TrialState.FAIL]
+    assert final == [], [trial.user_attrs for trial in final]
+    assert (counts.ended, counts.open) == (n_trials, 0)
     assert len(trials) == n_trials + counts.retried
     lost = [trial for trial in trials if trial.state == TrialState.FAIL]
     assert all(trial.user_attrs[names.CAUSE] == Cause.LOST_WORKER for trial in lost)

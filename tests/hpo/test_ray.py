@@ -112,6 +112,22 @@ def test_a_small_cluster_runs_the_exact_budget(
 
 
 @pytest.mark.slow
+def test_the_budget_is_exact_again_and_again(
+    postgres: Postgres, cluster: RayCluster, program: Program, tmp_path: Path
+) -> None:
+    cluster.add(num_cpus=8)
+    for workers in (1, 4, 8):
+        for repetition in range(3):
+            store = open_store(postgres.url())
+            study = begin(store, program, 25, study={"seed": repetition})
+            for _ in range(2):
+                folder = tmp_path / f"{workers}-{repetition}"
+                last = list(pool_of(store, study, cluster, folder, workers=workers).run(interval=0.2))[-1]
+                assert (last.tally.ended, last.tally.open, len(study.get_trials())) == (25, 0, 25)
+            store.close()
+
+
+@pytest.mark.slow
 def test_a_removed_node_loses_nothing(
     postgres: Postgres, cluster: RayCluster, program: Program, tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from ris_hpo.errors import ConfigError
 from ris_hpo.hpo.objective import load_program
 from ris_hpo.hpo.space import StudySpec, list_studies, load_study
 
@@ -27,6 +28,7 @@ TINY: dict[str, Any] = {
         "network.residual_passes": 0,
         "optimizer.batch_size": 8,
     },
+    "inference": {"budget.scenes": 12, "budget.validate_every": 12},
 }
 
 
@@ -49,7 +51,7 @@ def test_every_study_loads(name: str) -> None:
 
 
 def test_the_studies_are_the_ones_promised() -> None:
-    assert {"wide", "narrow", "smoke"} <= set(list_studies())
+    assert {"wide", "narrow", "smoke", "inference"} <= set(list_studies())
     wide = set(load_study("wide").space)
     assert {
         "network.covariance_head",
@@ -72,6 +74,12 @@ def test_the_studies_are_the_ones_promised() -> None:
     assert {f"loss.{name}" for name in weights} <= wide
 
 
+def test_an_inference_study_needs_its_network(tmp_path: Path) -> None:
+    spec = load_study("inference")
+    with pytest.raises(ConfigError, match="no trained network there; name one with --set checkpoint=FOLDER"):
+        load_program("inference").trainer(spec.config({"checkpoint": str(tmp_path / "none")}), tmp_path / "trial")
+
+
 class Outcomes:
     """Scores of tiny runs, each made once."""
 
@@ -81,6 +89,8 @@ class Outcomes:
 
     def of(self, spec: StudySpec, params: dict[str, Any]) -> tuple[float, float]:
         program = load_program(spec.kind)
+        if spec.kind == "inference":
+            params = {"checkpoint": str(self.network()), **params}
         config: Any = spec.config({**TINY[spec.kind], **params})
         key = config.fingerprint()
         if key not in self.known:
@@ -89,6 +99,15 @@ class Outcomes:
             conclusion = trainer.conclude()
             self.known[key] = (last.network.k_loc, conclusion.pipeline.k_loc)
         return self.known[key]
+
+    def network(self) -> Path:
+        """A network of a few steps, for the settings that need one."""
+        folder = self.folder / "network"
+        if not folder.exists():
+            config: Any = load_study("wide").config(TINY["training"])
+            for _ in load_program("training").trainer(config, folder).run():
+                pass
+        return folder
 
 
 @pytest.fixture(scope="module")

@@ -183,3 +183,53 @@ def test_figures_of_a_trial(searched):
     assert tomllib.loads(config)["budget"]["scenes"] == SMALL["budget.scenes"]
     assert (folder / "0" / "telemetry.jsonl").exists()  # the trainer's own is left alone
     assert not (folder / "0" / "curve.svg").exists()
+
+
+def test_fresh_score_is_repeatable_resumable_and_on_scenes_of_its_own(searched, tmp_path, monkeypatch):
+    from ris_hpo.errors import TrainingDivergedError
+    from ris_hpo.hpo.winner import FRESH_FAMILY, fresh_score
+    from ris_hpo.learning.inference import localize
+    from ris_hpo.learning.metrics import score
+    from ris_hpo.physics.scene import simulate
+    from ris_hpo.training.trainer import load_network
+
+    _, spec, _ = searched
+    config = spec.config({}).replaced({"seed": 77})
+    value = fresh_score(config, tmp_path / "a")
+    assert fresh_score(config, tmp_path / "b") == value
+    assert fresh_score(config, tmp_path / "a") == value  # finished already: scored again, not trained again
+    network, _ = load_network(tmp_path / "a")
+    scenes = simulate(config.scene, FRESH_FAMILY + 77, range(config.budget.pipeline_scenes))
+    assert value == score(localize(network, scenes, config.inference), scenes.require_truth()).k_loc
+
+    def diverge(trainer, *_):
+        raise TrainingDivergedError("loss.count is not finite")
+        yield
+
+    monkeypatch.setattr(Trainer, "run", diverge)
+    assert fresh_score(config, tmp_path / "c") == names.WORST_SCORE
+
+
+def test_an_inference_study_exports_the_network_with_its_settings(searched, tmp_path):
+    from ris_hpo.hpo.inference_program import RunConfig as InferenceConfig
+    from ris_hpo.hpo.winner import fresh_score
+    from ris_hpo.training.trainer import load_network
+
+    _, _, folder = searched
+    small = {"checkpoint": str(folder / "0"), "budget.scenes": 4, "budget.validate_every": 2}
+    spec = load_study("inference").with_base(small)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
+    trial = study.ask()
+    config = spec.config(spec.suggest(trial), trial.number, InferenceConfig)
+    trial.set_user_attr(names.CONFIG_FINGERPRINT, config.fingerprint())
+    study.tell(trial, 2.0)
+    found = exported(study, spec)
+    _, trained = load_network(folder / "0")
+    assert found.config == trained.replaced({"inference": config.inference.model_dump(mode="json")})
+    assert found.config.inference != trained.inference
+    write_config(found, tmp_path / "tuned.toml")
+    assert load_config(tmp_path / "tuned.toml") == found
+    with pytest.raises(ConfigError, match="no curve to compare"):
+        replay_config(found, tmp_path / "again")
+    values = {seed: fresh_score(config.replaced({"seed": seed}), tmp_path / str(seed)) for seed in (1, 2)}
+    assert fresh_score(config.replaced({"seed": 1}), tmp_path / "1") == values[1] != values[2]

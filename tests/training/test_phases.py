@@ -10,13 +10,6 @@ from ris_hpo.training.config import RunConfig
 from ris_hpo.training.curriculum import standard_phases, with_curriculum
 from ris_hpo.training.trainer import Trainer
 
-PROVABLE = {
-    "network.width": 32,
-    "network.depth": 2,
-    "network.candidates": 32,
-    "network.residual_passes": 1,
-}
-
 
 def gate(metric, direction, margin):
     return {"metric": metric, "direction": direction, "margin": margin}
@@ -87,7 +80,7 @@ def test_impossible_phases_are_refused(phases, message, tiny):
 
 
 def test_proof_of_a_small_form_passes_and_is_found_again(tmp_path):
-    config = RunConfig().replaced(PROVABLE | {"network.covariance_head": "factor"})
+    config = proof.small_form(RunConfig().replaced({"network.covariance_head": "factor"}))
     assert proof.find_certificate(tmp_path, config) is None
     certificate = proof.prove(config, tmp_path, scenes=8, epochs=400)
     assert certificate.nmse <= 0.1
@@ -109,24 +102,24 @@ def test_proof_catches_a_prediction_that_is_detached(tmp_path, monkeypatch):
 
     monkeypatch.setattr(trainer_module, "covariances", detached)
     with pytest.raises((ProofError, RuntimeError)):
-        proof.prove(RunConfig().replaced(PROVABLE), tmp_path, scenes=8, epochs=4)
+        proof.prove(proof.small_form(RunConfig()), tmp_path, scenes=8, epochs=4)
 
 
 def test_proof_catches_a_parameter_without_gradient(tmp_path, monkeypatch):
-    real = proof.Trainer.__init__
+    real = proof.Network.__init__
 
-    def frozen(self, *arguments, **options):
-        real(self, *arguments, **options)
-        self.network.backbone.stem.weight.register_hook(torch.zeros_like)
+    def frozen(self, spec):
+        real(self, spec)
+        self.backbone.stem.weight.register_hook(torch.zeros_like)
 
-    monkeypatch.setattr(proof.Trainer, "__init__", frozen)
-    with pytest.raises(ProofError, match=r"1 trained parameters never had a gradient, first: backbone.stem.weight"):
-        proof.prove(RunConfig().replaced(PROVABLE), tmp_path, scenes=8, epochs=4)
+    monkeypatch.setattr(proof.Network, "__init__", frozen)
+    with pytest.raises(ProofError, match=r"1 trained parameters get no gradient, first: backbone.stem.weight"):
+        proof.prove(proof.small_form(RunConfig()), tmp_path, scenes=8, epochs=4)
 
 
 def test_proof_catches_too_little_learning(tmp_path):
     with pytest.raises(ProofError, match=r"NMSE 0\.\d+ after 4 epochs, expected <= 0.1; "):
-        proof.prove(RunConfig().replaced(PROVABLE), tmp_path, scenes=16, epochs=4)
+        proof.prove(proof.small_form(RunConfig()), tmp_path, scenes=16, epochs=4)
 
 
 def test_proof_switches_off_everything_that_could_hide_failure():
