@@ -29,7 +29,7 @@ font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",sans-seri
 .chart text{fill:var(--soft)}.chart .title{fill:var(--ink);font-weight:600;font-size:13px}
 .chart .value{fill:var(--ink)}.chart .on-dark{fill:#fff}.chart .grid{stroke:var(--grid);fill:none}
 .chart .line{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
-.chart .thin{stroke-width:1;opacity:.45}.chart .dash{stroke-dasharray:5 4;stroke-width:1.5}
+.chart .thin{stroke-width:1;opacity:.6}.chart .dash{stroke-dasharray:5 4;stroke-width:1.5}
 .chart .dots{fill:none;stroke-linecap:round}.chart .band{stroke:none;opacity:.16}
 """
 """The look; a page that embeds charts includes it once."""

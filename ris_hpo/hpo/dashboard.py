@@ -55,7 +55,7 @@ ATTEMPT_WINDOW_S: Final = 60.0
 _LOGIN_PATH: Final = "/login"
 _HEALTH_PATH: Final = "/healthz"
 _ZOOM_PATH: Final = "/ris-hpo/zoom.js"
-_ZOOM_STYLE: Final = '<style>img[src*="/artifacts/"] { cursor: zoom-in }</style>'
+_ZOOM_STYLE: Final = '<style>img[src*="/artifacts/"] { cursor: zoom-in; max-width: 100% }</style>'
 _ZOOM_TAG: Final = f'<script defer src="{_ZOOM_PATH}"></script>\n{_ZOOM_STYLE}\n</head>'.encode()
 _MAX_FORM_BYTES: Final = 4096
 _MAX_HEADER_BYTES: Final = 65_536

@@ -263,11 +263,10 @@ class _Attempt:
         It gets a copy and a directory of its own: a late owner of the failed trial, should it wake up, writes where
         nobody reads any more. Without one (another host, no shared disk) the trial starts over, to the same curve.
         """
-        predecessor = self.trial.user_attrs.get(names.PREDECESSOR)
-        if predecessor is None or directory.exists():
+        if directory.exists():
             return
-        source = self.seat.directory(predecessor)
-        if not source.is_dir():
+        source = self._left_behind()
+        if source is None:
             return
         partial = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
@@ -276,6 +275,17 @@ class _Attempt:
             partial.rename(directory)
         except OSError:  # a late owner moved a file under the copy: start over rather than from a torn checkpoint
             shutil.rmtree(partial, ignore_errors=True)
+
+    def _left_behind(self) -> Path | None:
+        """Return the directory of the nearest predecessor that has one; one that died early may have none."""
+        trials = self.seat.store.get_all_trials(self.seat.study._study_id, deepcopy=False)
+        number = self.trial.user_attrs.get(names.PREDECESSOR)
+        while number is not None:
+            source = self.seat.directory(number)
+            if source.is_dir():
+                return source
+            number = trials[number].user_attrs.get(names.PREDECESSOR)
+        return None
 
     def _validations(self, trainer: _Trainer) -> Iterator[_Validation]:
         yield from list(trainer.history)

@@ -105,7 +105,7 @@ def figures(study: optuna.Study, report: Report) -> str:
     metas = {meta.filename: meta.artifact_id for meta in get_all_artifact_meta(trial, storage=study._storage)}
     place = f"/artifacts/{study._study_id}/{trial._trial_id}"
     shown = [f"![{title}]({place}/{metas[name]})" for name, title in FIGURES.items() if name in metas]
-    return "\n".join(["", f"## Trial {trial.number}", "", *shown, ""]) if shown else ""
+    return "\n\n".join(["", f"## Trial {trial.number}", *shown, ""]) if shown else ""
 
 
 def _cell(text: str) -> str:

@@ -427,7 +427,8 @@ def _marks(report: Report) -> list[tuple[str, float, str]]:
 
 
 def _levels(report: Report) -> list[Level]:
-    return [Level(value, name, colour) for name, value, colour in _marks(report) if name in {"floor", "ml", "base"}]
+    named = ("floor", "ml", "base")
+    return [Level(value, f"{name} {value:.2f}", colour) for name, value, colour in _marks(report) if name in named]
 
 
 def _history(report: Report, canvas: Canvas) -> str:

@@ -11,8 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ris_hpo.errors import ConfigError, TrainingDivergedError
+from ris_hpo.learning.inference import network_sources, predict
+from ris_hpo.learning.metrics import score
+from ris_hpo.physics.scene import simulate
 from ris_hpo.training import telemetry
 from ris_hpo.training import trainer as trainer_module
+from ris_hpo.training.checkpoint import load_network
 from ris_hpo.training.stability import AveragedWeights, OptimizerSpec, StepGate
 from ris_hpo.training.trainer import Trainer
 
@@ -198,9 +202,12 @@ def test_swa_is_the_even_mean(tiny, tmp_path):
 
 
 def test_validation_is_the_path_of_use(tiny, tmp_path):
-    """Validation on another path than training or use: the same weights through ``conclude`` give the same score."""
+    """Validation on another path than use: the saved weights, loaded as a user would, give the very same score."""
     trainer = run(tiny, tmp_path)
-    assert trainer.conclude().network == trainer.best.network
+    network, config = load_network(tmp_path)
+    scenes = simulate(config.scene, config.budget.validation_seed, range(config.budget.validation_scenes))
+    found = network_sources(predict(network, scenes), config.inference)
+    assert score(found, scenes.require_truth()) == trainer.best.network == trainer.conclude().network
 
 
 def test_validation_leaves_training_untouched(tiny, tmp_path):
