@@ -88,34 +88,29 @@ def table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, text: Collection[int] = (0,)
 ) -> None:
     """Print a table on stdout; columns at the positions ``text`` hold words, the others numbers."""
-    grid = _grid(title)
+    grid = Table(header_style="bold", box=None, pad_edge=False)
     for position, column in enumerate(columns):
         grid.add_column(column, justify="left" if position in text else "right", overflow="fold")
     for row in rows:
         grid.add_row(*(cell(value) for value in row))
-    stdout().print(grid)
+    _print_under(title, grid)
 
 
 def facts(title: str, pairs: Mapping[str, object]) -> None:
     """Print name and value pairs on stdout."""
-    grid = _grid(title, show_header=False)
+    grid = Table(show_header=False, box=None, pad_edge=False)
     grid.add_column(style="dim")
     grid.add_column(overflow="fold")
     for name, value in pairs.items():
         grid.add_row(name, cell(value))
-    stdout().print(grid)
+    _print_under(title, grid)
 
 
-def _grid(title: str, *, show_header: bool = True) -> Table:
-    return Table(
-        title=title or None,
-        title_justify="left",
-        title_style="bold",
-        header_style="bold",
-        show_header=show_header,
-        box=None,
-        pad_edge=False,
-    )
+def _print_under(title: str, grid: Table) -> None:
+    console = stdout()
+    if title:
+        console.print(title, style="bold", markup=False, soft_wrap=True)
+    console.print(grid)
 
 
 def cell(value: object) -> str:

@@ -70,8 +70,10 @@ def choose(
     if sum(choice is not None for choice in (checkpoint, weights, estimator)) > 1:
         raise options.UsageError("--checkpoint, --weights and --estimator exclude each other")
     if estimator is None:
-        file = checkpoint if checkpoint is not None else shipped_weights(weights or "default")
-        return _learned(file, pairs, device, path)
+        if checkpoint is not None:
+            return _learned(checkpoint, str(checkpoint), pairs, device, path)
+        shipped = weights or "default"
+        return _learned(shipped_weights(shipped), f"weights '{shipped}'", pairs, device, path)
     if path == "network":
         raise options.UsageError("--path network needs a --checkpoint; an estimator has one path")
     return _classical(estimator, pairs)
@@ -106,7 +108,7 @@ def shipped_weights(name: str) -> Path:
     return file
 
 
-def _learned(checkpoint: Path, pairs: Sequence[str] | None, device: str, path: str) -> Method:
+def _learned(checkpoint: Path, name: str, pairs: Sequence[str] | None, device: str, path: str) -> Method:
     from typing import cast
 
     from ris_hpo.learning.bundle import is_bundle, load_bundle
@@ -127,7 +129,7 @@ def _learned(checkpoint: Path, pairs: Sequence[str] | None, device: str, path: s
             return network_sources(predict(network, scenes), spec, counts)
         return localize(network, scenes, spec, num_sources=counts)
 
-    return Method(f"{checkpoint} ({path})", located, 64, scene.geometry, scene)
+    return Method(f"{name} ({path})", located, 64, scene.geometry, scene)
 
 
 def known_counts(text: str | None, scenes: Scenes) -> Tensor | None:

@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -122,20 +123,16 @@ class TrialFigures:
     def _write(self, name: str, text: str) -> None:
         known = self._identifiers.get(name)
         if known is None:
-            file = self._directory / name
-            mine = not file.exists()  # the telemetry's own file has the same name and is not ours to replace
-            if not mine:
-                file = self._directory / "shown" / name
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text, encoding="utf-8")
-            self._identifiers[name] = upload_artifact(
-                artifact_store=self._store,
-                file_path=str(file),
-                study_or_trial=self._trial,
-                storage=self._study._storage,
-                mimetype=MIMETYPES[file.suffix],
-            )
-            file.unlink()
+            with tempfile.TemporaryDirectory(prefix="ris-hpo-") as scratch:
+                file = Path(scratch) / name
+                file.write_text(text, encoding="utf-8")
+                self._identifiers[name] = upload_artifact(
+                    artifact_store=self._store,
+                    file_path=str(file),
+                    study_or_trial=self._trial,
+                    storage=self._study._storage,
+                    mimetype=MIMETYPES[file.suffix],
+                )
             return
         partial = self._folder / f".{known}.{os.getpid()}"
         partial.write_text(text, encoding="utf-8")

@@ -69,7 +69,9 @@ ORIGIN: Final = "origin"
 """``base`` for the base configuration, ``warm-start STUDY#NUMBER`` for one taken from another study."""
 
 RETRIES: Final = "retries"
-"""How often each cause struck this line of trials so far, as ``{cause: count}``."""
+"""How often each cause struck this line of trials, as ``{cause: count}``; a loss after progress starts over at 1."""
+INHERITED_STEP: Final = "inherited_step"
+"""Scenes seen at the last report of the line when this successor was queued."""
 
 # -- study attributes ------------------------------------------------------------------------------------------------
 SPEC: Final = "spec"

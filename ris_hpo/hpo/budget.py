@@ -145,6 +145,9 @@ def successor_of(trial: FrozenTrial, cause: Cause, retries: RetrySpec) -> Frozen
     if cause not in names.RETRIED_CAUSES:
         return None
     struck = {**trial.user_attrs.get(names.RETRIES, {})}
+    inherited, reached = trial.user_attrs.get(names.INHERITED_STEP, 0), trial.last_step or 0
+    if reached > inherited and cause in (Cause.LOST_WORKER, Cause.PREEMPTED):
+        struck[cause.value] = 0  # it got on before it was lost: however often that happens, it ends some day
     struck[cause.value] = struck.get(cause.value, 0) + 1
     allowed: dict[str, int] = retries.model_dump()
     if struck[cause.value] > allowed[cause.value]:
@@ -154,6 +157,7 @@ def successor_of(trial: FrozenTrial, cause: Cause, retries: RetrySpec) -> Frozen
         names.PREDECESSOR: trial.number,
         names.ATTEMPT: trial.user_attrs.get(names.ATTEMPT, 0) + 1,
         names.RETRIES: struck,
+        names.INHERITED_STEP: max(inherited, reached),
     }
     if names.ORIGIN in trial.user_attrs:
         marks[names.ORIGIN] = trial.user_attrs[names.ORIGIN]

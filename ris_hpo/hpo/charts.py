@@ -425,16 +425,17 @@ def _cells(item: Cells, frame: _Frame, shades: int = 16) -> str:
     scale = (shades - 1) / (high - low) if high > low else 0.0
     paths: dict[int, list[str]] = {}
     rows, columns = len(item.values), len(item.values[0])
-    width, height = (frame.right - frame.left) / columns, (frame.bottom - frame.top) / rows
+    # edges on whole pixels, shared by neighbours: neither gaps nor overlaps show
+    edges_x = [round(frame.left + index * (frame.right - frame.left) / columns) for index in range(columns + 1)]
+    edges_y = [round(frame.bottom - index * (frame.bottom - frame.top) / rows) for index in range(rows + 1)]
     for index, row in enumerate(item.values):
         levels = [round((value - low) * scale) for value in row]
         start = 0
         for column in range(1, columns + 1):
             if column == columns or levels[column] != levels[start]:
                 if levels[start]:
-                    x, y = frame.left + start * width, frame.bottom - (index + 1) * height
-                    run = (column - start) * width
-                    box = f"M{x:.1f} {y:.1f}h{run:.1f}v{height + 0.3:.1f}h-{run:.1f}z"  # overlaps, lest gaps show
+                    run, tall = edges_x[column] - edges_x[start], edges_y[index] - edges_y[index + 1]
+                    box = f"M{edges_x[start]} {edges_y[index + 1]}h{run}v{tall}h-{run}z"
                     paths.setdefault(levels[start], []).append(box)
                 start = column
     drawn = []

@@ -158,7 +158,7 @@ class StudyBudget(Spec):
 
 
 class RetrySpec(Spec):
-    """How often the surroundings' faults are forgiven, per line of trials; a bug is never retried."""
+    """How often the surroundings' faults are forgiven, per line of trials without progress; a bug is never retried."""
 
     lost_worker: int = Field(default=5, ge=0)
     preempted: int = Field(default=20, ge=0)

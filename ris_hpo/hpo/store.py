@@ -28,7 +28,7 @@ import psutil
 import sqlalchemy
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import RDBStorage
-from optuna.storages._cached_storage import _CachedStorage
+from optuna.storages._cached_storage import _CachedStorage, _StudyInfo
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import exc as sql_errors
@@ -46,8 +46,10 @@ HEARTBEAT_S: Final = 10
 """Seconds between heartbeats of a running trial; it counts as lost after three of them are missing."""
 
 _BUSY_S = 60.0
-_PATIENCE_S = 300.0  # how long a server may be away (restart, fail-over) before a worker gives up
+PATIENCE_S: Final = 300.0  # how long a server may be away (restart, fail-over) before a worker gives up
 _LONGEST_PAUSE_S = 5.0
+_CHUNK = 500  # trials asked for by id in one statement
+_NO_ID = 2**31 - 1
 
 _NETWORK_FILE_SYSTEMS = frozenset(
     {"nfs", "nfs3", "nfs4", "cifs", "smbfs", "smb2", "smb3", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "afs"}
@@ -132,6 +134,16 @@ class TicketStorage(RDBStorage):
             if state.is_finished():
                 trial.datetime_complete = datetime.now()
         return True
+
+    def trial_states(self, study_id: int, after: int) -> dict[int, TrialState]:
+        """Return the state of every unfinished trial, and of every trial whose id is above ``after``."""
+        trials = models.TrialModel
+        query = sqlalchemy.select(trials.trial_id, trials.state).where(
+            trials.study_id == study_id,
+            sqlalchemy.or_(trials.state.in_((TrialState.RUNNING, TrialState.WAITING)), trials.trial_id > after),
+        )
+        with orm.Session(self.engine) as session:
+            return {row.trial_id: row.state for row in session.execute(query)}
 
     # -- tickets -----------------------------------------------------------------------------------------------------
 
@@ -294,6 +306,26 @@ class Store(_CachedStorage):
         self.tickets.scoped_session.remove()
         self.tickets.engine.dispose()
 
+    def _read_trials_from_remote_storage(self, study_id: int) -> None:
+        """Refresh the cache without reading waiting tickets again: Optuna's own would load all of them on each look."""
+        with self._lock:
+            study = self._studies.setdefault(study_id, _StudyInfo())
+            newest = max((trial._trial_id for trial in study.trials.values()), default=-1)
+            states: dict[int, TrialState] = _patiently(self.tickets.trial_states)(study_id, newest)
+            if not states and newest == -1:
+                self.tickets.get_study_directions(study_id)  # raises KeyError where there is no such study
+            known = {trial._trial_id: trial.state for trial in study.trials.values() if not trial.state.is_finished()}
+            stale = [key for key, state in states.items() if state != TrialState.WAITING or known.get(key) != state]
+            stale += [key for key in known if key not in states]  # ended since the last look
+            for start in range(0, len(stale), _CHUNK):
+                few = stale[start : start + _CHUNK]
+                self._add_trials_to_cache(
+                    study_id,
+                    self._backend._get_trials(
+                        study_id, None, included_trial_ids=set(few), trial_id_greater_than=_NO_ID
+                    ),
+                )
+
     def fill(self, study_id: int, tickets: Callable[[list[FrozenTrial]], list[FrozenTrial]]) -> int:
         """See ``TicketStorage.fill``."""
         return int(_patiently(self.tickets.fill)(study_id, tickets))
@@ -342,7 +374,7 @@ def _is_connection_loss(error: BaseException) -> bool:
 def _patiently(call: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(call)
     def repeated(*args: Any, **kwargs: Any) -> Any:
-        pause, deadline = 0.05, time.monotonic() + _PATIENCE_S
+        pause, deadline = 0.05, time.monotonic() + PATIENCE_S
         while True:
             try:
                 return call(*args, **kwargs)
@@ -352,7 +384,7 @@ def _patiently(call: Callable[..., Any]) -> Callable[..., Any]:
                     raise StoreError(f"the store refused: {_one_line(cause or error)}") from error
                 if time.monotonic() + pause > deadline:
                     raise StoreError(
-                        f"the store has not answered for {_PATIENCE_S:.0f} s ({_one_line(error)}); "
+                        f"the store has not answered for {PATIENCE_S:.0f} s ({_one_line(error)}); "
                         "nothing acknowledged is lost, run the same command again when it is back"
                     ) from error
                 time.sleep(pause)
@@ -393,7 +425,9 @@ for _name in (
 # -- opening ---------------------------------------------------------------------------------------------------------
 
 
-def open_store(url: str | None = None, *, create: bool = True, heartbeat: int | None = HEARTBEAT_S) -> Store:
+def open_store(
+    url: str | None = None, *, create: bool = True, heartbeat: int | None = HEARTBEAT_S, patience_s: float = 0.0
+) -> Store:
     """Open a trial store.
 
     Args:
@@ -402,6 +436,8 @@ def open_store(url: str | None = None, *, create: bool = True, heartbeat: int | 
             or libpq's own ``~/.pgpass``.
         create: make the SQLite file and the tables where there are none.
         heartbeat: seconds between heartbeats of running trials; None for none.
+        patience_s: how long a server that does not answer is tried again; a person wants to know at once, a worker
+            that starts during a restart of the server does not.
 
     Raises:
         StoreError: not a store, not reachable, not writable, on a network file system, of another schema.
@@ -416,7 +452,7 @@ def open_store(url: str | None = None, *, create: bool = True, heartbeat: int | 
     if parsed.get_backend_name() == "sqlite":
         return _open_sqlite(parsed, address, create, heartbeat)
     if parsed.get_backend_name() in ("postgresql", "postgres"):
-        return _open_postgres(parsed, address, heartbeat)
+        return _open_postgres(parsed, address, heartbeat, patience_s)
     raise StoreError(f"no store of kind '{parsed.get_backend_name()}'; use sqlite:///FILE or postgresql://...")
 
 
@@ -449,8 +485,9 @@ def _open_sqlite(url: sqlalchemy.URL, address: str, create: bool, heartbeat: int
             finally:
                 connection.close()
             return Store(_opened(_verbatim(f"sqlite:///{path}"), kwargs, heartbeat), f"sqlite:///{path}")
-    except (OSError, sqlite3.Error) as error:
-        raise StoreError(f"{path}: not usable as a store ({_one_line(error)})") from None
+    except (OSError, sqlite3.Error, StorageInternalError, sql_errors.SQLAlchemyError) as error:
+        cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+        raise StoreError(f"{path}: not usable as a store ({_one_line(cause or error)})") from None
 
 
 def _connect_sqlite(path: str) -> sqlite3.Connection:
@@ -460,7 +497,7 @@ def _connect_sqlite(path: str) -> sqlite3.Connection:
     return connection
 
 
-def _open_postgres(url: sqlalchemy.URL, address: str, heartbeat: int | None) -> Store:
+def _open_postgres(url: sqlalchemy.URL, address: str, heartbeat: int | None, patience_s: float) -> Store:
     try:
         import psycopg  # noqa: F401
     except ImportError:
@@ -472,14 +509,19 @@ def _open_postgres(url: sqlalchemy.URL, address: str, heartbeat: int | None) -> 
     plain = url.set(drivername="postgresql+psycopg", password=None)
     text = plain.render_as_string(hide_password=False)
     kwargs = {"pool_size": 2, "max_overflow": 2, "pool_pre_ping": True, "pool_recycle": 1800, "connect_args": connect}
-    try:
-        guard = sqlalchemy.create_engine(plain, poolclass=sqlalchemy.NullPool, connect_args=connect)
-        with guard.connect() as connection:  # two workers that open an empty database must not both make the tables
-            connection.exec_driver_sql("SELECT pg_advisory_lock(727153)")
-            return Store(_opened(_verbatim(text), kwargs, heartbeat), address)
-    except (StorageInternalError, sql_errors.SQLAlchemyError) as error:
-        cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-        raise StoreError(f"{redact(address)}: cannot be reached ({_one_line(cause or error)})") from None
+    guard = sqlalchemy.create_engine(plain, poolclass=sqlalchemy.NullPool, connect_args=connect)
+    pause, deadline = 0.1, time.monotonic() + patience_s
+    while True:
+        try:
+            with guard.connect() as connection:  # two workers that open an empty database must not both make the tables
+                connection.exec_driver_sql("SELECT pg_advisory_lock(727153)")
+                return Store(_opened(_verbatim(text), kwargs, heartbeat), address)
+        except (StorageInternalError, sql_errors.SQLAlchemyError) as error:
+            if time.monotonic() + pause > deadline or not _is_connection_loss(error):
+                cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+                raise StoreError(f"{redact(address)}: cannot be reached ({_one_line(cause or error)})") from None
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE_S)
 
 
 def _opened(url: str, kwargs: dict[str, Any], heartbeat: int | None) -> TicketStorage:
@@ -488,6 +530,8 @@ def _opened(url: str, kwargs: dict[str, Any], heartbeat: int | None) -> TicketSt
     except RuntimeError as error:  # what Optuna raises on another schema
         raise StoreError(f"{redact(url)}: made by another Optuna ({_one_line(error)})") from None
     except (StorageInternalError, sql_errors.SQLAlchemyError) as error:
+        if _is_connection_loss(error):
+            raise
         cause = error.__cause__ if isinstance(error, StorageInternalError) else error
         raise StoreError(f"{redact(url)}: not usable as a store ({_one_line(cause or error)})") from None
 

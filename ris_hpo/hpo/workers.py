@@ -29,7 +29,7 @@ from ris_hpo.hpo import budget
 from ris_hpo.hpo.attributes import Cause
 from ris_hpo.hpo.objective import Figures, Outcome, Seat, TrialBugError, load_program, run_trial
 from ris_hpo.hpo.space import StopSpec
-from ris_hpo.hpo.store import HEARTBEAT_S, open_store, storage_directory
+from ris_hpo.hpo.store import HEARTBEAT_S, PATIENCE_S, open_store, storage_directory
 from ris_hpo.hpo.study import get_study, stored_spec
 
 EXIT_DONE: Final = 0
@@ -112,7 +112,7 @@ def run_worker(
         WorkerError: too many trials failed with a bug.
     """
     _limit_threads(job.threads)
-    store = open_store(job.address, create=False, heartbeat=job.heartbeat)
+    store = open_store(job.address, create=False, heartbeat=job.heartbeat, patience_s=PATIENCE_S)
     try:
         study = get_study(store, job.study)
         spec = stored_spec(study)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ris_hpo.errors import ConfigError, DeviceError, SpaceError, StoreError, StudyError
+from ris_hpo.errors import ConfigError, DeviceError, ProofError, SpaceError, StoreError, StudyError
 
 STUDY = """
 [study]
@@ -49,7 +49,7 @@ def test_a_run_ends_with_its_table_and_adds_nothing_when_repeated(cli, brief: Pa
     assert "| floor " in first.out
     assert "2 trials, 2 to add" in first.err
     assert "next: ris-hpo best --study brief" in first.err
-    again = cli("run", "--space", brief, "--n-trials", 2, "--gpus", "none", "--json")
+    again = cli("run", "--space", brief, "--n-trials", 2, "--gpus", "none", "--no-proof", "--json")
     assert again.code == 0, again.err
     assert "2 trials, 0 to add" in again.err
     trials = again.json["trials"]
@@ -71,9 +71,29 @@ def test_a_run_ends_with_its_table_and_adds_nothing_when_repeated(cli, brief: Pa
     assert not (tmp_path / "none.toml").exists()
 
     brief.write_text(STUDY.replace("high = 2e-2", "high = 1e-2"))
-    other = cli("run", "--space", brief, "--n-trials", 2, "--gpus", "none")
+    other = cli("run", "--space", brief, "--n-trials", 2, "--gpus", "none", "--no-proof")
     assert other.code == SpaceError.exit_code
     assert "add --fork brief-2" in other.err
+
+
+def test_a_run_stands_on_a_proof_or_says_that_it_does_not(
+    cli, brief: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from ris_hpo.hpo import attributes, store, study
+    from ris_hpo.training import proof
+
+    def refused(*_: object, **__: object) -> None:
+        raise ProofError("NMSE 0.9 after 400 epochs, expected <= 0.1")
+
+    monkeypatch.setattr(proof, "prove", refused)
+    outcome = cli("run", "--space", brief, "--n-trials", 1, "--gpus", "none")
+    assert outcome.code == ProofError.exit_code
+    assert "expected <= 0.1" in outcome.err
+    assert cli("status").code != 0  # no study was made
+    assert cli("run", "--space", brief, "--n-trials", 1, "--gpus", "none", "--no-proof").code == 0
+    opened = store.open_store(create=False)
+    assert study.get_study(opened, "brief").user_attrs[attributes.PROOF] == "no-proof"
+    opened.close()
 
 
 def test_a_worker_joins_a_study_and_leaves_when_nothing_is_left(cli, brief: Path) -> None:
@@ -95,7 +115,19 @@ def test_a_worker_joins_a_study_and_leaves_when_nothing_is_left(cli, brief: Path
 
 def test_ctrl_c_leaves_a_study_that_the_same_command_finishes(brief: Path, tmp_path: Path) -> None:
     brief.write_text(STUDY.replace("budget.scenes = 64", "budget.scenes = 960"))
-    command = [sys.executable, "-m", "ris_hpo", "run", "--space", "brief.toml", "--n-trials", "1", "--gpus", "none"]
+    command = [
+        sys.executable,
+        "-m",
+        "ris_hpo",
+        "run",
+        "--space",
+        "brief.toml",
+        "--n-trials",
+        "1",
+        "--gpus",
+        "none",
+        "--no-proof",
+    ]
     environment = {**os.environ, "RIS_HPO_STORAGE_DIR": str(tmp_path / "storage")}
     with subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True

@@ -91,7 +91,7 @@ def test_a_server_that_stays_away_is_one_line(
     own_server: Postgres, program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, study = begin(own_server, program, 1)
-    monkeypatch.setattr(module, "_PATIENCE_S", 0.5)
+    monkeypatch.setattr(module, "PATIENCE_S", 0.5)
     own_server.server.stop()
     with pytest.raises(StoreError, match="has not answered for 0 s") as caught:
         store.claim(study._study_id, "here:1:0:0")
