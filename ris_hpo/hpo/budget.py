@@ -22,7 +22,7 @@ from ris_hpo.hpo import attributes as names
 from ris_hpo.hpo.attributes import Cause
 from ris_hpo.hpo.samplers import lineage_root
 from ris_hpo.hpo.space import RetrySpec, StopSpec
-from ris_hpo.hpo.store import Store, ticket
+from ris_hpo.hpo.store import LONGEST_PAUSE_S, Store, ticket
 
 
 @dataclass(frozen=True)
@@ -220,9 +220,9 @@ class LostTrials:
     """Finds running trials whose worker is gone, and queues their successors.
 
     A dead process of this host is known at once. For other hosts the heartbeat decides, and only when a trial looks
-    stale twice, half a grace period apart by this process's own monotonic clock: a clock that was set forward makes
-    every heartbeat look old for a moment. A trial without any heartbeat is given the same time from when it was first
-    seen, since its worker may have died before the first beat.
+    stale twice, half a grace period apart by this process's own monotonic clock: a clock that was set forward, or a
+    server that was away, makes every heartbeat look old for a moment. A trial without any heartbeat is given the same
+    time from when it was first seen, since its worker may have died before the first beat.
     """
 
     def __init__(self, store: Store, study_id: int, retries: RetrySpec) -> None:
@@ -231,6 +231,8 @@ class LostTrials:
         self._retries = retries
         interval = store.get_heartbeat_interval()
         self._grace = 3.0 * interval if interval is not None else math.inf
+        # long enough for a worker to beat again after the server was away, when all beats look old at once
+        self._second_look = max(self._grace / 2, 2 * LONGEST_PAUSE_S)
         self._suspects: dict[int, float] = {}
         self._silent: dict[int, float] = {}
 
@@ -248,7 +250,7 @@ class LostTrials:
             if owner is not None and is_dead_here(owner):
                 reason = f"worker {owner} is gone"
             elif trial._trial_id in stale:
-                if now - self._suspects.setdefault(trial._trial_id, now) < self._grace / 2:
+                if now - self._suspects.setdefault(trial._trial_id, now) < self._second_look:
                     continue
                 reason = f"no heartbeat from {owner} for more than {self._grace:.0f} s"
             elif owner is None:  # claimed by something else than our workers: no beat will ever come

@@ -47,7 +47,7 @@ HEARTBEAT_S: Final = 10
 
 _BUSY_S = 60.0
 PATIENCE_S: Final = 300.0  # how long a server may be away (restart, fail-over) before a worker gives up
-_LONGEST_PAUSE_S = 5.0
+LONGEST_PAUSE_S: Final = 5.0  # between two attempts to reach a server
 _CHUNK = 500  # trials asked for by id in one statement
 _NO_ID = 2**31 - 1
 
@@ -274,12 +274,13 @@ class TicketStorage(RDBStorage):
 
     def _put_attributes(self, session: orm.Session, trial_id: int, marks: Mapping[str, Any]) -> None:
         table = models.TrialUserAttributeModel
+        present = session.query(table).filter(table.trial_id == trial_id, table.key.in_(list(marks)))
+        rows: dict[Any, Any] = {row.key: row for row in present}
         for key, value in marks.items():
-            row: Any = session.query(table).filter(table.trial_id == trial_id, table.key == key).one_or_none()
-            if row is None:
-                session.add(table(trial_id=trial_id, key=key, value_json=json.dumps(value)))
+            if key in rows:
+                rows[key].value_json = json.dumps(value)
             else:
-                row.value_json = json.dumps(value)
+                session.add(table(trial_id=trial_id, key=key, value_json=json.dumps(value)))
 
 
 class Store(_CachedStorage):
@@ -365,6 +366,8 @@ def _is_connection_loss(error: BaseException) -> bool:
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
     if isinstance(cause, sql_errors.DBAPIError) and cause.connection_invalidated:
         return True
+    if isinstance(cause, sql_errors.PendingRollbackError):
+        return True  # Optuna tries a second query in the transaction that the lost connection took with it
     if not isinstance(cause, sql_errors.OperationalError | sql_errors.InterfaceError):
         return False
     # a file that is full, read-only or damaged does not come back by waiting; a server that is away may
@@ -388,7 +391,7 @@ def _patiently(call: Callable[..., Any]) -> Callable[..., Any]:
                         "nothing acknowledged is lost, run the same command again when it is back"
                     ) from error
                 time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE_S)
+                pause = min(2 * pause, LONGEST_PAUSE_S)
 
     return repeated
 
@@ -521,7 +524,7 @@ def _open_postgres(url: sqlalchemy.URL, address: str, heartbeat: int | None, pat
                 cause = error.__cause__ if isinstance(error, StorageInternalError) else error
                 raise StoreError(f"{redact(address)}: cannot be reached ({_one_line(cause or error)})") from None
         time.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE_S)
+        pause = min(2 * pause, LONGEST_PAUSE_S)
 
 
 def _opened(url: str, kwargs: dict[str, Any], heartbeat: int | None) -> TicketStorage:

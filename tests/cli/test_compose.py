@@ -97,6 +97,6 @@ def test_the_dashboard_is_healthy_and_wants_its_token(database: str, tmp_path: P
             refused.value.close()
             assert refused.value.code == 401
             server.send_signal(signal.SIGTERM)
-            server.wait(timeout=20)
+            server.wait(timeout=90)
         finally:
             server.kill()

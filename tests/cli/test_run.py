@@ -114,7 +114,7 @@ def test_a_worker_joins_a_study_and_leaves_when_nothing_is_left(cli, brief: Path
 
 
 def test_ctrl_c_leaves_a_study_that_the_same_command_finishes(brief: Path, tmp_path: Path) -> None:
-    brief.write_text(STUDY.replace("budget.scenes = 64", "budget.scenes = 960"))
+    brief.write_text(STUDY.replace("budget.scenes = 64", "budget.scenes = 320"))
     command = [
         sys.executable,
         "-m",

@@ -170,7 +170,7 @@ def test_the_dashboard_serves_until_it_is_told_to_stop(made_study: str, tmp_path
                 assert reply.status == 200
             assert "read-only" in server.stderr.readline()
             server.send_signal(signal.SIGINT)
-            assert server.wait(timeout=20) == 0
+            assert server.wait(timeout=90) == 0
         finally:
             server.kill()
 

@@ -71,6 +71,8 @@ def run_through(
             next_one = time.monotonic() + 0.3 + generator.random()
     assert waiting == []
     counts = budget.tally(study.get_trials())
+    lost = [trial.user_attrs for trial in study.get_trials() if trial.state.name == "FAIL"]
+    assert lost == []
     assert (counts.complete, counts.open, counts.fail, counts.retried) == (n_trials, 0, 0, 0)
     assert sum(view.restarts for view in snapshot.workers) == 0
     assert all(len(trial.intermediate_values) == 12 for trial in study.get_trials())
