@@ -162,6 +162,8 @@ def successor_of(trial: FrozenTrial, cause: Cause, retries: RetrySpec) -> Frozen
     if names.ORIGIN in trial.user_attrs:
         marks[names.ORIGIN] = trial.user_attrs[names.ORIGIN]
     if names.CONFIG_FINGERPRINT in trial.user_attrs:
+        # handed on with the parameters: the successor may be lost before it gets to write its own
+        marks[names.CONFIG_FINGERPRINT] = trial.user_attrs[names.CONFIG_FINGERPRINT]
         return create_trial(
             state=TrialState.WAITING, params=trial.params, distributions=trial.distributions, user_attrs=marks
         )
@@ -192,7 +194,7 @@ def fail_trial(
     """
     last = trial.last_step
     marks = {names.CAUSE: cause.value, names.ERROR: error, names.LAST_STEP: last, **(marks or {})}
-    return store.retire(trial._trial_id, owner, marks, successor_of(trial, cause, retries))
+    return store.retire(trial._trial_id, owner, marks, lambda latest: successor_of(latest, cause, retries))
 
 
 # -- owners ----------------------------------------------------------------------------------------------------------

@@ -74,6 +74,9 @@ def redact(text: str) -> str:
     return re.sub(r"((?:password|passwd|pgpassword)\s*=\s*)[^\s&'\"]+", r"\1***", text, flags=re.IGNORECASE)
 
 
+_Seen = tuple[TrialState, bool]
+
+
 class TicketStorage(RDBStorage):
     """Optuna's RDB storage: state changes that are atomic on SQLite too, and calls that outlive a server restart."""
 
@@ -135,15 +138,19 @@ class TicketStorage(RDBStorage):
                 trial.datetime_complete = datetime.now()
         return True
 
-    def trial_states(self, study_id: int, after: int) -> dict[int, TrialState]:
-        """Return the state of every unfinished trial, and of every trial whose id is above ``after``."""
+    def trial_states(self, study_id: int, after: int) -> dict[int, _Seen]:
+        """Return the state of every unfinished trial, and of every one whose id is above ``after``.
+
+        Beside it stands whether the trial was ever begun.
+        """
         trials = models.TrialModel
-        query = sqlalchemy.select(trials.trial_id, trials.state).where(
+        begun = trials.__table__.c.datetime_start
+        query = sqlalchemy.select(trials.trial_id, trials.state, begun.is_not(None)).where(
             trials.study_id == study_id,
             sqlalchemy.or_(trials.state.in_((TrialState.RUNNING, TrialState.WAITING)), trials.trial_id > after),
         )
         with orm.Session(self.engine) as session:
-            return {row.trial_id: row.state for row in session.execute(query)}
+            return {trial_id: (state, begun) for trial_id, state, begun in session.execute(query)}
 
     # -- tickets -----------------------------------------------------------------------------------------------------
 
@@ -211,7 +218,13 @@ class TicketStorage(RDBStorage):
             self._put_attributes(session, trial_id, {**marks, names.OWNER: None})
         return True
 
-    def retire(self, trial_id: int, owner: str | None, marks: Mapping[str, Any], successor: FrozenTrial | None) -> bool:
+    def retire(
+        self,
+        trial_id: int,
+        owner: str | None,
+        marks: Mapping[str, Any],
+        successor: Callable[[FrozenTrial], FrozenTrial | None],
+    ) -> bool:
         """Fail a running trial with ``marks`` and put its successor into the queue, both or neither.
 
         From then on every write of a late owner raises ``UpdateFinishedTrialError``.
@@ -220,7 +233,8 @@ class TicketStorage(RDBStorage):
             trial_id: the trial.
             owner: who must hold it; None for anyone.
             marks: user attributes, ``cause`` above all.
-            successor: a WAITING template, or None where the line ends.
+            successor: makes a WAITING template from the trial as it stands in the transaction, or None where the line
+                ends.
 
         Returns:
             False when the trial is not running any more, or belongs to another owner.
@@ -232,11 +246,12 @@ class TicketStorage(RDBStorage):
             study_id = row.study_id
             if not self.is_sqlite:
                 models.StudyModel.find_or_raise_by_id(study_id, session, for_update=True)
+            template = successor(self._build_frozen_trial_from_trial_model(row))
             self._put_attributes(session, trial_id, marks)
             row.state = TrialState.FAIL
             row.datetime_complete = datetime.now()
-            if successor is not None:
-                self._get_prepared_new_trial(study_id, successor, session)
+            if template is not None:
+                self._get_prepared_new_trial(study_id, template, session)
         return True
 
     def withdraw(self, trial_ids: Sequence[int]) -> None:
@@ -312,12 +327,18 @@ class Store(_CachedStorage):
         with self._lock:
             study = self._studies.setdefault(study_id, _StudyInfo())
             newest = max((trial._trial_id for trial in study.trials.values()), default=-1)
-            states: dict[int, TrialState] = _patiently(self.tickets.trial_states)(study_id, newest)
-            if not states and newest == -1:
+            seen: dict[int, _Seen] = _patiently(self.tickets.trial_states)(study_id, newest)
+            if not seen and newest == -1:
                 self.tickets.get_study_directions(study_id)  # raises KeyError where there is no such study
-            known = {trial._trial_id: trial.state for trial in study.trials.values() if not trial.state.is_finished()}
-            stale = [key for key, state in states.items() if state != TrialState.WAITING or known.get(key) != state]
-            stale += [key for key in known if key not in states]  # ended since the last look
+            known = {
+                trial._trial_id: (trial.state, trial.datetime_start is not None)
+                for trial in study.trials.values()
+                if not trial.state.is_finished()
+            }
+            # tickets that nobody ever took cannot have changed
+            untouched = (TrialState.WAITING, False)
+            stale = [key for key, now in seen.items() if now != untouched or known.get(key) != untouched]
+            stale += [key for key in known if key not in seen]  # ended since the last look
             for start in range(0, len(stale), _CHUNK):
                 few = stale[start : start + _CHUNK]
                 self._add_trials_to_cache(
@@ -340,7 +361,13 @@ class Store(_CachedStorage):
         """See ``TicketStorage.release``."""
         return bool(_patiently(self.tickets.release)(trial_id, owner, marks))
 
-    def retire(self, trial_id: int, owner: str | None, marks: Mapping[str, Any], successor: FrozenTrial | None) -> bool:
+    def retire(
+        self,
+        trial_id: int,
+        owner: str | None,
+        marks: Mapping[str, Any],
+        successor: Callable[[FrozenTrial], FrozenTrial | None],
+    ) -> bool:
         """See ``TicketStorage.retire``."""
         return bool(_patiently(self.tickets.retire)(trial_id, owner, marks, successor))
 

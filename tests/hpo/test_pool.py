@@ -26,6 +26,7 @@ from ris_hpo.hpo.attributes import Cause
 from ris_hpo.hpo.objective import Program
 from ris_hpo.hpo.pool import LocalPool, PoolSnapshot
 from ris_hpo.hpo.replay import replay
+from ris_hpo.hpo.space import load_study
 from ris_hpo.hpo.store import Store, open_store
 from ris_hpo.hpo.study import create_or_resume_study, fill_budget
 
@@ -166,6 +167,30 @@ def test_a_campaign_of_kills(seed: int, store: Store, program: Program, tmp_path
     done = kill_some(pool_of(store, study, tmp_path, 4), 15, random.Random(seed))
     assert done >= 10
     check_campaign(store, study, program, 40, done, tmp_path / "journal")
+
+
+@pytest.mark.slow
+def test_killed_workers_of_the_real_trainer(sqlite_store: Store, tmp_path: Path) -> None:
+    spec = load_study("smoke").replaced({"pruner.name": "none"}).with_base({"budget.scenes": 256})
+    study = create_or_resume_study(sqlite_store, spec)
+    fill_budget(sqlite_store, study, 4)
+    folders = {"directory": tmp_path / "trials", "artifacts": tmp_path / "artifacts"}
+    pool = LocalPool(sqlite_store, study, workers=1, gpus=[], threads=1, **folders)
+    kills, killed_at = 0, None
+    for snapshot in pool.run(interval=0.05):
+        view = snapshot.workers[0]
+        here = (view.trial, view.step)
+        if kills < 4 and view.pid is not None and view.step is not None and view.step >= 64 and here != killed_at:
+            os.kill(view.pid, signal.SIGKILL)
+            kills, killed_at = kills + 1, here
+    counts = budget.tally(study.get_trials())
+    assert (counts.complete, counts.open, counts.fail) == (4, 0, 0)
+    assert counts.retried == kills == 4
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)
+    for trial in budget.live_trials(study.get_trials()):
+        report = replay(sqlite_store, study.study_name, trial.number)
+        assert report.identical, (trial.number, report.steps)
 
 
 def test_a_hung_worker_is_killed_and_its_trial_continues(sqlite_store: Store, program: Program, tmp_path: Path) -> None:

@@ -96,8 +96,8 @@ def test_retire_fences_the_late_owner(store: Store) -> None:
     trial_id = store.claim(study_id, "here:1:0:0")
     assert trial_id is not None
     successor = ticket({"shape.x": 0.25}, {names.PREDECESSOR: 0})
-    assert store.retire(trial_id, "here:1:0:0", {names.CAUSE: "lost_worker"}, successor)
-    assert not store.retire(trial_id, None, {names.CAUSE: "timeout"}, successor)
+    assert store.retire(trial_id, "here:1:0:0", {names.CAUSE: "lost_worker"}, lambda trial: successor)
+    assert not store.retire(trial_id, None, {names.CAUSE: "timeout"}, lambda trial: successor)
     failed, queued = store.get_all_trials(study_id)
     assert (failed.state, failed.user_attrs[names.CAUSE]) == (TrialState.FAIL, "lost_worker")
     assert (queued.state, queued.number, queued.user_attrs[names.PREDECESSOR]) == (TrialState.WAITING, 1, 0)

@@ -188,6 +188,24 @@ def test_a_trial_lost_before_its_parameters_draws_the_same_ones(
     assert by_root == whole
 
 
+def test_a_successor_that_is_lost_at_once_hands_everything_on(
+    sqlite_store: Store, program: Program, tmp_path: Path
+) -> None:
+    study = begin(sqlite_store, make_spec(pruner={"name": "none"}), program, 3)
+    assert work(sqlite_store, study, tmp_path, stop=CountedStop(14)).requeued == 1
+    (begun,) = [trial for trial in study.get_trials() if trial.params and trial.state == TrialState.WAITING]
+    for _ in range(3):  # claimed, lost before anything else, three times over
+        sqlite_store.claim(study._study_id, "elsewhere:1:0:0")
+        (running,) = study.get_trials(states=[TrialState.RUNNING])
+        assert running.params == begun.params
+        budget.fail_trial(sqlite_store, running, Cause.LOST_WORKER, "gone", make_spec().retries)
+    work(sqlite_store, study, tmp_path)
+    last = study.get_trials()[-1]
+    assert (last.state, last.params) == (TrialState.COMPLETE, begun.params)
+    assert last.user_attrs[names.LINEAGE] == begun.number
+    assert replay(sqlite_store, "unit", last.number, program=program).identical
+
+
 def test_a_line_ends_when_its_retries_are_spent(store: Store, program: Program, tmp_path: Path) -> None:
     study = begin(store, make_spec(retries={"lost_worker": 2}), program, 1)
     for _ in range(3):
