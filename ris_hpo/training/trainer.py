@@ -286,6 +286,9 @@ class Trainer:
             size = min(micro, boundary - self.scenes_seen)
             scenes, features = self._batch(self.scenes_seen, size)
             terms = self._terms(scenes, features, loss_spec, phase)
+            detached = [name for name, value in terms.items() if not value.requires_grad]
+            if detached:
+                raise TrainingDivergedError(f"loss term '{detached[0]}' depends on no parameter: it was detached")
             weighted = self.balance.weighted(terms, loss_spec, phase, progress)
             self._note_bad(terms)
             share = size / total_scenes

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ris_hpo.errors import ConfigError, GateError, ProofError
+from ris_hpo.errors import ConfigError, GateError, ProofError, TrainingDivergedError
 from ris_hpo.physics.scene import simulate
 from ris_hpo.training import proof, telemetry
 from ris_hpo.training.config import RunConfig
@@ -101,7 +101,7 @@ def test_proof_catches_a_prediction_that_is_detached(tmp_path, monkeypatch):
     import ris_hpo.training.trainer as trainer_module
 
     monkeypatch.setattr(trainer_module, "covariances", detached)
-    with pytest.raises((ProofError, RuntimeError)):
+    with pytest.raises(TrainingDivergedError, match="loss term 'covariance_pred' depends on no parameter"):
         proof.prove(proof.small_form(RunConfig()), tmp_path, scenes=8, epochs=4)
 
 
