@@ -30,8 +30,8 @@ from ris_hpo.hpo import budget
 from ris_hpo.hpo.objective import load_program
 from ris_hpo.hpo.pool import LocalPool
 from ris_hpo.hpo.space import StudySpec, parse_study
-from ris_hpo.hpo.store import Store, open_store, quiet_optuna, ticket
-from ris_hpo.hpo.study import create_or_resume_study, fill_budget
+from ris_hpo.hpo.store import Store, open_store, ticket
+from ris_hpo.hpo.study import create_or_resume_study, fill_budget, quiet_optuna
 from ris_hpo.hpo.workers import WorkerJob, run_worker
 
 HERE = Path(__file__).parent

@@ -22,8 +22,8 @@ from optuna.trial import TrialState
 from ris_hpo.hpo.pool import LocalPool
 from ris_hpo.hpo.samplers import build_pruner
 from ris_hpo.hpo.space import load_study
-from ris_hpo.hpo.store import open_store, quiet_optuna
-from ris_hpo.hpo.study import create_or_resume_study, fill_budget
+from ris_hpo.hpo.store import open_store
+from ris_hpo.hpo.study import create_or_resume_study, fill_budget, quiet_optuna
 
 CURVES = Path(__file__).with_name("curves.json")
 SCENES, EVERY = 1536, 128

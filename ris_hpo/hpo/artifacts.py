@@ -34,7 +34,7 @@ from ris_hpo.config import Spec, to_toml
 from ris_hpo.hpo import attributes as names
 from ris_hpo.hpo import charts
 from ris_hpo.hpo.charts import Axis, Canvas, Cells, Level, Line, Ring
-from ris_hpo.learning.features import back_projection, whiten
+from ris_hpo.learning.features import back_projection, noise_loading, whiten
 from ris_hpo.learning.metrics import SceneErrors, Scores, floor_errors, scene_errors
 from ris_hpo.physics.array import steering
 from ris_hpo.physics.scene import Scenes
@@ -309,7 +309,7 @@ def spectrum_of(frozen: _Frozen) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]
     azimuth = torch.linspace(*sides[0], _PIXELS[0]).deg2rad()
     elevation = torch.linspace(*sides[1], _PIXELS[1]).deg2rad()
     range_m = torch.logspace(math.log10(min(0.5, nearest)), math.log10(max(10.0, farthest)), _PIXELS[2])
-    y, channel = whiten(one, noise_known=True)
+    y, channel = whiten(one, noise_loading(one, noise_known=True))
     z = back_projection(channel, one.ris_codes, y)[0]
     planes = []
     for distance in range_m:  # a range at a time keeps the steering vectors within a few megabytes

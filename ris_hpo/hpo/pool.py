@@ -353,6 +353,8 @@ class LocalPool:
         if reason is not None and place.process is not None:
             place.killed_for = reason
             place.process.kill()  # SIGKILL also ends a stopped process, where SIGTERM would wait with it
+            with suppress(subprocess.TimeoutExpired):  # buried at once, before the store's look takes it for a lost one
+                place.process.wait(timeout=_GRACE_S)
 
     def _bury(self, place: _Place, status: int, now: float) -> None:
         """Take note of a worker's end: free its trial, and decide whether and when another one takes the slot."""

@@ -23,7 +23,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
-import optuna
 import psutil
 import sqlalchemy
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
@@ -596,8 +595,3 @@ def file_system_of(path: Path) -> str:
 def _one_line(error: BaseException) -> str:
     original = error.orig if isinstance(error, sql_errors.DBAPIError) and error.orig is not None else error
     return redact(" ".join(str(original).split()))[:300] or type(original).__name__
-
-
-def quiet_optuna() -> None:
-    """Keep Optuna's own log lines to warnings: the command line tells the story itself."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -21,7 +21,7 @@ from ris_hpo.hpo import attributes as names
 from ris_hpo.hpo import budget
 from ris_hpo.hpo.objective import Program, load_program
 from ris_hpo.hpo.space import StudySpec
-from ris_hpo.hpo.store import Store, quiet_optuna, redact, storage_directory, ticket
+from ris_hpo.hpo.store import Store, redact, storage_directory, ticket
 
 _WARM_TRIALS = 5
 _SETTLING_S = 10.0  # how long a study may stand without attributes while another process is making it
@@ -248,3 +248,8 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def quiet_optuna() -> None:
+    """Keep Optuna's own log lines to warnings: the command line tells the story itself."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)

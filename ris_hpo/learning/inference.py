@@ -7,6 +7,7 @@ among them -> count from evidence and count head -> sources with existence and p
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
 import torch
@@ -104,6 +105,9 @@ def localize(
             "channel_error_db": spec.channel_error_db,
         }
     )
+    if not network.spec.noise_known:
+        received = scenes.y.abs().square().mean((1, 2))
+        scenes = dataclasses.replace(scenes, noise_power=outputs.disturbance * received)
     keep = spec.proposals
     candidates = Cosines(outputs.v[:, :keep], outputs.w[:, :keep], outputs.rho[:, :keep])
     return ols(scenes, candidates, likelihood, num_sources=num_sources, log_prior=outputs.log_count)

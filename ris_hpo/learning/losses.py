@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ris_hpo.config import Spec
+from ris_hpo.errors import ConfigError
 from ris_hpo.learning.hybrid import Covariances
 from ris_hpo.learning.matching import match
 from ris_hpo.learning.network import Network, Outputs, slot_geometry
@@ -34,6 +35,7 @@ class LossSpec(Spec):
     offset: float = Field(0.5, ge=0, description="offset from the cell's centre and relative power, at true cells")
     count: float = Field(0.5, ge=0, description="negative log-probability of the true count (lam_K)")
     auxiliary: float = Field(0.2, ge=0, description="Huber on matched angles and log-range (lam_aux)")
+    disturbance: float = Field(0.2, ge=0, description="share of noise and channel error, where it is not known")
     orthogonality: float = Field(0.0, ge=0, description="factor columns' mutual coherence (lam_ortho)")
     cross: float = Field(0.0, ge=0, description="agreement of angle and range Gram matrices (lam_cross)")
     gap: float = Field(0.0, ge=0, description="eigengap hinge (lam_gap)")
@@ -54,6 +56,7 @@ TERMS = (
     "offset",
     "count",
     "auxiliary",
+    "disturbance",
     "orthogonality",
     "cross",
     "gap",
@@ -140,6 +143,22 @@ def auxiliary(outputs: Outputs, truth: Sources) -> Tensor:
     return (total * paired).sum() / paired.sum().clamp(min=1)
 
 
+def disturbance(outputs: Outputs, scenes: Scenes) -> Tensor:
+    """Huber on the logit of the disturbance's share of the received power.
+
+    The disturbance is what the known channel does not explain: y_l - H diag(c_l) sum_k a_k s_kl.
+    """
+    truth, symbols = scenes.require_truth(), scenes.symbols
+    if symbols is None:
+        raise ConfigError("the loss term 'disturbance' needs scenes with symbols; set loss.disturbance = 0")
+    wave = symbols * truth.mask.unsqueeze(1)
+    wave = wave @ steering(scenes.geometry, truth.azimuth, truth.elevation, truth.range_m)
+    explained = (scenes.ris_codes * wave) @ scenes.bs_ris_channel.mT
+    share = (scenes.y - explained).abs().square().mean((1, 2)) / scenes.y.abs().square().mean((1, 2)).clamp(min=1e-30)
+    edge = 1e-4
+    return F.smooth_l1_loss(_logit(outputs.disturbance, edge), _logit(share, edge))
+
+
 def peak(outputs: Outputs, truth: Sources) -> Tensor:
     """Chamfer distance in (v, w), in beam widths, between existence-weighted slots and the truth."""
     slots = truth.max_sources
@@ -216,6 +235,7 @@ def loss_terms(
         "offset": lambda: offset(outputs, truth, grid),
         "count": lambda: count(outputs, truth),
         "auxiliary": lambda: auxiliary(outputs, truth),
+        "disturbance": lambda: disturbance(outputs, scenes),
         "orthogonality": lambda: orthogonality(outputs.factor, slots),
         "cross": lambda: cross(outputs, geometry, slots),
         "gap": lambda: eigengap(outputs.factor, truth.num_sources),
@@ -223,7 +243,12 @@ def loss_terms(
         "subspace_alignment": lambda: subspace_alignment(covariances.predicted, label),
         "peak_contrast": lambda: peak_contrast(covariances.predicted, truth, geometry, grid),
     }
-    return {name: compute[name]() for name in TERMS if getattr(spec, name) > 0}
+    silent = {"disturbance"} if network.spec.noise_known else set()
+    return {name: compute[name]() for name in TERMS if getattr(spec, name) > 0 and name not in silent}
+
+
+def _logit(share: Tensor, edge: float) -> Tensor:
+    return torch.logit(share.clamp(edge, 1 - edge))
 
 
 def _slots(outputs: Outputs, slots: int) -> Sources:

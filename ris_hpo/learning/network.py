@@ -15,6 +15,7 @@ Covariance heads: ``structured`` builds sum_c p_c a(v_c, w_c, rho_c) a^H + sigma
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -48,7 +49,7 @@ class NetworkSpec(Spec):
     max_sources: int = Field(5, ge=1, le=5)
     covariance_atoms: int = Field(16, ge=5, le=512, description="proposals that span the structured covariance")
     residual_passes: int = Field(2, ge=0, le=5, description="spectra of the residual beside the first")
-    noise_known: bool = True
+    noise_known: bool = Field(True, description="false: the noise power is estimated, channel error included")
     geometry: Geometry = Geometry()
     grid: GridSpec = GridSpec()
 
@@ -79,6 +80,7 @@ class Outputs(NamedTuple):
         log_count: [B, K_max + 1] log-probabilities of the number of sources.
         factor: complex64 [B, N, Q], F with R_pred = F F^H + sigma^2 I.
         noise_level: [B] sigma^2, relative.
+        disturbance: [B] share of the received power that is noise, or error of the known channel.
         cell_logit, cell_power: [B, P, V, W]; cell_offset: [B, 3, P, V, W] in cells; None for the token front-end.
     """
 
@@ -90,6 +92,7 @@ class Outputs(NamedTuple):
     log_count: Tensor
     factor: Tensor
     noise_level: Tensor
+    disturbance: Tensor
     cell_logit: Tensor | None = None
     cell_power: Tensor | None = None
     cell_offset: Tensor | None = None
@@ -114,9 +117,14 @@ class Network(nn.Module):
         if spec.covariance_head == "factor":
             heads["factor"] = _FreeFactor(spec) if spec.factor_basis == "free" else _AtomFactor(spec)
         heads["noise"] = nn.Linear(spec.width, 1)
+        if not spec.noise_known:  # a correction of what the features estimate
+            heads["disturbance"] = nn.Linear(spec.width, 1)
         self.heads = nn.ModuleDict(heads)
         nn.init.zeros_(self.heads["noise"].weight)  # type: ignore[arg-type]
         nn.init.constant_(self.heads["noise"].bias, -4.0)  # type: ignore[arg-type]
+        if "disturbance" in heads:
+            nn.init.zeros_(self.heads["disturbance"].weight)  # type: ignore[arg-type]
+            nn.init.zeros_(self.heads["disturbance"].bias)  # type: ignore[arg-type]
 
     def features(self, scenes: Scenes) -> Features:
         """Fixed part of the front-end; no parameters, no gradient."""
@@ -135,6 +143,9 @@ class Network(nn.Module):
             proposals: _Proposals = self.heads["proposals"](hidden, features)
             count = self.heads["count"](pooled, proposals.existence, context)
             noise_level = F.softplus(self.heads["noise"](pooled)).squeeze(-1)
+            disturbance = -math.log(10) * context[:, 0]  # its logit, by the SNR that the features know or estimate
+            if "disturbance" in self.heads:
+                disturbance = disturbance + self.heads["disturbance"](pooled).squeeze(-1)
             amplitude = (torch.sigmoid(proposals.existence) * proposals.power).clamp(min=1e-12).sqrt()
             if "factor" in self.heads and self.spec.factor_basis == "free":
                 factor = self.heads["factor"](pooled)
@@ -147,7 +158,7 @@ class Network(nn.Module):
                     factor = factor @ self.heads["factor"](proposals.state[:, :span]).to(factor.dtype)
         cells = (proposals.cell_logit, proposals.cell_power, proposals.cell_offset)
         geometry = (proposals.existence, proposals.v, proposals.w, proposals.rho, proposals.power)
-        return Outputs(*geometry, count, factor, noise_level, *cells)
+        return Outputs(*geometry, count, factor, noise_level, torch.sigmoid(disturbance), *cells)
 
     def parameter_counts(self) -> dict[str, int]:
         """Number of parameters in the backbone and in the heads."""

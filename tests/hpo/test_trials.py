@@ -81,7 +81,9 @@ def test_the_base_configuration_is_first(sqlite_store: Store, program: Program, 
     assert trial.user_attrs[names.ORIGIN] == "base"
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "gp", "cmaes", "random", "qmc"])
+@pytest.mark.parametrize(
+    "sampler", ["tpe", "random", "qmc", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gp", "cmaes"))]
+)
 def test_one_worker_repeats_bit_for_bit(sampler: str, program: Program, tmp_path: Path) -> None:
     tables = []
     for run in ("a", "b"):
@@ -95,7 +97,9 @@ def test_one_worker_repeats_bit_for_bit(sampler: str, program: Program, tmp_path
     assert len(points) == 9
 
 
-@pytest.mark.parametrize("pruner", ["asha", "hyperband", "median"])
+@pytest.mark.parametrize(
+    "pruner", ["asha", *(pytest.param(name, marks=pytest.mark.slow) for name in ("hyperband", "median"))]
+)
 def test_an_interrupted_study_has_the_undisturbed_table(pruner: str, program: Program, tmp_path: Path) -> None:
     spec = make_spec(sampler={"name": "tpe", "startup": 3}, pruner={"name": pruner, "startup": 2})
     tables = []

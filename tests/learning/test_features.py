@@ -1,11 +1,20 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ris_hpo.learning.features import back_projection, spectral_features, spectrum, whiten
+from ris_hpo.learning.features import (
+    back_projection,
+    estimated_loading,
+    noise_loading,
+    spectral_features,
+    spectrum,
+    whiten,
+)
 from ris_hpo.physics.array import Geometry
 from ris_hpo.physics.grid import GridSpec, Region, dictionary, is_symmetric
 from ris_hpo.physics.scene import SceneSpec, grid_of_cells, simulate
@@ -44,11 +53,22 @@ def test_residual_pass_takes_the_strongest_source_out():
 
 def test_whitening_makes_isotropic_sources_white():
     scenes = grid_of_cells(SceneSpec(rician_factor=(5, 5)), 3, [20.0], [1], 4)
-    _, channel = whiten(scenes, noise_known=True)
+    _, channel = whiten(scenes, noise_loading(scenes, noise_known=True))
     gram = channel @ channel.mH
     before = torch.linalg.eigvalsh(scenes.bs_ris_channel @ scenes.bs_ris_channel.mH)
     after = torch.linalg.eigvalsh(gram)
     assert ((after[:, -1] / after[:, 0]) < 0.1 * (before[:, -1] / before[:, 0])).all()
+
+
+@pytest.mark.parametrize("error_db", [None, (-10.0, -10.0)])
+def test_the_noise_is_estimated_where_it_is_not_told(error_db):
+    """Logarithm of 1 / snr within 1 (4.3 dB) on average, an error of the known channel counted as noise."""
+    scenes = simulate(SceneSpec(channel_error_db=error_db), 3, range(256))
+    told = 1 / 10 ** (scenes.snr_db / 10) + (0.0 if error_db is None else 0.1)
+    difference = (estimated_loading(scenes) / told.clamp(0.003, 5.0)).log()
+    assert difference.abs().mean() < 1
+    hidden = dataclasses.replace(scenes, noise_power=torch.full_like(scenes.noise_power, torch.nan))
+    assert torch.equal(estimated_loading(hidden), estimated_loading(scenes))
 
 
 def test_back_projection_is_the_adjoint():
@@ -58,10 +78,11 @@ def test_back_projection_is_the_adjoint():
     assert torch.allclose(z, brute, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("noise_known", [True, False])
 @pytest.mark.parametrize("passes", [0, 3])
-def test_features_are_finite_on_silence(passes):
+def test_features_are_finite_on_silence(passes, noise_known):
     """Zero y: nothing to see is not an error of the front-end."""
     scenes = simulate(SceneSpec(), 3, range(2))
     silent = type(scenes)(scenes.geometry, 0 * scenes.y, scenes.bs_ris_channel, scenes.ris_codes, scenes.noise_power)
-    features = spectral_features(silent, GridSpec(), passes=passes, noise_known=True)
+    features = spectral_features(silent, GridSpec(), passes=passes, noise_known=noise_known)
     assert all(torch.isfinite(part).all() for part in features)
