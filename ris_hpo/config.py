@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import reprlib
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,9 @@ import tomlkit
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ris_hpo.errors import ConfigError
+
+_brief = reprlib.Repr()  # what was found may be a whole table
+_brief.maxstring = _brief.maxother = _brief.maxlong = 120
 
 
 class Spec(BaseModel):
@@ -102,7 +106,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # besides malformed TOML: numbers and nesting beyond all bounds
         raise ConfigError(f"{path}: not valid TOML ({error})") from None
 
 
@@ -112,7 +116,7 @@ def to_toml(tree: Mapping[str, Any]) -> str:
     def without_none(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {key: without_none(item) for key, item in value.items() if item is not None}
-        return value
+        return [without_none(item) for item in value] if isinstance(value, list) else value
 
     return tomlkit.dumps(without_none(tree))
 
@@ -131,4 +135,4 @@ def _first_problem(cls: type[BaseModel], error: ValidationError) -> str:
     message = message[0].lower() + message[1:]
     if isinstance(problem["input"], Mapping):  # a rule over several keys: its message names them
         return f"{path}: {message}" if path else message
-    return f"{path or 'value'}: {message} (found {problem['input']!r})"
+    return f"{path or 'value'}: {message} (found {_brief.repr(problem['input'])})"

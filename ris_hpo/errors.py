@@ -10,6 +10,11 @@ class RisHpoError(Exception):
 
     exit_code = 1
 
+    def __init__(self, message: str) -> None:
+        # a message quotes files and options: a line break or a terminal's control sequence in them is shown, not obeyed
+        line = " ".join(message.split("\n"))
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
+
 
 class ConfigError(RisHpoError):
     """A run configuration or TOML file that cannot be used: unknown key, wrong type, impossible bounds."""

@@ -16,6 +16,8 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ris_hpo.hpo.credentials import redact
+
 if TYPE_CHECKING:
     from ris_hpo.hpo.replay import ReplayReport
 
@@ -53,14 +55,14 @@ def set_up_logging(level: int) -> None:
 
 def print_error(message: str) -> None:
     """One line on stderr, whatever the message was made of."""
-    line = " ".join(message.split())
+    line = redact(" ".join(message.split()))  # an address may stand in any option, meant for it or not
     stderr().print("[bold red]error:[/] ", end="", soft_wrap=True)
     stderr().print(line, markup=False, soft_wrap=True)
 
 
 def print_note(message: str) -> None:
     """A line for the person on stderr; never part of a result."""
-    stderr().print(message, markup=False, soft_wrap=True)
+    stderr().print(redact(message), markup=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:

@@ -117,7 +117,7 @@ def _learned(checkpoint: Path, name: str, pairs: Sequence[str] | None, device: s
     from ris_hpo.training.trainer import load_network
 
     if is_bundle(checkpoint):
-        bundle = load_bundle(checkpoint, device=device)
+        bundle = load_bundle(checkpoint, device=device, form="weights")  # its exported program is code
         network, inference, scene = cast(Network, bundle), bundle.inference, bundle.scene
     else:
         network, config = load_network(checkpoint, device)

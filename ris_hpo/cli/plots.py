@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ris_hpo.errors import ConfigError, OutputError
+from ris_hpo.atomic import replacing
+from ris_hpo.errors import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -85,11 +85,5 @@ def learning_curve(initial: Validation | None, history: Sequence[Validation], na
 
 
 def _save(figure: Figure, path: Path) -> None:
-    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
+    with replacing(path) as partial:
         figure.savefig(partial, dpi=150)
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        partial.unlink(missing_ok=True)

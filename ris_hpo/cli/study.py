@@ -86,11 +86,12 @@ def run(
     json_: options.Json = False,
 ) -> None:
     """Run a study: train, prune, keep. The same command resumes it, and adds nothing to a finished one."""
+    from ris_hpo.hpo.credentials import redact
     from ris_hpo.hpo.devices import plan_slots
     from ris_hpo.hpo.page import kept_current
     from ris_hpo.hpo.pool import LocalPool
     from ris_hpo.hpo.space import load_study
-    from ris_hpo.hpo.store import open_store, redact
+    from ris_hpo.hpo.store import open_store
     from ris_hpo.hpo.study import create_or_resume_study, fill_budget
 
     changes: dict[str, Any] = {

@@ -12,7 +12,7 @@ one that would be far weaker than the others costs more. Nothing in it is tuned 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ris_hpo.config import Spec
 from ris_hpo.estimators.likelihood import Fit, stochastic_cost
-from ris_hpo.estimators.observation import Observation, limits
+from ris_hpo.estimators.observation import Observation, limits, polar_slopes
 from ris_hpo.physics.grid import Region
+from ris_hpo.physics.sources import TOLERANCE
 
 _LEAST_GAIN = 2.0  # nats a source, below which an order explains nothing
 _EDGE = 0.4  # softness of the edge of the power prior, in nepers of power
@@ -43,36 +44,61 @@ class EvidenceSpec(Spec):
     power_spread_db: float | None = Field(3.0, gt=0, le=60)
     prior_weight: float = Field(3.0, ge=0, le=1000)
     temperature: float = Field(3.0, gt=0, le=100)
+    success_weight: float = Field(
+        0.0, ge=0, le=100, description="0: the most probable count; else the chance of a success counts so much more"
+    )
+    least_prior: float = Field(1e-4, ge=1e-30, lt=1, description="counts that the prior gives less are not tried")
 
 
 def order_scores(
     observation: Observation, null: Tensor, orders: list[Fit], region: Region, spec: EvidenceSpec
-) -> Tensor:
-    """Negative log-evidence of orders 0..len(orders), float64 [B, K + 1]; constants common to all are left out."""
-    columns = [null]
+) -> tuple[Tensor, Tensor]:
+    """Negative log-evidence of orders 0..len(orders), and the chance that each, if right, has every source in place.
+
+    Returns:
+        scores and chances, float64 [B, K + 1] each; constants common to all orders are left out of the scores.
+    """
+    columns, chances = [null], [torch.ones_like(null)]
     for fit in orders:
         k = fit.u.shape[1]
+        precision = _precision(observation, fit, region)
         if spec.kind == "penalty":
             columns.append(fit.nll + spec.gamma * k)
         else:
-            score = fit.nll + occam_factor(observation, fit, region, spec) + spec.penalty * k
+            score = fit.nll + _occam_factor(fit, precision, region, spec) + spec.penalty * k
             # Laplace's formula counts k! separate modes, which a flat likelihood does not have
             told = fit.nll < null - _LEAST_GAIN * k
             columns.append(torch.where(told, score, null + k))
-    return torch.stack(columns, dim=-1)
+        chances.append(_in_place(fit, precision))
+    return torch.stack(columns, dim=-1), torch.stack(chances, dim=-1)
 
 
-def occam_factor(observation: Observation, fit: Fit, region: Region, spec: EvidenceSpec) -> Tensor:
-    """What the order's freedom costs beside its nll, float64 [B]."""
+def _precision(observation: Observation, fit: Fit, region: Region) -> Tensor:
+    """Fisher matrix of (u, log p) plus the precision of their prior, float64 [B, 4k, 4k]."""
     k = fit.u.shape[1]
     _, _, information = stochastic_cost(observation, torch.cat([fit.u.flatten(1), fit.log_power], dim=-1))
     low, high = limits(region, fit.u.device)
     width = (high - low).clamp(min=1e-6)
-    precision = torch.cat([(12 / width.square()).repeat(k), torch.full_like(fit.u[0, :, 0], 12 / _WIDE**2)])
-    log_det = torch.linalg.slogdet(information + torch.diag_embed(precision)).logabsdet
+    prior = torch.cat([(12 / width.square()).repeat(k), torch.full_like(fit.u[0, :, 0], 12 / _WIDE**2)])
+    return information + torch.diag_embed(prior)
+
+
+def _occam_factor(fit: Fit, precision: Tensor, region: Region, spec: EvidenceSpec) -> Tensor:
+    """What the order's freedom costs beside its nll, float64 [B]."""
+    k = fit.u.shape[1]
+    log_det = torch.linalg.slogdet(precision).logabsdet
     log_prior = log_position_prior(fit.u, region).sum(-1) + _log_power_prior(fit.log_power, spec) + math.lgamma(k + 1)
     cost: Tensor = log_det * 0.5 - 2 * k * math.log(2 * math.pi) - log_prior
     return cost
+
+
+def _in_place(fit: Fit, precision: Tensor) -> Tensor:
+    """Chance that every source lies within the tolerances of a success, by the marginal spreads of Laplace's fit."""
+    k = fit.u.shape[1]
+    variance = torch.linalg.inv_ex(precision)[0].diagonal(dim1=-2, dim2=-1)[:, : 3 * k].unflatten(-1, (k, 3))
+    spread = variance.clamp(min=1e-30).sqrt() * polar_slopes(fit.u).abs()
+    tolerance = torch.tensor(TOLERANCE, dtype=spread.dtype, device=spread.device)
+    return torch.erf(tolerance / (spread * math.sqrt(2))).prod(-1).prod(-1)
 
 
 def log_position_prior(u: Tensor, region: Region) -> Tensor:
@@ -85,8 +111,35 @@ def log_position_prior(u: Tensor, region: Region) -> Tensor:
     return slopes - sum(math.log(span) for span in spans)
 
 
+def chosen_order(log_posterior: Tensor, chances: Tensor, spec: EvidenceSpec) -> Tensor:
+    """The count that is reported, int64 [B]: it maximises p(k | y) (1 + success_weight * chance_k)."""
+    return (log_posterior + torch.log1p(spec.success_weight * chances)).argmax(-1)
+
+
+class CountWeights(NamedTuple):
+    """How a scene weighs evidence against a prior: -e t log(1 + d_k / t) + p log p(k) + bias_k, d_k = score_k - min.
+
+    The saturation t keeps a misfit of the model, which grows with the SNR, from shouting the prior down.
+
+    Attributes:
+        evidence: e, float64 [B].
+        saturation: t in nats, float64 [B].
+        prior: p, float64 [B].
+        bias: float64 [B, K + 1].
+    """
+
+    evidence: Tensor
+    saturation: Tensor
+    prior: Tensor
+    bias: Tensor
+
+
 def posterior_of_orders(
-    scores: Tensor, spec: EvidenceSpec, log_prior: Tensor | None, allowed: tuple[int, int]
+    scores: Tensor,
+    spec: EvidenceSpec,
+    log_prior: Tensor | None,
+    allowed: tuple[Tensor, Tensor],
+    weights: CountWeights | None = None,
 ) -> Tensor:
     """Log p(k | y), float64 [B, K + 1].
 
@@ -94,14 +147,30 @@ def posterior_of_orders(
         scores: negative log-evidence [B, K + 1].
         spec: weight of the prior and temperature.
         log_prior: [B, >= K + 1] log p(k) from elsewhere (a network's count head), or None for uniform.
-        allowed: smallest and largest count.
+        allowed: smallest and largest count of every scene, [B] each.
+        weights: in place of the spec's weight and temperature; needs ``log_prior``.
     """
-    logits = -scores
-    if log_prior is not None:
-        logits = logits + spec.prior_weight * log_prior[:, : scores.shape[1]].to(scores).clamp(min=-1e6)
     order = torch.arange(scores.shape[1], device=scores.device)
-    outside = (order < allowed[0]) | (order > allowed[1])
-    return torch.log_softmax(logits.masked_fill(outside, -torch.inf) / spec.temperature, dim=-1)
+    outside = (order < allowed[0].unsqueeze(-1)) | (order > allowed[1].unsqueeze(-1))
+    prior = None if log_prior is None else log_prior[:, : scores.shape[1]].to(scores).clamp(min=-1e6)
+    if weights is not None and prior is not None:
+        logits = mixed(scores.masked_fill(outside, torch.inf), prior, weights)
+    elif prior is not None:
+        logits = (spec.prior_weight * prior - scores) / spec.temperature
+    else:
+        logits = -scores / spec.temperature
+    return torch.log_softmax(logits.masked_fill(outside, -torch.inf), dim=-1)
+
+
+def mixed(scores: Tensor, log_prior: Tensor, weights: CountWeights) -> Tensor:
+    """Unnormalised log-posterior by :class:`CountWeights`, differentiable in them; infinite scores give -infinity."""
+    untried = scores.isinf()
+    behind = scores - scores.amin(-1, keepdim=True)
+    behind = behind.masked_fill(untried, 0)  # no infinity may meet a gradient
+    evidence, saturation, prior = (value.unsqueeze(-1) for value in weights[:3])
+    bias = weights.bias[:, : scores.shape[1]]
+    logits = prior * log_prior - evidence * saturation * torch.log1p(behind / saturation) + bias
+    return logits.masked_fill(untried, -torch.inf)
 
 
 def _log_power_prior(log_power: Tensor, spec: EvidenceSpec) -> Tensor:

@@ -10,7 +10,8 @@ With whitened snapshots (noise power 1), G_l = T_l A(u) and u the box coordinate
 minimised by damped Fisher scoring. All solves are of size k, by R_l^-1 = I - V_l^H V_l with
 V_l = chol(I + P^1/2 G^H G P^1/2)^-1 P^1/2 G_l^H; no eigendecomposition anywhere. Both costs are in nats.
 
-Products with the sensing matrices run in the observation's precision; everything of the size of k in float64.
+Products with the sensing matrices, and the Gram matrices of what they give, run in the observation's precision;
+everything of the size of k in float64.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ LOG_POWER_LIMITS = (-12.0, 28.0)
 # half
 _STRIDE = (0.08, 0.08, 0.4, 1.5)
 _CHUNK = 32
+_POWER_STEPS = 4  # Fisher steps of the powers alone before positions move too
 _RANGE_POINTS = 128
 
 Evaluation = tuple[Tensor, Tensor, Tensor]
@@ -173,8 +175,11 @@ def stochastic_fit(
     stride = torch.tensor(_STRIDE, dtype=u.dtype, device=u.device)
     power_low, power_high = (torch.full_like(log_power[0], limit) for limit in LOG_POWER_LIMITS)
     log_power = log_power.clamp(*LOG_POWER_LIMITS)
-    powers, nll = descend(statistics, power_cost, log_power, power_low, power_high, stride[3:].expand(k), 12, tolerance)
-    if not positions or steps == 0:
+    moves = positions and steps > 0  # then the powers are only a start
+    most, enough = (_POWER_STEPS, 10 * tolerance) if moves else (12, tolerance)
+    spread = stride[3:].expand(k)
+    powers, nll = descend(statistics, power_cost, log_power, power_low, power_high, spread, most, enough)
+    if not moves:
         return Fit(u, powers, nll)
     low, high = (
         torch.cat([limit.repeat(k), bound])
@@ -254,7 +259,7 @@ def descend(
 def deterministic_cost(observation: Observation, x: Tensor) -> Evaluation:
     """Variable projection: sum_l || P_perp(G_l) y_l ||^2 with gradient and Kaufman's Hessian at x [B, 3k]."""
     k = x.shape[1] // 3
-    g, d = observation.linearised(x.unflatten(-1, (k, 3)))
+    g, d = (part.to(torch.complex128) for part in observation.linearised(x.unflatten(-1, (k, 3))))
     y = observation.y.unsqueeze(-1)
     factor = ridged_cholesky(g.mH @ g)
     symbols = torch.cholesky_solve(g.mH @ y, factor)
@@ -272,15 +277,16 @@ def stochastic_cost(observation: Observation, x: Tensor) -> Evaluation:
     k = x.shape[1] // 4
     power = x[:, 3 * k :].exp()
     g, d = observation.linearised(x[:, : 3 * k].unflatten(-1, (k, 3)))
-    seen = torch.cat([g, d, observation.y.unsqueeze(-1)], dim=-1)
-    gram = seen.mH @ seen
+    seen = torch.cat([g, d, observation.y.unsqueeze(-1).to(g.dtype)], dim=-1)
+    gram = (seen.mH @ seen).to(torch.complex128)
     root = power.sqrt()[:, None, :]
     top = gram[..., :k, :] * root.unsqueeze(-1)
-    factor = torch.linalg.cholesky(_plus_identity(top[..., :k] * root.unsqueeze(-2)))
+    factor = _cholesky(_plus_identity(top[..., :k] * root.unsqueeze(-2)))
     inside = torch.linalg.solve_triangular(factor, top, upper=False)
     solved = gram - inside.mH @ inside  # [G D y]^H R^-1 [G D y]
     log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).real.log().sum((1, 2))
-    cost = log_det + solved[..., -1, -1].real.sum(1)
+    energy = observation.y.abs().square().sum((1, 2))
+    cost = log_det + energy - inside[..., -1].abs().square().sum((1, 2))
     owner = torch.arange(3 * k, device=x.device) // 3
     p = power[:, owner]
     gg, gd, dd = solved[..., :k, :k], solved[..., :k, k:-1], solved[..., k:-1, k:-1]
@@ -288,8 +294,8 @@ def stochastic_cost(observation: Observation, x: Tensor) -> Evaluation:
     own_gd = torch.gather(gd, -2, owner.expand(*gd.shape[:2], 1, -1)).squeeze(-2)
     gradient_u = 2 * p * (own_gd - seen_d.conj() * seen_g[..., owner]).real.sum(1)
     gradient_p = power * (gg.diagonal(dim1=-2, dim2=-1).real - seen_g.abs().square()).sum(1)
-    gd_all = gd[..., owner, :]
-    cross = (gd_all * gd_all.mT + gg[..., owner, :][..., owner] * dd.mT).real.sum(1)
+    gd_all, gg_all = gd[..., owner, :].to(g.dtype), gg[..., owner, :][..., owner].to(g.dtype)
+    cross = (gd_all * gd_all.mT + gg_all * dd.mT.to(g.dtype)).real.sum(1)
     block_u = 2 * cross * p.unsqueeze(-1) * p.unsqueeze(-2)
     block_up = 2 * (gd.mT * gg[..., owner, :]).real.sum(1) * p.unsqueeze(-1) * power.unsqueeze(-2)
     block_p = gg.abs().square().sum(1) * power.unsqueeze(-1) * power.unsqueeze(-2)
@@ -317,9 +323,11 @@ class PowerStatistics:
 
 def power_statistics(observation: Observation, u: Tensor) -> PowerStatistics:
     """Statistics for the powers of sources at u [B, k, 3]."""
-    g = observation.see(box_steering(observation.geometry, u)).to(torch.complex128)
-    matched = (g.mH @ observation.y.unsqueeze(-1)).squeeze(-1)
-    return PowerStatistics(g.mH @ g, matched, observation.y.abs().square().sum((1, 2)))
+    g = observation.see(box_steering(observation.geometry, u))
+    matched = (g.mH @ observation.y.unsqueeze(-1).to(g.dtype)).squeeze(-1)
+    return PowerStatistics(
+        (g.mH @ g).to(torch.complex128), matched.to(torch.complex128), observation.y.abs().square().sum((1, 2))
+    )
 
 
 def power_cost(statistics: PowerStatistics, log_power: Tensor) -> Evaluation:
@@ -329,7 +337,7 @@ def power_cost(statistics: PowerStatistics, log_power: Tensor) -> Evaluation:
     root = power.sqrt()[:, None, :, None]
     stacked = torch.cat([statistics.gram, statistics.matched.unsqueeze(-1)], dim=-1)
     top = stacked * root
-    factor = torch.linalg.cholesky(_plus_identity(top[..., :k] * root.mT))
+    factor = _cholesky(_plus_identity(top[..., :k] * root.mT))
     inside = torch.linalg.solve_triangular(factor, top, upper=False)
     solved = stacked - inside[..., :k].mH @ inside
     gg, seen = solved[..., :k], solved[..., k]
@@ -451,13 +459,16 @@ def ridged_cholesky(gram: Tensor) -> Tensor:
     """Cholesky factor of G^H G [..., k, k] with a relative ridge of 1e-12, which only coinciding sources notice."""
     level = gram.diagonal(dim1=-2, dim2=-1).real.amax(-1)
     ridge = (1e-12 * level + 1e-200).unsqueeze(-1).expand(gram.shape[:-1])
-    factor, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(ridge).to(gram.dtype))
+    return _cholesky(gram + torch.diag_embed(ridge).to(gram.dtype))
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    """Cholesky factor; a matrix that rounding made indefinite gets a relative ridge of 1e-5."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
     if bool((failed > 0).any()):
-        factor = torch.where(
-            (failed > 0)[..., None, None],
-            torch.linalg.cholesky_ex(gram + torch.diag_embed(1e5 * ridge + 1e-30).to(gram.dtype))[0],
-            factor,
-        )
+        ridge = 1e-5 * matrix.diagonal(dim1=-2, dim2=-1).real.amax(-1, keepdim=True).expand(matrix.shape[:-1]) + 1e-30
+        ridged = torch.linalg.cholesky_ex(matrix + torch.diag_embed(ridge).to(matrix.dtype))[0]
+        factor = torch.where((failed > 0)[..., None, None], ridged, factor)
     result: Tensor = factor
     return result
 

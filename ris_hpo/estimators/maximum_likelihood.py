@@ -7,7 +7,8 @@ the chosen one is refined in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from ris_hpo.config import Spec
 from ris_hpo.errors import ConfigError
-from ris_hpo.estimators.counting import EvidenceSpec, order_scores, posterior_of_orders
-from ris_hpo.estimators.likelihood import Fit, position_moments
+from ris_hpo.estimators.counting import CountWeights, EvidenceSpec, chosen_order, order_scores, posterior_of_orders
+from ris_hpo.estimators.likelihood import Fit, position_moments, ridged_cholesky
 from ris_hpo.estimators.observation import (
     Observation,
     box_steering,
@@ -38,7 +39,7 @@ from ris_hpo.estimators.search import (
     swept,
 )
 from ris_hpo.physics.array import Cosines
-from ris_hpo.physics.grid import GridSpec
+from ris_hpo.physics.grid import GridSpec, spectrum
 from ris_hpo.physics.scene import Scenes
 from ris_hpo.physics.sources import Sources
 
@@ -53,6 +54,7 @@ class LikelihoodSpec(Spec):
     max_sources: int = Field(5, ge=1, le=8)
     range_estimate: Literal["mean", "mode"] = "mean"
     channel_error_db: float | None = Field(None, ge=-100, le=20)
+    double: bool = Field(True, description="products with the sensing matrices in complex128 for the chosen order")
     batch: int = Field(16, ge=1, le=4096)
 
     @model_validator(mode="after")
@@ -83,7 +85,7 @@ def deterministic_ml(
     spec = spec or LikelihoodSpec()
     points, _ = grid_points(spec.grid, scenes.device)
     response = box_steering(scenes.geometry, points).to(torch.complex64)
-    return _in_batches(scenes, spec, num_sources, None, lambda seen, _: Atoms.of(seen, points, response))
+    return _in_batches(scenes, spec, num_sources, None, None, lambda seen, _: Atoms.of(seen, points, response))
 
 
 def ols(
@@ -93,6 +95,7 @@ def ols(
     *,
     num_sources: Tensor | int | None = None,
     log_prior: Tensor | None = None,
+    weights: CountWeights | None = None,
 ) -> Sources:
     """The same search among candidates [B, C] alone: proposals of a network or maxima of a spectrum.
 
@@ -102,6 +105,7 @@ def ols(
         spec: settings.
         num_sources: the count where it is known.
         log_prior: [B, max_sources + 1] log p(k) added to the evidence with ``evidence.prior_weight``.
+        weights: learned weights of every scene in place of the settings' own.
 
     Raises:
         ConfigError: a count outside 0..max_sources, or candidates of another batch size.
@@ -111,7 +115,11 @@ def ols(
     if candidates.v.shape[0] != len(scenes):
         raise ConfigError(f"candidates for {candidates.v.shape[0]} scenes beside {len(scenes)} scenes")
     u = clipped(from_cosine_coordinates(candidates), spec.grid.region)
-    return _in_batches(scenes, spec, num_sources, log_prior, lambda observation, rows: Atoms.of(observation, u[rows]))
+
+    def atoms_of(observation: Observation, rows: Tensor) -> Atoms:
+        return Atoms.of(observation, u[rows])
+
+    return _in_batches(scenes, spec, num_sources, log_prior, weights, atoms_of)
 
 
 def spectrum_maxima(scenes: Scenes, count: int, spec: LikelihoodSpec | None = None) -> Cosines:
@@ -128,20 +136,64 @@ def spectrum_maxima(scenes: Scenes, count: int, spec: LikelihoodSpec | None = No
     for start in range(0, len(scenes), spec.batch):
         part = scenes[start : start + spec.batch]
         observation = Observation.of(part, channel_error_db=spec.channel_error_db)
-        spectrum = gains(observation, Atoms.of(observation, points, response), None, spec.search)
-        chosen.append(local_maxima(spectrum, spec.grid, valid, count))
+        power = gains(observation, Atoms.of(observation, points, response), None, spec.search)
+        chosen.append(local_maxima(power, spec.grid, valid, count))
     return to_cosine_coordinates(points[torch.cat(chosen)])
 
 
-def local_maxima(spectrum: Tensor, grid: GridSpec, valid: Tensor, count: int) -> Tensor:
+def residual_maxima(observation: Observation, fit: Fit, spec: LikelihoodSpec) -> Atoms:
+    """Atoms at the highest local maxima of the whitened spectrum of what a fit leaves, P_perp(G_l) y_l.
+
+    One product with the dictionary instead of one with every atom's snapshots: cheap enough for a second look.
+    """
+    snapshots, antennas = observation.y.shape[1:]
+    g = observation.see(box_steering(observation.geometry, fit.u))
+    y = observation.y.unsqueeze(-1).to(g.dtype)
+    basis = torch.linalg.solve_triangular(ridged_cholesky(g.mH @ g), g.mH, upper=False)
+    residual = y - basis.mH @ (basis @ y)
+    rows = observation.sensing.unflatten(1, (snapshots, antennas))
+    gram = rows[:, 0] @ rows[:, 0].mH  # H H^H, since codes have unit modulus
+    level = gram.diagonal(dim1=-2, dim2=-1).real.mean(-1)
+    excess = (observation.y.abs().square().mean((1, 2)) - 1).clamp(min=0.1).to(level.dtype)
+    eye = torch.eye(antennas, dtype=gram.dtype, device=gram.device)
+    factor = torch.linalg.cholesky(gram + (level / excess)[:, None, None] * eye)
+    white = torch.cholesky_solve(residual.squeeze(-1).mT, factor).mT
+    z = (rows.mH @ white.unsqueeze(-1)).squeeze(-1)
+    points, valid = grid_points(spec.grid, z.device)
+    power = spectrum(observation.geometry, z.to(torch.complex64), spec.grid).flatten(1)[:, valid]
+    chosen = local_maxima(power, spec.grid, valid, min(spec.search.residual_maxima, len(points)))
+    return Atoms.of(observation, points[chosen])
+
+
+def local_maxima(power: Tensor, grid: GridSpec, valid: Tensor, count: int) -> Tensor:
     """Indices [B, count] of the highest points no lower than their 26 neighbours, best first; then other points."""
-    full = spectrum.new_full((len(spectrum), len(valid)), -torch.inf)
-    full[:, valid] = spectrum
+    full = power.new_full((len(power), len(valid)), -torch.inf)
+    full[:, valid] = power
     volume = full.unflatten(-1, grid.shape).unsqueeze(1)
     highest = torch.nn.functional.max_pool3d(volume, 3, stride=1, padding=1)
     peak = (volume >= highest).flatten(1)[:, valid]
-    span = (spectrum.amax(-1, keepdim=True) - spectrum.amin(-1, keepdim=True)).clamp(min=1e-6)
-    result: Tensor = (spectrum + peak * 2 * span).topk(count, dim=-1).indices
+    span = (power.amax(-1, keepdim=True) - power.amin(-1, keepdim=True)).clamp(min=1e-6)
+    result: Tensor = (power + peak * 2 * span).topk(count, dim=-1).indices
+    return result
+
+
+def order_evidence(
+    scenes: Scenes, candidates: Cosines, spec: LikelihoodSpec, log_prior: Tensor | None = None
+) -> Tensor:
+    """What :func:`ols` weighs: negative log-evidence of 0..max_sources sources, float64 [B, max_sources + 1].
+
+    Orders that ``log_prior`` makes implausible are not tried and have infinity.
+    """
+    require_finite(scenes)
+    u = clipped(from_cosine_coordinates(candidates), spec.grid.region)
+    needed = _orders_needed(scenes, spec, None, log_prior)
+    result = torch.full((len(scenes), spec.max_sources + 1), torch.inf, dtype=torch.float64, device=scenes.device)
+    for rows, most in _alike(needed[1], spec.batch):
+        observation = Observation.of(scenes[rows], channel_error_db=spec.channel_error_db)
+        orders = _all_orders(observation, Atoms.of(observation, u[rows]), spec, needed[0][rows], most)
+        scores, _ = order_scores(observation, null_nll(observation), orders, spec.grid.region, spec.evidence)
+        outside = torch.arange(most + 1, device=scores.device) < _least(needed[0][rows], spec).unsqueeze(-1)
+        result[rows, : most + 1] = scores.masked_fill(outside, torch.inf)
     return result
 
 
@@ -150,18 +202,57 @@ def _in_batches(
     spec: LikelihoodSpec,
     num_sources: Tensor | int | None,
     log_prior: Tensor | None,
-    atoms_of: Callable[[Observation, slice], Atoms],
+    weights: CountWeights | None,
+    atoms_of: Callable[[Observation, Tensor], Atoms],
 ) -> Sources:
+    """Estimate in batches; what is found for a scene does not depend on the others of its batch."""
     count = None if num_sources is None else _checked_count(scenes, spec, num_sources)
     require_finite(scenes)
-    parts = []
-    for start in range(0, len(scenes), spec.batch):
-        rows = slice(start, start + spec.batch)
+    lowest, highest = _orders_needed(scenes, spec, count, log_prior)
+    order, parts = [], []
+    for rows, most in _alike(highest, spec.batch):
         observation = Observation.of(scenes[rows], channel_error_db=spec.channel_error_db)
-        given = None if count is None else count[rows]
-        prior = None if log_prior is None else log_prior[rows]
-        parts.append(_estimated(observation, atoms_of(observation, rows), spec, given, prior))
-    return Sources.cat(parts)
+        orders = _all_orders(observation, atoms_of(observation, rows), spec, lowest[rows], most)
+        if count is None:
+            scores, chances = order_scores(observation, null_nll(observation), orders, spec.grid.region, spec.evidence)
+            allowed = (_least(lowest[rows], spec), highest[rows])
+            prior = None if log_prior is None else log_prior[rows]
+            few = None if weights is None else CountWeights(*(value[rows] for value in weights))
+            log_posterior = posterior_of_orders(scores, spec.evidence, prior, allowed, few)
+            chosen = chosen_order(log_posterior, chances, spec.evidence)
+            at_least = log_posterior.exp().flip(-1).cumsum(-1).flip(-1).clamp(0, 1)
+        else:
+            chosen = count[rows]
+            at_least = (torch.arange(most + 1, device=chosen.device) <= chosen.unsqueeze(-1)).double()
+        parts.append(_chosen(observation, orders, chosen, at_least, spec))
+        order.append(rows)
+    return Sources.cat(parts)[torch.argsort(torch.cat(order))]
+
+
+def _alike(highest: Tensor, batch: int) -> Iterator[tuple[Tensor, int]]:
+    """Rows of scenes that need the same highest order, so that none is fitted in vain, and that order."""
+    for most in highest.unique().tolist():
+        for rows in torch.nonzero(highest == most).squeeze(-1).split(batch):
+            yield rows, most
+
+
+def _least(lowest: Tensor, spec: LikelihoodSpec) -> Tensor:
+    return torch.zeros_like(lowest) if spec.num_sources[0] == 0 else lowest
+
+
+def _orders_needed(
+    scenes: Scenes, spec: LikelihoodSpec, count: Tensor | None, log_prior: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Lowest and highest order of every scene [B] that can be the answer; at least one source is always tried."""
+    if count is not None:
+        return count.clamp(min=1), count.clamp(min=1)
+    least, most = max(spec.num_sources[0], 1), max(spec.num_sources[1], 1)
+    order = torch.arange(least, most + 1, device=scenes.device)
+    plausible = torch.ones(len(scenes), len(order), dtype=torch.bool, device=scenes.device)
+    if log_prior is not None:
+        plausible = log_prior[:, least : most + 1] >= math.log(spec.evidence.least_prior)
+    lowest = torch.where(plausible, order, most).amin(-1)
+    return lowest, torch.where(plausible, order, least).amax(-1).maximum(lowest)
 
 
 def _checked_count(scenes: Scenes, spec: LikelihoodSpec, num_sources: Tensor | int) -> Tensor:
@@ -171,28 +262,20 @@ def _checked_count(scenes: Scenes, spec: LikelihoodSpec, num_sources: Tensor | i
     return count
 
 
-def _estimated(
-    observation: Observation, atoms: Atoms, spec: LikelihoodSpec, count: Tensor | None, log_prior: Tensor | None
-) -> Sources:
-    """One batch: all orders, their evidence, the chosen order refined."""
-    highest = spec.max_sources if count is None else max(int(count.max()), 1)
-    orders = search_orders(observation, atoms, highest + spec.search.extra_order, spec.grid.region, spec.search)
-    orders = orders[:highest]
+def _all_orders(
+    observation: Observation, atoms: Atoms, spec: LikelihoodSpec, lowest: Tensor, highest: int
+) -> list[Fit]:
+    """Fits of orders 1..highest (index 0 is order 1); those below every ``lowest`` are unpolished."""
+    region, needed = spec.grid.region, (int(lowest.min()), highest)
+    orders = search_orders(
+        observation, atoms, needed, region, spec.search, lambda fit: residual_maxima(observation, fit, spec)
+    )[:highest]
     if spec.search.sweeps:
         strongest = gains(observation, atoms, None, spec.search)
         few = atoms.chosen(strongest.topk(min(spec.search.sweep_atoms, strongest.shape[-1]), dim=-1).indices)
         for _ in range(spec.search.sweeps):
-            orders = [
-                swept(observation, few, fit, spec.grid.region, spec.search, spec.search.greedy_steps) for fit in orders
-            ]
-    if count is None:
-        scores = order_scores(observation, null_nll(observation), orders, spec.grid.region, spec.evidence)
-        log_posterior = posterior_of_orders(scores, spec.evidence, log_prior, spec.num_sources)
-        count = log_posterior.argmax(-1)
-        at_least = log_posterior.exp().flip(-1).cumsum(-1).flip(-1).clamp(0, 1)
-    else:
-        at_least = (torch.arange(highest + 1, device=count.device) <= count.unsqueeze(-1)).double()
-    return _chosen(observation, orders, count, at_least, spec)
+            orders = [swept(observation, few, fit, region, spec.search, spec.search.greedy_steps) for fit in orders]
+    return orders
 
 
 def _chosen(
@@ -208,9 +291,12 @@ def _chosen(
     existence = torch.zeros(batch, width, dtype=torch.float64, device=device)
     for k in sorted(set(count.tolist()) - {0}):
         rows = torch.nonzero(count == k).squeeze(-1)
-        part = observation[rows].double()
+        part = observation[rows]
+        if spec.double:
+            part = part.double()
         fit = Fit(*(value[rows] for value in orders[k - 1]))
-        fit = refined(part, fit.u, fit.log_power, spec.grid.region, spec.search, spec.search.final_steps, 1e-5)
+        steps, tolerance = spec.search.final_steps, spec.search.final_tolerance
+        fit = refined(part, fit.u, fit.log_power, spec.grid.region, spec.search, steps, tolerance)
         order = removal_costs(part, fit).argsort(dim=-1, descending=True)
         moments = position_moments(part, fit, spec.grid.region, mean=spec.range_estimate == "mean")
         where = (rows.unsqueeze(-1), torch.arange(k, device=device))

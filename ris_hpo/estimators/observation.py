@@ -156,9 +156,9 @@ class Observation:
         return result
 
     def linearised(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """G [B, L, M, k] and D [B, L, M, 3k] = dG/du in complex128 at u [B, k, 3]."""
+        """G [B, L, M, k] and D [B, L, M, 3k] = dG/du in the sensing matrices' precision at u [B, k, 3]."""
         a, da = box_steering_jacobian(self.geometry, u)
-        seen = self.see(torch.cat([a, da.flatten(1, 2)], dim=1)).to(torch.complex128)
+        seen = self.see(torch.cat([a, da.flatten(1, 2)], dim=1))
         k = u.shape[1]
         return seen[..., :k], seen[..., k:]
 

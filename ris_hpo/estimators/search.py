@@ -12,6 +12,7 @@ replaced by P_perp(G_l). The first weighs snapshots by how well the atom is seen
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,7 +42,11 @@ class SearchSpec(Spec):
     objective: Literal["stochastic", "deterministic"] = "stochastic"
     greedy_steps: int = Field(4, ge=0, le=100)
     final_steps: int = Field(12, ge=0, le=200)
+    final_tolerance: float = Field(1e-5, gt=0, le=1, description="nats; a scene whose last step gained less is done")
     extra_order: int = Field(1, ge=0, le=3)
+    residual_maxima: int = Field(
+        0, ge=0, le=256, description="extra orders choose among so many maxima of the residual's spectrum instead"
+    )
     backward: bool = True
     sweeps: int = Field(0, ge=0, le=5)
     sweep_atoms: int = Field(256, ge=1)
@@ -132,16 +137,35 @@ def _log_product(values: Tensor) -> Tensor:
 
 
 def search_orders(
-    observation: Observation, atoms: Atoms, max_order: int, region: Region, spec: SearchSpec
+    observation: Observation,
+    atoms: Atoms,
+    orders_needed: tuple[int, int],
+    region: Region,
+    spec: SearchSpec,
+    look_again: Callable[[Fit], Atoms],
 ) -> list[Fit]:
-    """Best fits found of orders 1..max_order (index 0 is order 1), every scene of the batch at every order."""
+    """Best fits found of orders 1..highest + ``extra_order`` (index 0 is order 1), all scenes at every order.
+
+    Args:
+        observation: what was received.
+        atoms: candidates.
+        orders_needed: lowest and highest order that can be the answer; lower ones are only passed through.
+        region: allowed positions.
+        spec: how much work.
+        look_again: other candidates beside a fit, for the extra orders: what the candidates missed comes in there, and
+            on the way back the source that is missed least goes.
+    """
     orders: list[Fit] = []
     fit: Fit | None = None
-    for _ in range(max_order):
-        fit = extended(observation, atoms, fit, region, spec, spec.greedy_steps)
+    least, most = orders_needed
+    max_order = most + spec.extra_order
+    for order in range(1, max_order + 1):
+        offered = look_again(fit) if fit is not None and order > most and spec.residual_maxima else atoms
+        steps = spec.greedy_steps if order >= least else min(spec.greedy_steps, 1)
+        fit = extended(observation, offered, fit, region, spec, steps)
         orders.append(fit)
     if spec.backward:
-        for k in range(max_order - 1, 0, -1):
+        for k in range(max_order - 1, least - 1, -1):
             orders[k - 1] = improved_from_above(observation, orders[k], orders[k - 1], region, spec)
     return orders
 

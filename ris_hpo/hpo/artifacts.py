@@ -23,14 +23,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import optuna
 import torch
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upload_artifact
 from torch import Tensor
 
+from ris_hpo.atomic import make_folder, write_text
 from ris_hpo.config import Spec, to_toml
+from ris_hpo.errors import OutputError
 from ris_hpo.hpo import attributes as names
 from ris_hpo.hpo import charts
 from ris_hpo.hpo.charts import Axis, Canvas, Cells, Level, Line, Ring
@@ -85,8 +87,7 @@ class TrialFigures:
         self._clock = clock
         self._begun = clock()
         self._spent = 0.0
-        artifacts.mkdir(parents=True, exist_ok=True)
-        self._store = FileSystemArtifactStore(str(artifacts))
+        self._store = _Folder(artifacts)
         known = get_all_artifact_meta(trial, storage=study._storage)
         self._identifiers = {meta.filename: meta.artifact_id for meta in known}
         self._reference = _k_loc(study.user_attrs.get(names.REFERENCE, {}).get("ml"))
@@ -116,14 +117,15 @@ class TrialFigures:
         begun = self._clock()
         try:
             self._write(name, draw())
-        except OSError as error:
-            log.warning("trial %d: %s was not written (%s)", self._trial.number, name, error.strerror or error)
+        except (OSError, OutputError) as error:
+            log.warning("trial %d: %s was not written (%s)", self._trial.number, name, error)
         self._spent += self._clock() - begun
 
     def _write(self, name: str, text: str) -> None:
         known = self._identifiers.get(name)
         if known is None:
-            with tempfile.TemporaryDirectory(prefix="ris-hpo-") as scratch:
+            make_folder(self._folder)
+            with tempfile.TemporaryDirectory(prefix=".", dir=self._folder) as scratch:
                 file = Path(scratch) / name
                 file.write_text(text, encoding="utf-8")
                 self._identifiers[name] = upload_artifact(
@@ -134,9 +136,17 @@ class TrialFigures:
                     mimetype=MIMETYPES[file.suffix],
                 )
             return
-        partial = self._folder / f".{known}.{os.getpid()}"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(self._folder / known)
+        write_text(self._folder / known, text)
+
+
+class _Folder(FileSystemArtifactStore):
+    """A folder of artifacts that takes a file as its own, where Optuna's would copy it.
+
+    A full disk is met when that file is written, before the trial is told that it has an artifact.
+    """
+
+    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
+        os.replace(content_body.name, self._get_filepath(artifact_id))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,13 +6,14 @@ of N trials is a study of N lines, and it has ended when each of them is complet
 
 from __future__ import annotations
 
-import math
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Literal
 
 import psutil
@@ -20,9 +21,10 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from ris_hpo.hpo import attributes as names
 from ris_hpo.hpo.attributes import Cause
+from ris_hpo.hpo.patience import LONGEST_PAUSE_S
 from ris_hpo.hpo.samplers import lineage_root
 from ris_hpo.hpo.space import RetrySpec, StopSpec
-from ris_hpo.hpo.store import LONGEST_PAUSE_S, Store, ticket
+from ris_hpo.hpo.store import Store, ticket
 
 
 @dataclass(frozen=True)
@@ -202,29 +204,43 @@ def fail_trial(
 
 def owner_name(sequence: int) -> str:
     """Return a name no other claim has: host, process, when that process began, and a running number."""
-    born = psutil.Process().create_time()
-    return f"{socket.gethostname()}:{os.getpid()}:{born:.2f}:{sequence}"
+    return f"{socket.gethostname()}:{os.getpid()}:{_birth(psutil.Process())}:{sequence}"
 
 
 def is_dead_here(owner: str) -> bool:
     """Say whether ``owner`` is a process of this host that does not exist any more."""
-    host, pid, born, _ = owner.rsplit(":", 3)
+    host, pid, birth, _ = owner.rsplit(":", 3)
     if host != socket.gethostname():
         return False
     try:
         process = psutil.Process(int(pid))
-        return bool(process.status() == psutil.STATUS_ZOMBIE) or abs(process.create_time() - float(born)) > 1.0
+        return bool(process.status() == psutil.STATUS_ZOMBIE) or _birth(process) != birth
     except psutil.NoSuchProcess:
         return True
+
+
+def _birth(process: psutil.Process) -> str:
+    """When a process began, in the kernel's own ticks where it tells them.
+
+    The time of day it began at is no name: it is counted back from now, and changes when somebody sets the clock.
+    """
+    if not sys.platform.startswith("linux"):
+        return f"{process.create_time():.2f}"
+    try:
+        status = Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        raise psutil.NoSuchProcess(process.pid) from None
+    return status.rpartition(")")[2].split()[19]  # field 22; the second one is a name that may hold anything
 
 
 class LostTrials:
     """Finds running trials whose worker is gone, and queues their successors.
 
-    A dead process of this host is known at once. For other hosts the heartbeat decides, and only when a trial looks
-    stale twice, half a grace period apart by this process's own monotonic clock: a clock that was set forward, or a
-    server that was away, makes every heartbeat look old for a moment. A trial without any heartbeat is given the same
-    time from when it was first seen, since its worker may have died before the first beat.
+    A dead process of this host is known at once. For the others the heartbeat decides: a trial whose heartbeat has not
+    changed while this process watched for a whole grace period is lost, and so is one that never had any, since its
+    worker may have died before the first. Only this process's own monotonic clock counts, and of a pause between two
+    looks (the server was away, this machine slept) no more than one beat: whatever any other clock is set to, and
+    however old all beats look after an outage, a worker that still beats is not declared lost.
     """
 
     def __init__(self, store: Store, study_id: int, retries: RetrySpec) -> None:
@@ -232,38 +248,44 @@ class LostTrials:
         self._study_id = study_id
         self._retries = retries
         interval = store.get_heartbeat_interval()
-        self._grace = 3.0 * interval if interval is not None else math.inf
-        # long enough for a worker to beat again after the server was away, when all beats look old at once
-        self._second_look = max(self._grace / 2, 2 * LONGEST_PAUSE_S)
-        self._suspects: dict[int, float] = {}
-        self._silent: dict[int, float] = {}
+        self._interval = interval if interval is not None else 0.0  # nobody beats: silence means nothing
+        # long enough for a worker to beat again after the server was away
+        self._grace = max(3 * self._interval, 2 * LONGEST_PAUSE_S)
+        self._last_look = time.monotonic()
+        self._beats: dict[int, datetime | None] = {}
+        self._silence: dict[int, float] = {}
 
-    def recover(self) -> list[int]:
-        """Fail what is lost now; return the trial numbers."""
+    def recover(self, before: Callable[[list[int]], None] = lambda numbers: None) -> list[int]:
+        """Fail what is lost now; return the trial numbers.
+
+        Args:
+            before: called with the numbers of what looks lost, before the store is written to: a worker that was
+                stopped half-way through a write keeps everybody else from writing.
+        """
         running = self._store.get_all_trials(self._study_id, deepcopy=False, states=(TrialState.RUNNING,))
-        stale = set(self._store._get_stale_trial_ids(self._study_id)) if math.isfinite(self._grace) else set()
+        beats = self._store.heartbeats(self._study_id) if running and self._interval else {}
         now = time.monotonic()
-        ids = {trial._trial_id for trial in running}
-        self._suspects = {key: since for key, since in self._suspects.items() if key in ids & stale}
-        self._silent = {key: since for key, since in self._silent.items() if key in ids}
-        lost: list[int] = []
+        passed, self._last_look = min(now - self._last_look, self._interval), now
+        seen = {trial._trial_id: beats.get(trial._trial_id) for trial in running}
+        self._silence = {
+            key: self._silence[key] + passed if key in self._beats and self._beats[key] == beat else 0.0
+            for key, beat in seen.items()
+        }
+        self._beats = seen
+        lost: list[tuple[FrozenTrial, str]] = []
         for trial in running:
             owner = trial.user_attrs.get(names.OWNER)
             if owner is not None and is_dead_here(owner):
-                reason = f"worker {owner} is gone"
-            elif trial._trial_id in stale:
-                if now - self._suspects.setdefault(trial._trial_id, now) < self._second_look:
-                    continue
-                reason = f"no heartbeat from {owner} for more than {self._grace:.0f} s"
-            elif owner is None:  # claimed by something else than our workers: no beat will ever come
-                if now - self._silent.setdefault(trial._trial_id, now) < self._grace:
-                    continue
-                reason = "claimed without an owner"
-            else:
-                continue
-            if fail_trial(self._store, trial, Cause.LOST_WORKER, reason, self._retries, owner=owner):
-                lost.append(trial.number)
-        return lost
+                lost.append((trial, f"worker {owner} is gone"))
+            elif self._silence[trial._trial_id] >= self._grace:
+                lost.append((trial, f"no heartbeat from {owner or 'its worker'} for {self._grace:.0f} s"))
+        if lost:
+            before([trial.number for trial, _ in lost])
+        return [trial.number for trial, reason in lost if self._fail(trial, reason)]
+
+    def _fail(self, trial: FrozenTrial, reason: str) -> bool:
+        owner = trial.user_attrs.get(names.OWNER)
+        return fail_trial(self._store, trial, Cause.LOST_WORKER, reason, self._retries, owner=owner)
 
 
 # -- stop rules ------------------------------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ import sqlalchemy
 
 from ris_hpo.errors import RisHpoError
 from ris_hpo.hpo import budget, devices
+from ris_hpo.hpo.credentials import redact
 from ris_hpo.hpo.space import list_studies
-from ris_hpo.hpo.store import Store, default_url, file_system_of, open_store, redact, storage_directory
+from ris_hpo.hpo.store import Store, default_url, file_system_of, open_store, storage_directory
 
 _GIB = 1024**3
 _LOW_DISK = 2 * _GIB

@@ -8,7 +8,6 @@ again.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from datetime import datetime
 from importlib.metadata import version
@@ -20,8 +19,9 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import Field
 
+from ris_hpo.atomic import write_text
 from ris_hpo.config import Spec, read_toml, to_toml
-from ris_hpo.errors import ConfigError, OutputError, StudyError
+from ris_hpo.errors import ConfigError, StudyError
 from ris_hpo.hpo import attributes as names
 from ris_hpo.hpo.budget import best_trial
 from ris_hpo.hpo.replay import ReplayReport, ReplayStep
@@ -113,13 +113,7 @@ def write_config(found: Exported, out: Path, *, form: Literal["toml", "json"] | 
         text = json.dumps(tree, indent=2, allow_nan=False) + "\n"
     else:
         text = _heading(found) + to_toml(tree)
-    partial = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(out)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"{out}: cannot be written ({error.strerror})") from None
+    write_text(out, text)
 
 
 def load_config(path: Path) -> Exported:
@@ -291,7 +285,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(tree).__name__}")

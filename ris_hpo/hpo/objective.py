@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -32,6 +32,7 @@ from ris_hpo.errors import (
     CheckpointError,
     DeviceError,
     GateError,
+    OutputError,
     RisHpoError,
     StoreError,
     TrainingDivergedError,
@@ -40,6 +41,7 @@ from ris_hpo.errors import (
 from ris_hpo.hpo import attributes as names
 from ris_hpo.hpo import budget
 from ris_hpo.hpo.attributes import Cause
+from ris_hpo.hpo.credentials import redact
 from ris_hpo.hpo.samplers import build_pruner, build_sampler, finite_score, lineage_root
 from ris_hpo.hpo.space import StudySpec
 from ris_hpo.hpo.store import Store
@@ -126,6 +128,10 @@ class Outcome:
     error: str | None = None
 
 
+class UnfitHostError(WorkerError):
+    """This machine cannot run trials now (disk full, device gone); the trial at hand was put back."""
+
+
 class TrialBugError(RisHpoError):
     """A trial that failed for a reason nobody foresaw; its traceback stands in the trial's attributes."""
 
@@ -157,7 +163,7 @@ def run_trial(seat: Seat, trial_id: int, owner: str) -> Outcome:
         owner: the name it was claimed under; every write that ends the trial asks for it.
 
     Raises:
-        WorkerError: this machine is at fault (disk full, device gone); the trial is put back.
+        UnfitHostError: this machine is at fault (disk full, device gone); the trial is put back.
         TrialBugError: an unforeseen exception; the trial is FAIL with cause ``bug`` and the traceback by then.
         StoreError: the store stays away; the trial will be recovered by whoever finds it.
     """
@@ -181,11 +187,11 @@ def run_trial(seat: Seat, trial_id: int, owner: str) -> Outcome:
         except Exception as error:
             if _is_of_the_surroundings(error):
                 store.release(trial_id, owner, {})
-                raise WorkerError(f"trial {trial.number} was put back: {_one_line(error)}") from error
+                raise UnfitHostError(f"trial {trial.number} was put back: {_one_line(error)}") from error
             cause = Cause.OUT_OF_MEMORY if is_out_of_memory(error) else Cause.BUG
             marks = {names.SECONDS: time.monotonic() - begun, names.HOST: socket.gethostname()}
             if cause is Cause.BUG:
-                marks[names.TRACEBACK] = "".join(traceback.format_exception(error))[-4000:]
+                marks[names.TRACEBACK] = redact("".join(traceback.format_exception(error))[-4000:])
             line = _one_line(error)
             current = store.get_trial(trial_id)
             if not budget.fail_trial(store, current, cause, line, spec.retries, owner=owner, marks=marks):
@@ -271,7 +277,7 @@ class _Attempt:
         partial = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            shutil.copytree(source, partial)
+            shutil.copytree(source, partial, ignore=shutil.ignore_patterns(".*"))  # not what was half written
             partial.rename(directory)
         except OSError:  # a late owner moved a file under the copy: start over rather than from a torn checkpoint
             shutil.rmtree(partial, ignore_errors=True)
@@ -393,14 +399,13 @@ def _heartbeat(store: Store, trial_id: int) -> Iterator[None]:
     if interval is None:
         yield
         return
-    store.record_heartbeat(
-        trial_id
-    )  # before anything else: a trial without a first beat is hard to tell from a lost one
+    store.record_heartbeat(trial_id)  # before anything else: who never beats is not missed for a while
     done = threading.Event()
 
     def beat() -> None:
         while not done.wait(interval):
-            store.record_heartbeat(trial_id)
+            with suppress(StoreError):  # the trial itself will meet it; a store that comes back finds this one beating
+                store.record_heartbeat(trial_id)
         store.tickets.remove_session()
 
     thread = threading.Thread(target=beat, name=f"heartbeat-{trial_id}", daemon=True)
@@ -412,12 +417,14 @@ def _heartbeat(store: Store, trial_id: int) -> Iterator[None]:
         thread.join(timeout=1.0)  # it may be waiting for a server that is away
 
 
-_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE})
+_DISK_ERRORS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE}
+)
 
 
 def _is_of_the_surroundings(error: BaseException) -> bool:
     """Say whether this machine, not the trial, is at fault: a full disk, a device that is gone."""
-    return isinstance(error, DeviceError) or (isinstance(error, OSError) and error.errno in _DISK_ERRORS)
+    return isinstance(error, DeviceError | OutputError) or (isinstance(error, OSError) and error.errno in _DISK_ERRORS)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -442,4 +449,4 @@ def _memory(device: str) -> int:
 
 
 def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+    return redact(f"{type(error).__name__}: {' '.join(str(error).split())}"[:500])

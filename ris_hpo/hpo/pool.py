@@ -44,7 +44,7 @@ from ris_hpo.hpo.workers import (
 
 _LOOK_S = 0.1  # between two looks at the processes
 _STORE_LOOK_S = 1.0  # between two looks at the store
-_GRACE_S = 7.0  # for checkpoints after a stop was asked; together with the rest below ten seconds
+_GRACE_S = 7.0  # for checkpoints after a stop was asked, and for leaving when nothing is left to do
 _CRASHES = 5  # deaths of one slot in a row without a finished trial
 _LONGEST_BACK_OFF_S = 30.0
 
@@ -99,6 +99,7 @@ class _Place:
     trial_began: float | None = None
     last_progress: float | None = None
     killed_for: str | None = None
+    error: str | None = None
     finished: bool = False
     spent: list[int] = field(default_factory=list)
 
@@ -164,6 +165,7 @@ class LocalPool:
         self._selector = selectors.DefaultSelector()
         self._stop = StopSignals()
         self._begun = time.monotonic()
+        self._settled: float | None = None
         self.ending: Ending | None = None
 
     def run(self, *, interval: float = 0.5) -> Iterator[PoolSnapshot]:
@@ -280,7 +282,7 @@ class LocalPool:
         with suppress(BrokenPipeError):  # it died at once; the next look finds out why
             place.process.stdin.write(json.dumps({"job": asdict(job), "events": writing}).encode() + b"\n")
             place.process.stdin.flush()
-        place.killed_for = None
+        place.killed_for = place.error = None
         self._rest(place, "starting")
 
     def _has_memory(self, slot: Slot) -> bool:
@@ -341,6 +343,8 @@ class LocalPool:
                 if event.get("error") is not None:
                     self._messages.append(str(event["error"]))
                 self._rest(place, "idle")
+            case "failed":
+                place.error = event["error"]
 
     def _check_clocks(self, place: _Place, now: float) -> None:
         if place.trial_began is None or place.killed_for is not None:
@@ -385,11 +389,12 @@ class LocalPool:
         if place.crashes >= _CRASHES:
             raise WorkerError(
                 f"worker {place.slot.index} died {place.crashes} times in a row without finishing a trial "
-                f"({_ending(status)}: {_last_line(place.log)}); its log is {place.log}"
+                f"({_ending(status)}: {place.error or _last_line(place.log)}); its log is {place.log}"
             )
         back_off = 0.0 if place.crashes == 1 else min(0.1 * 2**place.crashes, _LONGEST_BACK_OFF_S)
         place.not_before = now + back_off
-        self._messages.append(f"worker {place.slot.index} ended with {_ending(status)}; restarted in {back_off:.1f} s")
+        told = place.error or f"ended with {_ending(status)}"
+        self._messages.append(f"worker {place.slot.index}: {told}; restarted in {back_off:.1f} s")
 
     def _retire_trials_of(self, pid: int, place: _Place, status: int) -> bool:
         lost = False
@@ -420,17 +425,27 @@ class LocalPool:
     # -- the study ---------------------------------------------------------------------------------------------------
 
     def _look_at_store(self, now: float) -> None:
-        self._lost.recover()
+        lost = self._lost.recover(self._kill_workers_of)
+        self._messages.extend(f"trial {number}: its worker is gone or silent" for number in lost)
         trials = self._store.get_all_trials(self._study._study_id, deepcopy=False)
         counts = budget.tally(trials)
         if counts.open == 0:
-            if all(place.process is None for place in self._places):
+            self._settled = self._settled or now
+            # a worker that does not leave by itself is stuck, and has nothing left to lose
+            if all(place.process is None for place in self._places) or now - self._settled > _GRACE_S:
                 self.ending = "finished"
             return
+        self._settled = None
         self.ending = budget.stop_reason(self._rules, trials, now - self._begun)
         if counts.waiting > 0:
             for place in self._places:
                 place.finished = False  # a trial came back after this slot had found nothing more to do
+
+    def _kill_workers_of(self, numbers: list[int]) -> None:
+        """End the workers of silent trials: stopped or stuck, they would hold their slots for ever."""
+        for place in self._places:
+            if place.process is not None and place.view.trial in numbers:
+                place.process.kill()
 
     def _wait(self) -> None:
         self._selector.select(timeout=_LOOK_S) if self._selector.get_map() else time.sleep(_LOOK_S / 2)
@@ -444,6 +459,7 @@ class LocalPool:
             place.process.terminate()
             self._rest(place, "stopping")
         deadline = time.monotonic() + _GRACE_S
+        ended: list[tuple[_Place, int, int]] = []
         for place in alive:
             process = place.process
             assert process is not None
@@ -452,11 +468,12 @@ class LocalPool:
                 time.sleep(0.02)
             if process.poll() is None:
                 process.kill()
-            status = process.wait()
+            ended.append((place, process.pid, process.wait()))
             self._read_events(place)
             self._close(place)
-            self._retire_trials_of(process.pid, place, status)
             self._rest(place, "gone")
+        for place, pid, status in ended:  # last, since the store may be what this run ends for
+            self._retire_trials_of(pid, place, status)
 
     # -- views -------------------------------------------------------------------------------------------------------
 

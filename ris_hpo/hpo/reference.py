@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import optuna
 
+from ris_hpo.atomic import make_folder, write_text
 from ris_hpo.config import fingerprint
 from ris_hpo.errors import StudyError
 from ris_hpo.estimators.estimate import EstimatorName, EstimatorSpec, estimate
@@ -80,10 +81,7 @@ def measure(
     found = Sources.cat(parts)
     seconds = round(time.monotonic() - begun, 2)
     made = Reference(score(found, scenes.require_truth()), floor_scores(scenes), count, seconds)
-    directory.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(made.as_dict()), encoding="utf-8")
-    partial.replace(file)
+    write_text(make_folder(directory) / file.name, json.dumps(made.as_dict()))
     return made
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import platform
 import statistics
 import warnings
@@ -28,12 +27,12 @@ from optuna.distributions import BaseDistribution
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
-from ris_hpo.errors import OutputError
+from ris_hpo.atomic import write_text
 from ris_hpo.hpo import attributes as names
 from ris_hpo.hpo import charts
 from ris_hpo.hpo.budget import ranked, tally
 from ris_hpo.hpo.charts import Axis, Canvas, Dots, Level, Line
-from ris_hpo.hpo.store import redact
+from ris_hpo.hpo.credentials import redact
 
 MAX_CURVES: Final = 120
 MAX_COORDINATES: Final = 300
@@ -211,13 +210,7 @@ def write_report(study: optuna.Study, out: Path) -> Report:
     """
     report = collect(study)
     text = json.dumps(as_json(report), indent=2) + "\n" if out.suffix == ".json" else as_html(report)
-    partial = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(out)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"{out}: cannot be written ({error.strerror})") from None
+    write_text(out, text)
     return report
 
 

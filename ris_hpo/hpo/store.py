@@ -12,7 +12,6 @@ import fcntl
 import functools
 import json
 import os
-import re
 import sqlite3
 import threading
 import time
@@ -35,18 +34,16 @@ from sqlalchemy import orm
 
 from ris_hpo.errors import StoreError
 from ris_hpo.hpo import attributes as names
+from ris_hpo.hpo.credentials import password_from_surroundings, redact
+from ris_hpo.hpo.patience import LONGEST_PAUSE_S, is_connection_loss, patiently, reason
 
 STORAGE_VARIABLE: Final = "RIS_HPO_STORAGE_DIR"
 URL_VARIABLE: Final = "RIS_HPO_STORAGE_URL"
-PASSWORD_VARIABLE: Final = "RIS_HPO_STORAGE_PASSWORD"
-PASSWORD_FILE_VARIABLE: Final = "RIS_HPO_STORAGE_PASSWORD_FILE"
 
 HEARTBEAT_S: Final = 10
 """Seconds between heartbeats of a running trial; it counts as lost after three of them are missing."""
 
 _BUSY_S = 60.0
-PATIENCE_S: Final = 300.0  # how long a server may be away (restart, fail-over) before a worker gives up
-LONGEST_PAUSE_S: Final = 5.0  # between two attempts to reach a server
 _CHUNK = 500  # trials asked for by id in one statement
 _NO_ID = 2**31 - 1
 
@@ -65,12 +62,6 @@ def storage_directory() -> Path:
 def default_url() -> str:
     """Return the store used when none is named: ``$RIS_HPO_STORAGE_URL``, else SQLite in the storage directory."""
     return os.environ.get(URL_VARIABLE) or f"sqlite:///{storage_directory() / 'studies.db'}"
-
-
-def redact(text: str) -> str:
-    """Return ``text`` with the password of every URL in it replaced by ``***``."""
-    text = re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s:/@]*):[^\s]*@", r"\1:***@", text)
-    return re.sub(r"((?:password|passwd|pgpassword)\s*=\s*)[^\s&'\"]+", r"\1***", text, flags=re.IGNORECASE)
 
 
 _Seen = tuple[TrialState, bool]
@@ -119,8 +110,8 @@ class TicketStorage(RDBStorage):
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Any = None) -> bool:
         """Change a trial's state; on SQLite as one immediate transaction, where Optuna's own reads first and races."""
         if not self.is_sqlite:
-            return bool(_patiently(super().set_trial_state_values)(trial_id, state, values))
-        return bool(_patiently(self._set_state_on_sqlite)(trial_id, state, values))
+            return bool(patiently(super().set_trial_state_values)(trial_id, state, values))
+        return bool(patiently(self._set_state_on_sqlite)(trial_id, state, values))
 
     def _set_state_on_sqlite(self, trial_id: int, state: TrialState, values: Any) -> bool:
         with self.transaction() as session:
@@ -150,6 +141,17 @@ class TicketStorage(RDBStorage):
         )
         with orm.Session(self.engine) as session:
             return {trial_id: (state, begun) for trial_id, state, begun in session.execute(query)}
+
+    def heartbeats(self, study_id: int) -> dict[int, datetime]:
+        """Return the last heartbeat of every running trial that has one, by the database's clock."""
+        beats, trials = models.TrialHeartbeatModel, models.TrialModel
+        query = (
+            sqlalchemy.select(beats.trial_id, beats.heartbeat)
+            .join(trials, trials.trial_id == beats.trial_id)
+            .where(trials.study_id == study_id, trials.state == TrialState.RUNNING)
+        )
+        with orm.Session(self.engine) as session:
+            return {row.trial_id: row.heartbeat for row in session.execute(query)}
 
     # -- tickets -----------------------------------------------------------------------------------------------------
 
@@ -326,7 +328,7 @@ class Store(_CachedStorage):
         with self._lock:
             study = self._studies.setdefault(study_id, _StudyInfo())
             newest = max((trial._trial_id for trial in study.trials.values()), default=-1)
-            seen: dict[int, _Seen] = _patiently(self.tickets.trial_states)(study_id, newest)
+            seen: dict[int, _Seen] = patiently(self.tickets.trial_states)(study_id, newest)
             if not seen and newest == -1:
                 self.tickets.get_study_directions(study_id)  # raises KeyError where there is no such study
             known = {
@@ -349,16 +351,16 @@ class Store(_CachedStorage):
 
     def fill(self, study_id: int, tickets: Callable[[list[FrozenTrial]], list[FrozenTrial]]) -> int:
         """See ``TicketStorage.fill``."""
-        return int(_patiently(self.tickets.fill)(study_id, tickets))
+        return int(patiently(self.tickets.fill)(study_id, tickets))
 
     def claim(self, study_id: int, owner: str) -> int | None:
         """See ``TicketStorage.claim``."""
-        trial_id: int | None = _patiently(self.tickets.claim)(study_id, owner)
+        trial_id: int | None = patiently(self.tickets.claim)(study_id, owner)
         return trial_id
 
     def release(self, trial_id: int, owner: str | None, marks: Mapping[str, Any]) -> bool:
         """See ``TicketStorage.release``."""
-        return bool(_patiently(self.tickets.release)(trial_id, owner, marks))
+        return bool(patiently(self.tickets.release)(trial_id, owner, marks))
 
     def retire(
         self,
@@ -368,58 +370,26 @@ class Store(_CachedStorage):
         successor: Callable[[FrozenTrial], FrozenTrial | None],
     ) -> bool:
         """See ``TicketStorage.retire``."""
-        return bool(_patiently(self.tickets.retire)(trial_id, owner, marks, successor))
+        return bool(patiently(self.tickets.retire)(trial_id, owner, marks, successor))
+
+    def heartbeats(self, study_id: int) -> dict[int, datetime]:
+        """See ``TicketStorage.heartbeats``."""
+        beats: dict[int, datetime] = patiently(self.tickets.heartbeats)(study_id)
+        return beats
 
     def withdraw(self, trial_ids: Sequence[int]) -> None:
         """See ``TicketStorage.withdraw``."""
-        _patiently(self.tickets.withdraw)(trial_ids)
+        patiently(self.tickets.withdraw)(trial_ids)
 
     def mark(self, trial_id: int, marks: Mapping[str, Any]) -> None:
         """See ``TicketStorage.mark``."""
-        _patiently(self.tickets.mark)(trial_id, marks)
+        patiently(self.tickets.mark)(trial_id, marks)
 
 
 def ticket(params: Mapping[str, Any] | None = None, marks: Mapping[str, Any] | None = None) -> FrozenTrial:
     """Return a WAITING template: empty for the sampler to fill, or with parameters that are fixed beforehand."""
     system = {"fixed_params": dict(params)} if params else None
     return create_trial(state=TrialState.WAITING, user_attrs=dict(marks or {}), system_attrs=system)
-
-
-# -- reconnecting ----------------------------------------------------------------------------------------------------
-
-
-def _is_connection_loss(error: BaseException) -> bool:
-    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-    if isinstance(cause, sql_errors.DBAPIError) and cause.connection_invalidated:
-        return True
-    if isinstance(cause, sql_errors.PendingRollbackError):
-        return True  # Optuna tries a second query in the transaction that the lost connection took with it
-    if not isinstance(cause, sql_errors.OperationalError | sql_errors.InterfaceError):
-        return False
-    # a file that is full, read-only or damaged does not come back by waiting; a server that is away may
-    return not isinstance(cause.orig, sqlite3.Error) or "locked" in str(cause.orig)
-
-
-def _patiently(call: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(call)
-    def repeated(*args: Any, **kwargs: Any) -> Any:
-        pause, deadline = 0.05, time.monotonic() + PATIENCE_S
-        while True:
-            try:
-                return call(*args, **kwargs)
-            except (StorageInternalError, sql_errors.SQLAlchemyError) as error:
-                if not _is_connection_loss(error):
-                    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-                    raise StoreError(f"the store refused: {_one_line(cause or error)}") from error
-                if time.monotonic() + pause > deadline:
-                    raise StoreError(
-                        f"the store has not answered for {PATIENCE_S:.0f} s ({_one_line(error)}); "
-                        "nothing acknowledged is lost, run the same command again when it is back"
-                    ) from error
-                time.sleep(pause)
-                pause = min(2 * pause, LONGEST_PAUSE_S)
-
-    return repeated
 
 
 # Every call of Optuna's that may be repeated without harm. ``create_new_trial`` is not among them: tickets are made by
@@ -445,10 +415,9 @@ for _name in (
     "set_trial_user_attr",
     "set_trial_system_attr",
     "record_heartbeat",
-    "_get_stale_trial_ids",
     "_get_best_trial_id",
 ):
-    setattr(TicketStorage, _name, _patiently(vars(RDBStorage).get(_name) or getattr(RDBStorage, _name)))
+    setattr(TicketStorage, _name, patiently(vars(RDBStorage).get(_name) or getattr(RDBStorage, _name)))
 
 
 # -- opening ---------------------------------------------------------------------------------------------------------
@@ -515,8 +484,7 @@ def _open_sqlite(url: sqlalchemy.URL, address: str, create: bool, heartbeat: int
                 connection.close()
             return Store(_opened(_verbatim(f"sqlite:///{path}"), kwargs, heartbeat), f"sqlite:///{path}")
     except (OSError, sqlite3.Error, StorageInternalError, sql_errors.SQLAlchemyError) as error:
-        cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-        raise StoreError(f"{path}: not usable as a store ({_one_line(cause or error)})") from None
+        raise StoreError(f"{path}: not usable as a store ({reason(error)})") from None
 
 
 def _connect_sqlite(path: str) -> sqlite3.Connection:
@@ -531,7 +499,7 @@ def _open_postgres(url: sqlalchemy.URL, address: str, heartbeat: int | None, pat
         import psycopg  # noqa: F401
     except ImportError:
         raise StoreError("PostgreSQL needs the driver psycopg; install ris-hpo[postgres]") from None
-    password = str(url.password) if url.password else _password_from_surroundings()
+    password = str(url.password) if url.password else password_from_surroundings()
     connect: dict[str, Any] = {"connect_timeout": 10, "application_name": "ris-hpo", "keepalives_idle": 30}
     if password is not None:
         connect["password"] = password  # kept out of the URL, which Optuna hands on and formats
@@ -546,9 +514,8 @@ def _open_postgres(url: sqlalchemy.URL, address: str, heartbeat: int | None, pat
                 connection.exec_driver_sql("SELECT pg_advisory_lock(727153)")
                 return Store(_opened(_verbatim(text), kwargs, heartbeat), address)
         except (StorageInternalError, sql_errors.SQLAlchemyError) as error:
-            if time.monotonic() + pause > deadline or not _is_connection_loss(error):
-                cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-                raise StoreError(f"{redact(address)}: cannot be reached ({_one_line(cause or error)})") from None
+            if time.monotonic() + pause > deadline or not is_connection_loss(error):
+                raise StoreError(f"{redact(address)}: cannot be reached ({reason(error)})") from None
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE_S)
 
@@ -557,28 +524,15 @@ def _opened(url: str, kwargs: dict[str, Any], heartbeat: int | None) -> TicketSt
     try:
         return TicketStorage(url, kwargs, heartbeat, first=True)
     except RuntimeError as error:  # what Optuna raises on another schema
-        raise StoreError(f"{redact(url)}: made by another Optuna ({_one_line(error)})") from None
+        raise StoreError(f"{redact(url)}: made by another Optuna ({reason(error)})") from None
     except (StorageInternalError, sql_errors.SQLAlchemyError) as error:
-        if _is_connection_loss(error):
+        if is_connection_loss(error):
             raise
-        cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-        raise StoreError(f"{redact(url)}: not usable as a store ({_one_line(cause or error)})") from None
+        raise StoreError(f"{redact(url)}: not usable as a store ({reason(error)})") from None
 
 
 def _verbatim(url: str) -> str:
     return url.replace("{", "{{").replace("}", "}}")  # Optuna formats every URL it is given
-
-
-def _password_from_surroundings() -> str | None:
-    if PASSWORD_VARIABLE in os.environ:
-        return os.environ[PASSWORD_VARIABLE]
-    file = os.environ.get(PASSWORD_FILE_VARIABLE)
-    if file is None:
-        return None
-    try:
-        return Path(file).read_text(encoding="utf-8").rstrip("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise StoreError(f"{PASSWORD_FILE_VARIABLE}: {file} cannot be read ({_one_line(error)})") from None
 
 
 def file_system_of(path: Path) -> str:
@@ -590,8 +544,3 @@ def file_system_of(path: Path) -> str:
         if (resolved + "/").startswith(mount) and len(mount) > best:
             best, kind = len(mount), partition.fstype.lower()
     return kind
-
-
-def _one_line(error: BaseException) -> str:
-    original = error.orig if isinstance(error, sql_errors.DBAPIError) and error.orig is not None else error
-    return redact(" ".join(str(original).split()))[:300] or type(original).__name__

@@ -19,9 +19,10 @@ from ris_hpo.config import suggestion
 from ris_hpo.errors import SpaceError, StudyError
 from ris_hpo.hpo import attributes as names
 from ris_hpo.hpo import budget
+from ris_hpo.hpo.credentials import redact
 from ris_hpo.hpo.objective import Program, load_program
 from ris_hpo.hpo.space import StudySpec
-from ris_hpo.hpo.store import Store, redact, storage_directory, ticket
+from ris_hpo.hpo.store import Store, storage_directory, ticket
 
 _WARM_TRIALS = 5
 _SETTLING_S = 10.0  # how long a study may stand without attributes while another process is making it

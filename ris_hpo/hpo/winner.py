@@ -25,6 +25,7 @@ import optuna
 from numpy.typing import ArrayLike
 from scipy import stats
 
+from ris_hpo.atomic import make_folder, write_text
 from ris_hpo.config import Spec
 from ris_hpo.errors import GateError, StudyError, TrainingDivergedError
 from ris_hpo.hpo import attributes as names
@@ -288,11 +289,8 @@ def _kept(evaluate: Evaluate, config: Spec, directory: Path) -> float:
     result = folder / "score.json"
     if result.is_file():
         return float(json.loads(result.read_text(encoding="utf-8"))["k_loc"])
-    folder.mkdir(parents=True, exist_ok=True)
-    value = evaluate(config, folder)
-    partial = result.with_suffix(".partial")
-    partial.write_text(json.dumps({"k_loc": value, "config": config.model_dump(mode="json")}), encoding="utf-8")
-    partial.replace(result)
+    value = evaluate(config, make_folder(folder))
+    write_text(result, json.dumps({"k_loc": value, "config": config.model_dump(mode="json")}))
     return value
 
 

@@ -16,6 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -27,14 +28,16 @@ from optuna.trial import Trial, TrialState
 from ris_hpo.errors import RisHpoError, WorkerError
 from ris_hpo.hpo import budget
 from ris_hpo.hpo.attributes import Cause
-from ris_hpo.hpo.objective import Figures, Outcome, Seat, TrialBugError, load_program, run_trial
+from ris_hpo.hpo.objective import Figures, Outcome, Seat, TrialBugError, UnfitHostError, load_program, run_trial
+from ris_hpo.hpo.patience import PATIENCE_S
 from ris_hpo.hpo.space import StopSpec
-from ris_hpo.hpo.store import HEARTBEAT_S, PATIENCE_S, open_store, storage_directory
+from ris_hpo.hpo.store import HEARTBEAT_S, open_store, storage_directory
 from ris_hpo.hpo.study import get_study, stored_spec
 
 EXIT_DONE: Final = 0
 EXIT_STOPPED: Final = 3
 EXIT_BUG: Final = 70
+EXIT_UNFIT: Final = 74
 EXIT_OUT_OF_MEMORY: Final = 75
 EXIT_STORE: Final = 76
 
@@ -270,12 +273,13 @@ def main(arguments: Mapping[str, Any]) -> int:
         warnings.simplefilter("default")
         try:
             report = run_worker(job, stop=stop, notify=notify)
-        except WorkerError as error:
-            sys.stderr.write(f"{error}\n")
-            return EXIT_BUG
         except RisHpoError as error:
-            sys.stderr.write(f"{error}\n")
-            return EXIT_STORE
+            notify({"event": "failed", "error": str(error)})
+            with suppress(OSError):  # the log may lie on the disk that is full
+                sys.stderr.write(f"{error}\n")
+            if isinstance(error, UnfitHostError):
+                return EXIT_UNFIT
+            return EXIT_BUG if isinstance(error, WorkerError) else EXIT_STORE
     if report.reason == "out_of_memory":
         return EXIT_OUT_OF_MEMORY
     return EXIT_STOPPED if report.reason == "stopped" else EXIT_DONE

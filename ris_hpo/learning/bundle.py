@@ -20,31 +20,45 @@ from pathlib import Path
 from typing import Any, Final, Literal, cast
 
 import torch
+from pydantic import Field
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
-from ris_hpo.errors import CheckpointError, OutputError
+from ris_hpo.config import Spec
+from ris_hpo.errors import CheckpointError, ConfigError, OutputError
 from ris_hpo.learning.inference import InferenceSpec, localize
 from ris_hpo.learning.network import Network, NetworkSpec, Outputs
+from ris_hpo.learning.weights import load_weights
 from ris_hpo.physics.scene import Scenes, SceneSpec, simulate
 from ris_hpo.physics.sources import Sources
 
 FORMAT: Final = "ris-hpo bundle 1"
 MANIFEST, WEIGHTS, PROGRAM = "bundle.json", "weights.safetensors", "network.pt2"
 
-_FIELDS: Final = 9  # of Outputs; the dense maps that follow are for training
+_FIELDS: Final = 10  # of Outputs; the dense maps that follow are for training
 _LARGEST_BATCH: Final = 65_536
+
+
+class Manifest(Spec):
+    """What ``bundle.json`` says."""
+
+    format: Literal["ris-hpo bundle 1"] = FORMAT
+    network: NetworkSpec
+    inference: InferenceSpec
+    scene: SceneSpec
+    torch: str
+    digests: dict[str, str]
+    provenance: dict[str, Any] = Field(default_factory=dict)
 
 
 class Bundle:
     """A network that stands in for :class:`Network` wherever outputs are all that is asked of it."""
 
-    def __init__(self, manifest: Mapping[str, Any], call: Any) -> None:
-        self.manifest = dict(manifest)
-        self.spec = NetworkSpec.parse(manifest["network"], source=MANIFEST)
-        self.inference = InferenceSpec.parse(manifest["inference"], source=MANIFEST)
-        self.scene = SceneSpec.parse(manifest["scene"], source=MANIFEST)
+    def __init__(self, manifest: Manifest, call: Any) -> None:
+        self.manifest = manifest
+        self.spec, self.inference, self.scene = manifest.network, manifest.inference, manifest.scene
         self.training = False
         self._call = call
 
@@ -135,22 +149,30 @@ def load_bundle(path: Path, *, device: str = "cpu", form: Literal["program", "we
         CheckpointError: not a bundle, damaged, or of another format.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        tree = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no bundle there ({MANIFEST} is missing)") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path / MANIFEST}: cannot be read ({error})") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         raise CheckpointError(f"{path / MANIFEST}: not a bundle of format {FORMAT!r}")
-    for name, digest in manifest["digests"].items():
+    try:
+        manifest = Manifest.parse(tree, str(path / MANIFEST))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    for name in (WEIGHTS, PROGRAM):
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{file}: missing from the bundle")
-        if _digest(file) != digest:
+        if _digest(file) != manifest.digests.get(name):
             raise CheckpointError(f"{file}: contents do not match their digest; the file is damaged, make it again")
     if form == "weights":
-        network = Network(NetworkSpec.parse(manifest["network"], source=MANIFEST))
-        network.load_state_dict(load_file(path / WEIGHTS))
+        network = Network(manifest.network)
+        try:
+            weights = load_file(path / WEIGHTS)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path / WEIGHTS}: cannot be read ({error})") from None
+        load_weights(network, weights, str(path / WEIGHTS))
         return Bundle(manifest, network.to(device).eval())
     program = torch.export.load(path / PROGRAM)
     return Bundle(manifest, (program if device == "cpu" else move_to_device_pass(program, device)).module())
@@ -163,7 +185,7 @@ class _LearnedPart(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, maps: Tensor, relief: Tensor, tokens: Tensor, context: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, maps: Tensor, relief: Tensor, tokens: Tensor, context: Tensor) -> tuple[Tensor | None, ...]:
         outputs: Outputs = self.network(maps, relief, tokens, context)
         return outputs[:_FIELDS]
 

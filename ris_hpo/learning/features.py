@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ris_hpo.physics.array import Geometry
-from ris_hpo.physics.grid import GridSpec, dictionary, is_symmetric, mirror_parts, mirrored_dictionary
+from ris_hpo.physics.grid import GridSpec, dictionary, spectrum
 from ris_hpo.physics.scene import Scenes
 
 _LOADINGS = (0.003, 5.0, 28)  # where the noise power is not told, 1 / snr is averaged over so many values between these
@@ -41,7 +41,7 @@ class Features(NamedTuple):
         tokens: float32 [B, L, 4N], real and imaginary parts of both back-projections, unit mean power per scene;
             empty [B, 0] for the spectral front-end.
         context: float32 [B, num_context]: log10 of the observed (or estimated) SNR and of L, then for each spectrum
-            its spread and peak, then for each residual pass the log share of energy left and that energy over the first.
+            its spread and peak, then for each residual pass the log share of energy left, and of that the first had.
     """
 
     maps: Tensor
@@ -53,29 +53,6 @@ class Features(NamedTuple):
 def num_context(passes: int) -> int:
     """Width of ``Features.context`` for the spectral front-end; the token front-end has 2."""
     return 2 + 2 * (1 + passes) + 2 * passes
-
-
-def spectrum(geometry: Geometry, z: Tensor, grid: GridSpec) -> Tensor:
-    """sum_l |a_g^H z_l|^2, float32 [B, num_rho, num_v, num_w], for z [B, L, N]."""
-    chunk = 256 if z.is_cuda else 8  # on a CPU, 8 scenes at a time stay in cache
-    if not is_symmetric(geometry, grid):
-        atoms = dictionary(geometry, grid, z.device)
-        parts = [torch.view_as_real(part.conj() @ atoms).square().sum((1, 3)) for part in z.split(chunk)]
-        plain: Tensor = torch.cat(parts).unflatten(-1, grid.shape)
-        return plain
-    mirrored = mirrored_dictionary(geometry, grid, z.device)
-    quadrants = []
-    for part in z.unflatten(-1, (geometry.num_vertical, geometry.num_horizontal)).split(chunk):
-        split = torch.stack(mirror_parts(part, 2)).flatten(1, 2)
-        products = torch.bmm(torch.cat([split.real, split.imag], -1), mirrored.atoms).unflatten(1, part.shape[:2])
-        even, odd_y, odd_z, both = products
-        right, left = even + odd_y, even - odd_y
-        upper, lower = odd_z + both, odd_z - both
-        corners = (right + upper, left + lower, right - upper, left - lower)
-        squares = torch.stack([corner.square_().sum(1) for corner in corners], 1)
-        quadrants.append((squares[..., : squares.shape[-1] // 2] + squares[..., squares.shape[-1] // 2 :]).flatten(1))
-    whole: Tensor = torch.cat(quadrants)[:, mirrored.cell].unflatten(-1, grid.shape)
-    return whole
 
 
 def back_projection(channel: Tensor, codes: Tensor, y: Tensor) -> Tensor:

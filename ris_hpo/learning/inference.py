@@ -15,10 +15,12 @@ from pydantic import Field
 from torch import Tensor
 
 from ris_hpo.config import Spec
+from ris_hpo.estimators.counting import EvidenceSpec
 from ris_hpo.estimators.maximum_likelihood import LikelihoodSpec, ols
+from ris_hpo.estimators.search import SearchSpec
 from ris_hpo.estimators.spectrum import localize_covariance
 from ris_hpo.learning.hybrid import HybridSpec, covariances
-from ris_hpo.learning.network import Network, Outputs, slot_geometry
+from ris_hpo.learning.network import Network, Outputs, count_weights, slot_geometry
 from ris_hpo.physics.array import Cosines
 from ris_hpo.physics.scene import Scenes
 from ris_hpo.physics.sources import Sources
@@ -35,7 +37,13 @@ class InferenceSpec(Spec):
         0.0, ge=0, le=1, description="below it the network path counts existing slots instead of trusting the head"
     )
     channel_error_db: float | None = Field(None, ge=-100, le=20, description="stated error of the known channel")
-    likelihood: LikelihoodSpec = LikelihoodSpec(num_sources=(1, 5))
+    likelihood: LikelihoodSpec = LikelihoodSpec(
+        num_sources=(1, 5),
+        double=False,
+        batch=64,
+        search=SearchSpec(greedy_steps=2, final_tolerance=1e-3, residual_maxima=16),
+        evidence=EvidenceSpec(success_weight=2.0, least_prior=1e-3),
+    )
     hybrid: HybridSpec = HybridSpec()
 
 
@@ -98,6 +106,16 @@ def localize(
         return localize_covariance(
             network.spec.geometry, effective, spec.localizer, counts, max_sources=network.spec.max_sources
         )
+    observed, candidates, likelihood = refinement(network, scenes, spec, outputs)
+    weights = None if outputs.count_mixing is None else count_weights(outputs.count_mixing)
+    prior = outputs.log_count
+    return ols(observed, candidates, likelihood, num_sources=num_sources, log_prior=prior, weights=weights)
+
+
+def refinement(
+    network: Network, scenes: Scenes, spec: InferenceSpec, outputs: Outputs
+) -> tuple[Scenes, Cosines, LikelihoodSpec]:
+    """What ``polish`` refines: scenes with the noise as the network sees it, its proposals, and the settings."""
     likelihood = spec.likelihood.replaced(
         {
             "search.final_steps": spec.refinement_steps,
@@ -109,5 +127,4 @@ def localize(
         received = scenes.y.abs().square().mean((1, 2))
         scenes = dataclasses.replace(scenes, noise_power=outputs.disturbance * received)
     keep = spec.proposals
-    candidates = Cosines(outputs.v[:, :keep], outputs.w[:, :keep], outputs.rho[:, :keep])
-    return ols(scenes, candidates, likelihood, num_sources=num_sources, log_prior=outputs.log_count)
+    return scenes, Cosines(outputs.v[:, :keep], outputs.w[:, :keep], outputs.rho[:, :keep]), likelihood

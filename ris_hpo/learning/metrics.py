@@ -20,12 +20,11 @@ from ris_hpo.errors import NumericalError
 from ris_hpo.learning.matching import match
 from ris_hpo.physics.bounds import deterministic_crb
 from ris_hpo.physics.scene import Scenes
-from ris_hpo.physics.sources import Sources
+from ris_hpo.physics.sources import TOLERANCE, Sources
 
 SCORE_VERSION = 1
 WORST_K_LOC = 7.0
 
-TOLERANCE = (math.radians(5), math.radians(5), 1.0)
 CAP = (math.radians(10), math.radians(10), 2.0)
 GOSPA_CUTOFF_M = 2.0
 

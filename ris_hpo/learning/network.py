@@ -25,6 +25,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ris_hpo.config import Spec
+from ris_hpo.estimators.counting import CountWeights
 from ris_hpo.learning.features import Features, num_context, spectral_features, token_features
 from ris_hpo.physics.array import Cosines, Geometry, cosine_steering, from_cosines
 from ris_hpo.physics.grid import GridSpec
@@ -39,7 +40,9 @@ class NetworkSpec(Spec):
     front_end: Literal["spectra", "tokens"] = "spectra"
     covariance_head: Literal["structured", "factor"] = "structured"
     factor_basis: Literal["atoms", "free"] = "atoms"
-    count_head: Literal["cross_entropy", "ordinal"] = "cross_entropy"
+    count_head: Literal["cross_entropy", "ordinal", "evidence"] = Field(
+        "cross_entropy", description="evidence: cross-entropy, then weighed against the evidence as fitted afterwards"
+    )
     width: int = Field(64, ge=8, le=1024, description="channels of the coarse maps, or of a token")
     depth: int = Field(4, ge=1, le=24, description="residual blocks, or transformer layers")
     heads: int = Field(4, ge=1, le=32, description="attention heads")
@@ -81,6 +84,7 @@ class Outputs(NamedTuple):
         factor: complex64 [B, N, Q], F with R_pred = F F^H + sigma^2 I.
         noise_level: [B] sigma^2, relative.
         disturbance: [B] share of the received power that is noise, or error of the known channel.
+        count_mixing: [B, K_max + 4] raw output of :class:`CountMixing`; None for the other count heads.
         cell_logit, cell_power: [B, P, V, W]; cell_offset: [B, 3, P, V, W] in cells; None for the token front-end.
     """
 
@@ -93,6 +97,7 @@ class Outputs(NamedTuple):
     factor: Tensor
     noise_level: Tensor
     disturbance: Tensor
+    count_mixing: Tensor | None = None
     cell_logit: Tensor | None = None
     cell_power: Tensor | None = None
     cell_offset: Tensor | None = None
@@ -119,6 +124,8 @@ class Network(nn.Module):
         heads["noise"] = nn.Linear(spec.width, 1)
         if not spec.noise_known:  # a correction of what the features estimate
             heads["disturbance"] = nn.Linear(spec.width, 1)
+        if spec.count_head == "evidence":
+            heads["mixing"] = CountMixing(spec)
         self.heads = nn.ModuleDict(heads)
         nn.init.zeros_(self.heads["noise"].weight)  # type: ignore[arg-type]
         nn.init.constant_(self.heads["noise"].bias, -4.0)  # type: ignore[arg-type]
@@ -146,6 +153,7 @@ class Network(nn.Module):
             disturbance = -math.log(10) * context[:, 0]  # its logit, by the SNR that the features know or estimate
             if "disturbance" in self.heads:
                 disturbance = disturbance + self.heads["disturbance"](pooled).squeeze(-1)
+            mixing = self.heads["mixing"](context) if "mixing" in self.heads else None
             amplitude = (torch.sigmoid(proposals.existence) * proposals.power).clamp(min=1e-12).sqrt()
             if "factor" in self.heads and self.spec.factor_basis == "free":
                 factor = self.heads["factor"](pooled)
@@ -158,7 +166,7 @@ class Network(nn.Module):
                     factor = factor @ self.heads["factor"](proposals.state[:, :span]).to(factor.dtype)
         cells = (proposals.cell_logit, proposals.cell_power, proposals.cell_offset)
         geometry = (proposals.existence, proposals.v, proposals.w, proposals.rho, proposals.power)
-        return Outputs(*geometry, count, factor, noise_level, torch.sigmoid(disturbance), *cells)
+        return Outputs(*geometry, count, factor, noise_level, torch.sigmoid(disturbance), mixing, *cells)
 
     def parameter_counts(self) -> dict[str, int]:
         """Number of parameters in the backbone and in the heads."""
@@ -383,6 +391,33 @@ class _CountHead(nn.Module):
         above = torch.sigmoid(raw).cumprod(-1)  # P(K > k), k = 0..K_max-1, decreasing by construction
         edges = torch.cat([torch.ones_like(above[:, :1]), above, torch.zeros_like(above[:, :1])], -1)
         return (edges[:, :-1] - edges[:, 1:]).clamp(min=1e-9).log()
+
+
+class CountMixing(nn.Module):
+    """How much a scene's count owes to the evidence and how much to the count head, see :class:`CountWeights`.
+
+    Affine in the context. Its weights are buffers: no gradient of the training reaches them, they are fitted afterwards
+    on the refined evidence (:func:`ris_hpo.learning.calibration.fit_count_mixing`). Until then they are constants.
+    """
+
+    def __init__(self, spec: NetworkSpec) -> None:
+        super().__init__()
+        context = num_context(spec.residual_passes) if spec.front_end == "spectra" else 2
+        outputs = spec.max_sources + 4
+        start = torch.zeros(outputs)
+        start[:3] = torch.tensor([-1.0, 3.0, -1.0])
+        self.register_buffer("weight", torch.zeros(outputs, context))
+        self.register_buffer("bias", start)
+
+    def forward(self, context: Tensor) -> Tensor:
+        """Raw weights [B, K_max + 4]."""
+        return F.linear(context, self.get_buffer("weight"), self.get_buffer("bias"))
+
+
+def count_weights(raw: Tensor) -> CountWeights:
+    """Raw output [B, K_max + 4] as weights: positive ones by their logarithms."""
+    evidence, saturation, prior = raw[:, :3].double().clamp(-8, 8).exp().unbind(-1)
+    return CountWeights(evidence, saturation, prior, raw[:, 3:].double())
 
 
 class _FreeFactor(nn.Module):

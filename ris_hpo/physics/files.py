@@ -14,7 +14,6 @@ Files are read without unpickling anything and written to a temporary name first
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 import zlib
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ris_hpo.atomic import replacing
 from ris_hpo.config import suggestion
 from ris_hpo.errors import ConfigError, SceneFileError
 from ris_hpo.physics.array import Geometry
@@ -40,7 +40,7 @@ def save_scenes(path: Path | str, scenes: Scenes) -> None:
     """Write scenes, with truth, symbols and geometry where they are known.
 
     Raises:
-        SceneFileError: the file cannot be written; nothing is left behind.
+        OutputError: the file cannot be written; nothing is left behind.
     """
     arrays = {
         "y": _numpy(scenes.y),
@@ -117,7 +117,7 @@ def save_estimates(path: Path | str, sources: Sources) -> None:
     """Write estimated sources; those present come first in each scene.
 
     Raises:
-        SceneFileError: the file cannot be written; nothing is left behind.
+        OutputError: the file cannot be written; nothing is left behind.
     """
     sources = sources.take(_packed(sources))
     arrays = _source_arrays(sources)
@@ -276,16 +276,8 @@ def _read(path: Path) -> dict[str, Array]:
 
 
 def _write(path: Path, arrays: dict[str, Array]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        try:
-            with temporary.open("wb") as stream:
-                np.savez(stream, **arrays)  # type: ignore[arg-type]
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise SceneFileError(f"{path}: cannot be written ({error.strerror or error})") from None
+    with replacing(path) as partial, partial.open("wb") as stream:
+        np.savez(stream, **arrays)  # type: ignore[arg-type]
 
 
 def _numpy(value: Tensor, dtype: type[np.generic] | None = None) -> Array:

@@ -125,3 +125,26 @@ def mirror_parts(value: Tensor, start: int) -> list[Tensor]:
         right, left = rows.chunk(2, start + 1)[1], rows.chunk(2, start + 1)[0].flip(start + 1)
         parts += [(right + sign_y * left).flatten(start, start + 1) / 2 for sign_y in (1, -1)]
     return parts
+
+
+def spectrum(geometry: Geometry, z: Tensor, grid: GridSpec) -> Tensor:
+    """sum_l |a_g^H z_l|^2, float32 [B, num_rho, num_v, num_w], for z [B, L, N]."""
+    chunk = 256 if z.is_cuda else 8  # on a CPU, 8 scenes at a time stay in cache
+    if not is_symmetric(geometry, grid):
+        atoms = dictionary(geometry, grid, z.device)
+        parts = [torch.view_as_real(part.conj() @ atoms).square().sum((1, 3)) for part in z.split(chunk)]
+        plain: Tensor = torch.cat(parts).unflatten(-1, grid.shape)
+        return plain
+    mirrored = mirrored_dictionary(geometry, grid, z.device)
+    quadrants = []
+    for part in z.unflatten(-1, (geometry.num_vertical, geometry.num_horizontal)).split(chunk):
+        split = torch.stack(mirror_parts(part, 2)).flatten(1, 2)
+        products = torch.bmm(torch.cat([split.real, split.imag], -1), mirrored.atoms).unflatten(1, part.shape[:2])
+        even, odd_y, odd_z, both = products
+        right, left = even + odd_y, even - odd_y
+        upper, lower = odd_z + both, odd_z - both
+        corners = (right + upper, left + lower, right - upper, left - lower)
+        squares = torch.stack([corner.square_().sum(1) for corner in corners], 1)
+        quadrants.append((squares[..., : squares.shape[-1] // 2] + squares[..., squares.shape[-1] // 2 :]).flatten(1))
+    whole: Tensor = torch.cat(quadrants)[:, mirrored.cell].unflatten(-1, grid.shape)
+    return whole

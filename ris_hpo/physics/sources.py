@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+TOLERANCE = (math.radians(5), math.radians(5), 1.0)
+"""Errors in (azimuth, elevation, range) below which a source counts as found, in rad, rad, m."""
 
 
 @dataclass(frozen=True, slots=True)

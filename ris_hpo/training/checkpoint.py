@@ -6,12 +6,10 @@ state, so that a flipped bit is told from a good file.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ris_hpo.errors import CheckpointError
+from ris_hpo.atomic import make_folder, replacing
+from ris_hpo.errors import CheckpointError, OutputError
 from ris_hpo.learning.network import Network
+from ris_hpo.learning.weights import load_weights
 from ris_hpo.training.config import RunConfig
 
 FORMAT = "ris-hpo checkpoint 1"
@@ -32,22 +32,17 @@ def write(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -
     """Write atomically: a temporary file beside the target, flushed to disk, then renamed over it.
 
     Raises:
-        CheckpointError: the directory cannot be written.
+        OutputError: the directory cannot be written; the checkpoint before is still whole.
     """
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(state, separators=(",", ":"), allow_nan=False)
     header = {"format": FORMAT, "state": text, "digest": _digest(whole, text)}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(whole, temporary, metadata=header)
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise CheckpointError(f"{path}: cannot be written ({error}); free or change the directory") from None
+    make_folder(path.parent)
+    with replacing(path, durable=True) as partial:
+        try:
+            save_file(whole, partial, metadata=header)
+        except SafetensorError as error:  # what it makes of a full disk
+            raise OutputError(f"{path}: cannot be written ({error})") from None
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -68,7 +63,27 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{path}: found format {header.get('format')!r}, expected {FORMAT!r}")
     if header.get("digest") != _digest(tensors, header.get("state", "")):
         raise CheckpointError(f"{path}: contents do not match their digest; the file is damaged, use an older one")
-    return tensors, json.loads(header["state"])
+    try:
+        state = json.loads(header.get("state", ""))
+    except (ValueError, RecursionError):
+        state = None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: its state is not a JSON object; another program wrote it")
+    return tensors, state
+
+
+@contextmanager
+def restoring(path: Path) -> Iterator[None]:
+    """Take up a run from what stands in ``path``; whatever does not fit there is the file's fault.
+
+    Raises:
+        CheckpointError: a part of the state is missing, or of another kind or shape.
+    """
+    try:
+        yield
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(f"{path}: not the state of such a run ({reason}); use another directory") from error
 
 
 def load_network(path: Path, device: str = "cpu") -> tuple[Network, RunConfig]:
@@ -80,18 +95,12 @@ def load_network(path: Path, device: str = "cpu") -> tuple[Network, RunConfig]:
     path = Path(path)
     file = path / BEST if path.is_dir() else path
     tensors, state = read(file)
+    if "config" not in state:
+        raise CheckpointError(f"{file}: holds no run configuration; not a checkpoint of a network")
     config = RunConfig.parse(state["config"], source=str(file))
     network = Network(config.network)
     weights = {name.removeprefix("network."): value for name, value in tensors.items()}
-    own = {name: p.shape for name, p in network.named_parameters()}
-    misfits = [n for n, shape in own.items() if n not in weights or weights[n].shape != shape]
-    if misfits:
-        name = misfits[0]
-        found = tuple(weights[name].shape) if name in weights else "nothing"
-        raise CheckpointError(
-            f"{file}: '{name}' has {found}, expected {tuple(own[name])}; a checkpoint of another network"
-        )
-    network.load_state_dict({name: weights[name] for name in own}, strict=False)
+    load_weights(network, weights, str(file))
     return network.to(device).eval(), config
 
 

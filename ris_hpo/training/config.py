@@ -13,7 +13,7 @@ from ris_hpo.learning.network import NetworkSpec
 from ris_hpo.physics.scene import SceneSpec
 from ris_hpo.training.stability import OptimizerSpec
 
-VALIDATION_SEED = 7_001
+VALIDATION_SEED, CALIBRATION_SEED = 7_001, 7_002
 
 
 class BudgetSpec(Spec):
@@ -23,6 +23,7 @@ class BudgetSpec(Spec):
     validate_every: int = Field(1024, ge=1, description="scenes between validations")
     validation_scenes: int = Field(512, ge=1)
     pipeline_scenes: int = Field(128, ge=0, description="scenes of the pipeline score at the end; 0 leaves it out")
+    calibration_scenes: int = Field(512, ge=64, description="scenes that the count head 'evidence' is fitted on")
     validation_seed: int = Field(VALIDATION_SEED, ge=0, description="the frozen set, common to all trials")
     patience: int = Field(0, ge=0, description="validations without a better k_loc before stopping; 0 never stops")
     fixed_scenes: int = Field(0, ge=0, description="train on so many scenes over and over; 0 draws new ones for ever")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 import ris_hpo
+from ris_hpo.atomic import make_folder, write_text
 from ris_hpo.config import fingerprint
 from ris_hpo.errors import ProofError
 from ris_hpo.learning.hybrid import Covariances, covariances
@@ -215,10 +215,7 @@ def prove(
         machine=platform.machine(),
     )
     path = certificate_path(directory, config)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(certificate.as_dict(), indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(make_folder(directory) / path.name, json.dumps(certificate.as_dict(), indent=2) + "\n")
     return certificate
 
 

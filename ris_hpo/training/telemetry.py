@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from ris_hpo.atomic import writing
 from ris_hpo.errors import ConfigError
 
 FILE_NAME = "telemetry.jsonl"
@@ -19,14 +20,19 @@ STEP, VALIDATION, PHASE, GATE, START, END = "step", "validation", "phase", "gate
 
 
 class Telemetry:
-    """Writer of one run's events; a context manager."""
+    """Writer of one run's events; a context manager.
+
+    Raises:
+        OutputError: the file cannot be written; said by whichever call meets it.
+    """
 
     def __init__(self, directory: Path, offset: int = 0) -> None:
         self.path = directory / FILE_NAME
         if self.path.exists():
             with self.path.open("rb+") as stream:
                 stream.truncate(min(offset, self.path.stat().st_size))
-        self._stream: TextIO = self.path.open("a", encoding="utf-8")
+        with writing(self.path):
+            self._stream: TextIO = self.path.open("a", encoding="utf-8")
 
     def __enter__(self) -> Telemetry:
         return self
@@ -34,7 +40,8 @@ class Telemetry:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stream.close()
+        with writing(self.path):
+            self._stream.close()
 
     def write(self, event: str, scenes_seen: int, **values: Any) -> None:
         """Append one event; infinities and NaN are written as null with their name under ``not_finite``."""
@@ -42,11 +49,13 @@ class Telemetry:
         bad = [key for key, value in record.items() if isinstance(value, float) and not abs(value) < float("inf")]
         if bad:
             record |= dict.fromkeys(bad) | {"not_finite": bad}
-        self._stream.write(json.dumps(record, separators=(",", ":")) + "\n")
+        with writing(self.path):
+            self._stream.write(json.dumps(record, separators=(",", ":")) + "\n")
 
     def offset(self) -> int:
         """Bytes written so far, flushed to the operating system."""
-        self._stream.flush()
+        with writing(self.path):
+            self._stream.flush()
         return self._stream.tell()
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ris_hpo.errors import CheckpointError, DeviceError, GateError, TrainingDivergedError
+from ris_hpo.learning.calibration import fit_count_mixing
 from ris_hpo.learning.features import Features
 from ris_hpo.learning.hybrid import covariances
 from ris_hpo.learning.inference import localize, network_sources
@@ -30,7 +31,7 @@ from ris_hpo.physics.sources import Sources
 from ris_hpo.training import checkpoint, telemetry
 from ris_hpo.training.balance import Balance
 from ris_hpo.training.checkpoint import BEST, LAST, load_network
-from ris_hpo.training.config import PhaseSpec, RunConfig
+from ris_hpo.training.config import CALIBRATION_SEED, PhaseSpec, RunConfig
 from ris_hpo.training.stability import AveragedWeights, StepGate, Swapped, autocast, movement, resolved_precision
 from ris_hpo.training.telemetry import Telemetry
 
@@ -146,7 +147,8 @@ class Trainer:
         if last.exists():
             if not resume:
                 raise CheckpointError(f"{last}: already there; choose an empty directory or resume")
-            self._restore(*checkpoint.read(last))
+            with checkpoint.restoring(last):
+                self._restore(*checkpoint.read(last))
         self.directory.mkdir(parents=True, exist_ok=True)
 
     # -- the run -----------------------------------------------------------------------------------------------------
@@ -212,12 +214,12 @@ class Trainer:
         return Validation(self.scenes_seen, score(found, scenes.require_truth()), floor, loss, time.monotonic() - began)
 
     def conclude(self) -> Conclusion:
-        """Score the best weights on both paths.
+        """Score the best weights on both paths; the count head ``evidence`` is fitted first.
 
         Raises:
             CheckpointError: there are no best weights yet.
         """
-        network, _ = load_network(self.directory, device=str(self.device))
+        network = self._calibrated()
         scenes, features, floor = self._frozen()
         inference = self.config.inference
         with torch.no_grad():
@@ -231,6 +233,21 @@ class Trainer:
         refined = localize(network, few, inference)
         pipeline, findings = score(refined, few.require_truth()), Findings(scenes, found, refined)
         return Conclusion(scores, floor, pipeline, floor_scores(few), counts, findings)
+
+    def _calibrated(self) -> Network:
+        """The best weights; what is fitted to them is written into their file, once."""
+        network, config = load_network(self.directory, device=str(self.device))
+        if config.network.count_head != "evidence":
+            return network
+        tensors, state = checkpoint.read(self.directory / BEST)
+        if "count_mixing_nats" not in state:
+            count = range(config.budget.calibration_scenes)
+            scenes = simulate(config.scene, CALIBRATION_SEED, count, device=self.device)
+            nats = fit_count_mixing(network, scenes, config.inference)
+            buffers = dict(network.named_buffers())
+            fitted = {name: buffers.get(name, tensor) for name, tensor in tensors.items()}
+            checkpoint.write(self.directory / BEST, fitted, {**state, "count_mixing_nats": nats})
+        return network
 
     @torch.no_grad()
     def covariance_nmse(self) -> float:
@@ -547,7 +564,8 @@ class Trainer:
             "scenes_seen": self.scenes_seen,
             "validation": self.best.as_dict(),
         }
-        checkpoint.write(self.directory / BEST, self.averaged.state(self.network), state)
+        tensors = self.network.state_dict() | self.averaged.state(self.network)
+        checkpoint.write(self.directory / BEST, tensors, state)
 
     def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         if state["fingerprint"] != self.config.fingerprint():

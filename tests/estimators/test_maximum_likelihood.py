@@ -11,10 +11,10 @@ from ris_hpo.estimators.counting import EvidenceSpec, log_position_prior, poster
 from ris_hpo.estimators.maximum_likelihood import local_maxima
 from ris_hpo.estimators.observation import Observation, grid_points, limits, to_cosine_coordinates
 from ris_hpo.estimators.search import Atoms, SearchSpec, gains
-from ris_hpo.physics.array import to_cosines
+from ris_hpo.physics.array import Cosines, to_cosines
 from ris_hpo.physics.bounds import deterministic_crb
 from ris_hpo.physics.grid import GridSpec, Region
-from ris_hpo.physics.scene import Scenes, SceneSpec, grid_of_cells
+from ris_hpo.physics.scene import Scenes, SceneSpec, grid_of_cells, simulate
 from ris_hpo.physics.sources import Sources
 from tests.estimators.conftest import COARSE, SMALL
 from tests.estimators.test_likelihood import KINDS, degenerate
@@ -181,12 +181,25 @@ def test_the_position_prior_integrates_to_one():
 def test_the_posterior_of_orders_obeys_prior_and_limits():
     scores = torch.tensor([[5.0, 0.0, 1.0]], dtype=torch.float64)
     spec = EvidenceSpec(temperature=1.0, prior_weight=1.0)
-    free = posterior_of_orders(scores, spec, None, (0, 2))
+    none, two = torch.tensor([0]), torch.tensor([2])
+    free = posterior_of_orders(scores, spec, None, (none, two))
     torch.testing.assert_close(free.exp().sum(-1), torch.ones(1, dtype=torch.float64))
     torch.testing.assert_close(free[0, 1] - free[0, 2], torch.tensor(1.0, dtype=torch.float64))
-    assert posterior_of_orders(scores, spec, None, (2, 2)).argmax(-1).item() == 2
+    assert posterior_of_orders(scores, spec, None, (two, two)).argmax(-1).item() == 2
     prior = torch.tensor([[-9.0, -9.0, 0.0, 0.0]])
-    assert posterior_of_orders(scores, spec, prior, (0, 2)).argmax(-1).item() == 2
+    assert posterior_of_orders(scores, spec, prior, (none, two)).argmax(-1).item() == 2
+
+
+def test_a_scene_does_not_depend_on_the_others_of_its_batch():
+    scenes = simulate(SceneSpec(), 12, range(8))
+    candidates = spectrum_maxima(scenes, 32)
+    prior = torch.log_softmax(3 * torch.randn(8, 6, generator=torch.Generator().manual_seed(1)), -1)
+    together = ols(scenes, candidates, log_prior=prior)
+    for i in (0, 5):
+        few = Cosines(*(value[i : i + 1] for value in candidates))
+        alone = ols(scenes[i : i + 1], few, log_prior=prior[i : i + 1])
+        assert torch.equal(together.mask[i : i + 1], alone.mask)
+        torch.testing.assert_close(together.azimuth[i : i + 1], alone.azimuth, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,6 +10,8 @@ import json
 import math
 import os
 import random
+import signal
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -126,12 +128,19 @@ class Trainer:
                 raise ZeroDivisionError("a bug on order")
             case "memory":
                 raise MemoryError("no memory on order")
+            case "allocate":
+                bytearray(1 << 46)
             case "diverge":
                 raise TrainingDivergedError("loss is not finite: covariance")
             case "nan" if self.scenes_seen >= 200:
                 self.level = math.nan
             case "die":
                 os._exit(9)
+            case "lock" if not os.path.exists(os.environ["DOUBLE_STORE"] + ".stopped"):
+                Path(os.environ["DOUBLE_STORE"] + ".stopped").touch()
+                store = sqlite3.connect(os.environ["DOUBLE_STORE"])
+                store.execute("BEGIN IMMEDIATE")  # stopped half-way through a write
+                os.kill(os.getpid(), signal.SIGSTOP)
             case "hang" if self.scenes_seen >= 200 and not (self.directory / "hung").exists():
                 (self.directory / "hung").touch()
                 time.sleep(3600)

@@ -22,7 +22,7 @@ from ris_hpo.hpo.store import Store, open_store
 from ris_hpo.hpo.study import create_or_resume_study, fill_budget
 
 from .conftest import DOUBLE, HERE, Postgres, make_spec
-from .test_pool import same_curves, slow_base
+from .pools import same_curves, slow_base
 
 pytestmark = [
     pytest.mark.postgres,

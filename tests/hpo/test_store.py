@@ -18,8 +18,10 @@ from optuna.trial import TrialState
 
 from ris_hpo.errors import StoreError
 from ris_hpo.hpo import attributes as names
+from ris_hpo.hpo import credentials
 from ris_hpo.hpo import store as module
-from ris_hpo.hpo.store import Store, open_store, redact, ticket
+from ris_hpo.hpo.credentials import redact
+from ris_hpo.hpo.store import Store, open_store, ticket
 
 from .conftest import Postgres
 
@@ -243,16 +245,16 @@ def test_passwords_from_the_surroundings(postgres: Postgres, monkeypatch: pytest
     address = postgres.url()
     secret = tmp_path / "secret"
     secret.write_text("from{file}\n")
-    monkeypatch.setenv(module.PASSWORD_FILE_VARIABLE, str(secret))
+    monkeypatch.setenv(credentials.PASSWORD_FILE_VARIABLE, str(secret))
     store = open_store(address)
     assert store.tickets.engine_kwargs["connect_args"]["password"] == "from{file}"
     assert "from{file}" not in store.tickets.url
     store.close()
-    monkeypatch.setenv(module.PASSWORD_VARIABLE, "direct")
+    monkeypatch.setenv(credentials.PASSWORD_VARIABLE, "direct")
     store = open_store(address)
     assert store.tickets.engine_kwargs["connect_args"]["password"] == "direct"
     store.close()
     secret.unlink()
-    monkeypatch.delenv(module.PASSWORD_VARIABLE)
+    monkeypatch.delenv(credentials.PASSWORD_VARIABLE)
     with pytest.raises(StoreError, match="cannot be read"):
         open_store(address)

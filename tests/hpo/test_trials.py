@@ -414,20 +414,27 @@ def test_lost_trials_are_found_by_owner_and_by_heartbeat(
     study = begin(store, make_spec(), program, 4)
     study_id = study._study_id
     here = budget.owner_name(0)
-    host, pid, born, _ = here.rsplit(":", 3)
+    host, pid, birth, _ = here.rsplit(":", 3)
     store.claim(study_id, here)  # this process: alive
-    store.claim(study_id, f"{host}:{pid}:{float(born) - 100:.2f}:0")  # its number was used before: dead
-    store.claim(study_id, "elsewhere:1:0:0")  # another host, no heartbeat yet
+    store.claim(study_id, f"{host}:{pid}:{birth}1:0")  # its number was used before: dead
+    silent = store.claim(study_id, "elsewhere:1:0:0")  # another host, no heartbeat yet
+    store.claim(study_id, "elsewhere:2:0:0")
+    ids = [trial._trial_id for trial in store.get_all_trials(study_id)]
+    clock, silents = [1000.0], dict.fromkeys([silent])
+    monkeypatch.setattr(budget.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(type(store), "heartbeats", lambda self, study_id: {**dict.fromkeys(ids, clock[0]), **silents})
     lost = budget.LostTrials(store, study_id, make_spec().retries)
     assert lost.recover() == [1]
-
-    clock = [1000.0]
-    monkeypatch.setattr(budget.time, "monotonic", lambda: clock[0])
-    remote = store.get_all_trials(study_id)[2]._trial_id
-    monkeypatch.setattr(type(store), "_get_stale_trial_ids", lambda self, study_id: [remote])
-    assert lost.recover() == []  # looks stale once: perhaps a clock was set
-    clock[0] += 16
-    assert lost.recover() == [2]
+    clock[0] += 3600  # this process slept, or the server was away: an hour of silence that nobody could have broken
+    assert lost.recover() == []
+    clock[0] += 10
+    assert lost.recover() == []
+    silents[silent] = 7.0  # a beat at last; how old it is by any clock says nothing
+    clock[0] += 10
+    assert lost.recover() == []
+    for found in ([], [], [2]):
+        clock[0] += 10
+        assert lost.recover() == found
     assert [trial.user_attrs.get(names.PREDECESSOR) for trial in store.get_all_trials(study_id)][4:] == [1, 2]
 
 

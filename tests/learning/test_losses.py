@@ -18,7 +18,7 @@ def scenes():
 @pytest.fixture(scope="module")
 def network():
     torch.manual_seed(0)
-    return Network(NetworkSpec(width=16, depth=2, heads=2, residual_passes=1))
+    return Network(NetworkSpec(width=16, depth=2, heads=2, residual_passes=1, noise_known=False))
 
 
 def test_nmse_is_0_for_truth_and_1_for_zero(scenes):
@@ -49,6 +49,19 @@ def test_every_term_has_a_finite_gradient_that_is_not_zero(term, scenes, network
     gradients = [p.grad for p in network.parameters() if p.grad is not None]
     assert all(torch.isfinite(g).all() for g in gradients)
     assert any((g != 0).any() for g in gradients)
+
+
+def test_disturbance_is_what_the_known_channel_leaves(network):
+    """Zero for the very share that noise and the channel's error have, and silent where the noise is known."""
+    scenes = simulate(SceneSpec(channel_error_db=(-10, -10), snr_db=(10, 10)), 5, range(64))
+    outputs = network(*network.features(scenes))
+    told = 1 / 11 + 10 / 11 * 0.1  # noise, then a tenth of the signal
+    right = outputs._replace(disturbance=torch.full((64,), told))
+    wrong = outputs._replace(disturbance=torch.full((64,), 4 * told))
+    assert losses.disturbance(right, scenes) < 0.1 < losses.disturbance(wrong, scenes)
+    known = Network(NetworkSpec(width=16, depth=2, heads=2, residual_passes=1))
+    mixed = covariances(outputs, scenes, HybridSpec())
+    assert loss_terms(LossSpec().only(disturbance=1.0), known, outputs, mixed, scenes) == {}
 
 
 def test_structure_terms_have_finite_gradients_on_rank_deficient_r(scenes):

@@ -4,17 +4,21 @@ import pytest
 import torch
 
 from ris_hpo.errors import ConfigError
+from ris_hpo.estimators.counting import mixed
+from ris_hpo.estimators.maximum_likelihood import ols, order_evidence
+from ris_hpo.learning.calibration import fit_count_mixing
 from ris_hpo.learning.hybrid import HybridSpec, covariances
-from ris_hpo.learning.inference import InferenceSpec, localize, network_sources, predict
+from ris_hpo.learning.inference import InferenceSpec, localize, network_sources, predict, refinement
 from ris_hpo.learning.metrics import score
-from ris_hpo.learning.network import Network, NetworkSpec, large
+from ris_hpo.learning.network import Network, NetworkSpec, count_weights, large
+from ris_hpo.physics.array import Cosines, to_cosines
 from ris_hpo.physics.scene import SceneSpec, grid_of_cells, simulate
 
 SMALL = {"width": 16, "depth": 2, "heads": 2}
 FORMS = [
     NetworkSpec(**SMALL),
     NetworkSpec(**SMALL, residual_passes=0, count_head="ordinal"),
-    NetworkSpec(**SMALL, covariance_head="factor"),
+    NetworkSpec(**SMALL, covariance_head="factor", count_head="evidence", noise_known=False),
     NetworkSpec(**SMALL, covariance_head="factor", factor_basis="free"),
     NetworkSpec(**SMALL, front_end="tokens"),
     NetworkSpec(**SMALL, front_end="tokens", covariance_head="factor", factor_basis="free"),
@@ -40,8 +44,8 @@ def test_outputs_are_well_formed(spec, scenes):
     for value, (low, high) in zip(outputs.cosines, spec.grid.region.bounds(), strict=True):
         assert (value >= low - 1e-6).all()
         assert (value <= high + 1e-6).all()
-    mixed = covariances(outputs, scenes, HybridSpec(beta=0.2))
-    for matrix in mixed:
+    both = covariances(outputs, scenes, HybridSpec(beta=0.2))
+    for matrix in both:
         assert torch.allclose(matrix, matrix.mH, atol=1e-5)
         assert torch.allclose(matrix.diagonal(dim1=-2, dim2=-1).real.sum(-1), torch.tensor(144.0), rtol=1e-4)
         assert float(torch.linalg.eigvalsh(matrix).min()) > -1e-3
@@ -74,6 +78,35 @@ def test_covariance_localizers_run_on_the_effective_covariance(localizer, scenes
     network = Network(NetworkSpec(**SMALL))
     found = localize(network, scenes, InferenceSpec(localizer=localizer), num_sources=scenes.truth.num_sources)
     assert torch.equal(found.num_sources, scenes.truth.num_sources)
+
+
+def test_fitted_mixing_counts_better_than_either_part():
+    """Cross-entropy of the count on scenes not fitted on: evidence and head mixed, evidence alone, head alone."""
+    torch.manual_seed(0)
+    network = Network(NetworkSpec(**SMALL, residual_passes=1, count_head="evidence")).eval()
+    fitting, held = (simulate(SceneSpec(), seed, range(192)) for seed in (21, 22))
+    fitted = fit_count_mixing(network, fitting, InferenceSpec())
+    outputs, truth = predict(network, held), held.truth.num_sources
+    scores = order_evidence(*refinement(network, held, InferenceSpec(), outputs), outputs.log_count)
+    posterior = mixed(scores, outputs.log_count.double(), count_weights(outputs.count_mixing))
+    nats = {
+        name: float(torch.nn.functional.cross_entropy(logits, truth))
+        for name, logits in (("both", posterior), ("evidence", -scores), ("head", outputs.log_count))
+    }
+    assert nats["both"] < min(nats["evidence"], nats["head"])
+    assert nats["both"] < fitted + 0.3  # what was learned holds on other scenes
+
+
+def test_a_second_look_finds_what_the_proposals_missed():
+    """Candidates near one of two sources only: the other one comes in from the residual."""
+    scenes = grid_of_cells(SceneSpec(power_spread_db=0), 9, [20.0], [2], 24)
+    truth = to_cosines(*(getattr(scenes.truth, name)[:, :1] for name in ("azimuth", "elevation", "range_m")))
+    candidates = Cosines(*(value.expand(-1, 5) for value in truth))
+    found = {}
+    for maxima in (0, 16):
+        spec = InferenceSpec().replaced({"likelihood.search.residual_maxima": maxima}).likelihood
+        found[maxima] = score(ols(scenes, candidates, spec, num_sources=2), scenes.truth).success
+    assert found[16] > found[0] + 0.5
 
 
 def test_noise_power_can_be_hidden(scenes):

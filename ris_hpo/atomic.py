@@ -1,0 +1,76 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ris_hpo.errors import OutputError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say of what goes wrong inside that ``path`` cannot be written.
+
+    Raises:
+        OutputError: no such folder, no permission, disk full.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+@contextmanager
+def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """Write a file under a temporary name beside ``path``; it takes the name of ``path`` when all went well.
+
+    Whatever happens inside, nothing else is left, and what stood at ``path`` before is whole.
+
+    Args:
+        path: the file to make or replace; its folder must be there.
+        durable: ask the disk to have it before it takes its name, so that it outlives a power failure.
+
+    Yields:
+        The temporary path, with the suffix of ``path``.
+
+    Raises:
+        OutputError: no such folder, no permission, disk full.
+    """
+    partial = path.with_name(f".{path.stem}.{os.getpid()}-{threading.get_ident()}{path.suffix}")
+    try:
+        with writing(path):
+            yield partial
+            if durable:
+                with partial.open("rb") as stream:
+                    os.fsync(stream.fileno())
+            partial.replace(path)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all.
+
+    Raises:
+        OutputError: no such folder, no permission, disk full.
+    """
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def make_folder(path: Path) -> Path:
+    """Make a folder with its parents, where it is not there yet.
+
+    Raises:
+        OutputError: a file in its way, no permission, disk full.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be made ({error.strerror})") from None
+    return path
