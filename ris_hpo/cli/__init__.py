@@ -22,6 +22,7 @@ from ris_hpo.cli import display, model, options, study
 from ris_hpo.errors import OutputError, RisHpoError
 
 _CANNOT_WRITE = {errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EPERM, errno.EROFS}
+_NO_PATH = {errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR}
 
 app = typer.Typer(
     name="ris-hpo",
@@ -78,6 +79,9 @@ def execute(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return options.INTERRUPTED
     except OSError as error:
+        if error.errno in _NO_PATH:
+            display.print_error(f"{error.filename}: not a usable path ({error.strerror})")
+            return options.UsageError.exit_code
         if error.errno not in _CANNOT_WRITE:
             raise
         display.print_error(f"{error.filename or 'output'}: cannot be written ({error.strerror})")

@@ -6,6 +6,7 @@ and the array's resolution is nearly uniform; v = cos el sin az follows from the
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ris_hpo.errors import ConfigError, NumericalError
+from ris_hpo.estimators.channel import posterior_mean_channel
 from ris_hpo.physics.array import Cosines, Geometry, cosine_steering, cosine_steering_jacobian
 from ris_hpo.physics.grid import GridSpec, Region
 from ris_hpo.physics.scene import Scenes
@@ -130,8 +132,9 @@ class Observation:
 
         Args:
             scenes: what was received.
-            channel_error_db: power of the error of the known channel relative to the channel. It adds that fraction of
-                the received signal power to the noise: the residual (H_true - H) diag(c) A s is white to first order.
+            channel_error_db: power of the error of the known channel relative to the channel. The channel's posterior
+                mean takes the known one's place (:mod:`ris_hpo.estimators.channel`), and what is left of the error adds
+                to the noise: (H_true - H^) diag(c) A s is white to first order.
             dtype: precision of the sensing matrices.
 
         Raises:
@@ -142,7 +145,10 @@ class Observation:
         y = scenes.y.to(torch.complex128)
         if channel_error_db is not None:
             received = y.abs().square().mean((1, 2))
-            noise = noise + 10 ** (channel_error_db / 10) * (received - noise).clamp(min=0)
+            error = torch.full_like(scenes.noise_power, 10 ** (channel_error_db / 10))
+            channel, gain = posterior_mean_channel(scenes.bs_ris_channel, error)
+            noise = noise + (error * gain).double() * (received - noise).clamp(min=0)
+            scenes = dataclasses.replace(scenes, bs_ris_channel=channel)
         sensing = scenes.sensing_matrices().flatten(1, 2).to(dtype)
         return Observation(scenes.geometry, sensing, y * noise.rsqrt()[:, None, None], noise)
 

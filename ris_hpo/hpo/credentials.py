@@ -17,8 +17,9 @@ def redact(text: str) -> str:
     """Return ``text`` with the password of every URL in it replaced by ``***``.
 
     A password may hold anything, spaces and ``@`` included, so that everything up to the last ``@`` of the line goes.
+    A URL that was taken for a path has one slash left.
     """
-    text = re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s:/@]*):.*@", r"\1:***@", text)
+    text = re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://?[^\s:/@]*):.*@", r"\1:***@", text)
     return re.sub(r"((?:password|passwd|pgpassword)\s*=\s*)[^\s&'\"]+", r"\1***", text, flags=re.IGNORECASE)
 
 

@@ -445,8 +445,10 @@ def open_store(
         address = f"sqlite:///{address}"
     try:
         parsed = sqlalchemy.make_url(address)
-    except sql_errors.ArgumentError:
-        raise StoreError(f"'{redact(address)}' is no store address; use sqlite:///FILE or postgresql://...") from None
+    except (sql_errors.ArgumentError, ValueError):  # the latter for a port that is no number
+        # not quoted further: who can say where the password ends in what is no address
+        scheme = address.partition("://")[0]
+        raise StoreError(f"'{scheme}://...' is no store address; use sqlite:///FILE or postgresql://...") from None
     if parsed.get_backend_name() == "sqlite":
         return _open_sqlite(parsed, address, create, heartbeat)
     if parsed.get_backend_name() in ("postgresql", "postgres"):
@@ -462,6 +464,10 @@ def _open_sqlite(url: sqlalchemy.URL, address: str, create: bool, heartbeat: int
         raise StoreError(f"{path}: no such store; start a study with 'ris-hpo run' or name another --storage")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise StoreError(f"{path}: not usable as a store (a folder)")
+        if path.is_file() and not _is_database(path):
+            raise StoreError(f"{path}: not usable as a store (no SQLite database)")
     except OSError as error:
         raise StoreError(f"{path.parent}: cannot be made ({error.strerror})") from None
     kind = file_system_of(path.parent)
@@ -485,6 +491,11 @@ def _open_sqlite(url: sqlalchemy.URL, address: str, create: bool, heartbeat: int
             return Store(_opened(_verbatim(f"sqlite:///{path}"), kwargs, heartbeat), f"sqlite:///{path}")
     except (OSError, sqlite3.Error, StorageInternalError, sql_errors.SQLAlchemyError) as error:
         raise StoreError(f"{path}: not usable as a store ({reason(error)})") from None
+
+
+def _is_database(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(16) in (b"", b"SQLite format 3\0")
 
 
 def _connect_sqlite(path: str) -> sqlite3.Connection:

@@ -37,7 +37,7 @@ from ris_hpo.physics.sources import Sources
 FORMAT: Final = "ris-hpo bundle 1"
 MANIFEST, WEIGHTS, PROGRAM = "bundle.json", "weights.safetensors", "network.pt2"
 
-_FIELDS: Final = 10  # of Outputs; the dense maps that follow are for training
+_FIELDS: Final = 11  # of Outputs; the dense maps that follow are for training
 _LARGEST_BATCH: Final = 65_536
 
 

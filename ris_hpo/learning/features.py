@@ -23,11 +23,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ris_hpo.estimators.channel import posterior_mean_channel, split_channel
 from ris_hpo.physics.array import Geometry
 from ris_hpo.physics.grid import GridSpec, dictionary, spectrum
 from ris_hpo.physics.scene import Scenes
 
 _LOADINGS = (0.003, 5.0, 28)  # where the noise power is not told, 1 / snr is averaged over so many values between these
+_BLAME, _ERRORS = 0.5, (1e-3, 0.05)  # first guess of the channel's error: share of the noise, and limits
+GAIN_EDGE = 0.01  # of the gain's logit
 _SMALL = 1e-30
 
 
@@ -41,7 +44,9 @@ class Features(NamedTuple):
         tokens: float32 [B, L, 4N], real and imaginary parts of both back-projections, unit mean power per scene;
             empty [B, 0] for the spectral front-end.
         context: float32 [B, num_context]: log10 of the observed (or estimated) SNR and of L, then for each spectrum
-            its spread and peak, then for each residual pass the log share of energy left, and of that the first had.
+            its spread and peak, then for each residual pass the log share of energy left, and of that the first had;
+            where the noise is not known also the log power of the channel's scattered part over its line of sight's,
+            and last the logit of a first guess of the gain that part deserves.
     """
 
     maps: Tensor
@@ -50,9 +55,10 @@ class Features(NamedTuple):
     context: Tensor
 
 
-def num_context(passes: int) -> int:
-    """Width of ``Features.context`` for the spectral front-end; the token front-end has 2."""
-    return 2 + 2 * (1 + passes) + 2 * passes
+def num_context(passes: int | None, *, noise_known: bool) -> int:
+    """Width of ``Features.context``: for the spectral front-end with so many passes, or (None) for the token one."""
+    spectral = 0 if passes is None else 2 * (1 + passes) + 2 * passes
+    return 2 + spectral + (0 if noise_known else 2)
 
 
 def back_projection(channel: Tensor, codes: Tensor, y: Tensor) -> Tensor:
@@ -62,7 +68,7 @@ def back_projection(channel: Tensor, codes: Tensor, y: Tensor) -> Tensor:
 
 def spectral_features(scenes: Scenes, grid: GridSpec, *, passes: int, noise_known: bool) -> Features:
     """Features of the spectral front-end; ``noise_known`` False hides the noise power from the network."""
-    loading = noise_loading(scenes, noise_known=noise_known)
+    loading, context = _levels(scenes, noise_known)
     y, channel = whiten(scenes, loading)
     codes, geometry = scenes.ris_codes, scenes.geometry
     logs = [_log_spectrum(geometry, grid, back_projection(channel, codes, y))]
@@ -79,22 +85,21 @@ def spectral_features(scenes: Scenes, grid: GridSpec, *, passes: int, noise_know
         logs.append(_log_spectrum(geometry, grid, back_projection(channel, codes, residual)))
         highest = logs[-1].flatten(1).argmax(-1)
 
-    context = [*_levels(scenes, loading)]
-    maps = []
+    maps, levels = [], []
     for log in logs:
         spread = log.flatten(1).std(-1).clamp(min=1e-3)
         maps.append(log / spread[:, None, None, None])
-        context += [spread, maps[-1].flatten(1).amax(-1) / 4]
+        levels += [spread, maps[-1].flatten(1).amax(-1) / 4]
     for before, after in itertools.pairwise(energies):
-        context += [((after + _SMALL) / (before + _SMALL)).log(), (after / energies[0].clamp(min=_SMALL)).log1p()]
+        levels += [((after + _SMALL) / (before + _SMALL)).log(), (after / energies[0].clamp(min=_SMALL)).log1p()]
     relief = logs[0] - logs[0].flatten(1).amax(-1)[:, None, None, None]
     empty = scenes.y.new_zeros(len(scenes), 0, dtype=torch.float32)
-    return Features(torch.cat(maps, 1), relief, empty, torch.stack(context, -1).float())
+    return Features(torch.cat(maps, 1), relief, empty, torch.stack([*context[:2], *levels, *context[2:]], -1).float())
 
 
 def token_features(scenes: Scenes, *, noise_known: bool) -> Features:
     """Features of the token front-end: both back-projections of every snapshot, scaled to unit mean power."""
-    loading = noise_loading(scenes, noise_known=noise_known)
+    loading, context = _levels(scenes, noise_known)
     whitened_y, whitened_channel = whiten(scenes, loading)
     parts = []
     for channel, y in ((scenes.bs_ris_channel, scenes.y), (whitened_channel, whitened_y)):
@@ -102,8 +107,7 @@ def token_features(scenes: Scenes, *, noise_known: bool) -> Features:
         z = z / z.abs().square().mean((1, 2), keepdim=True).clamp(min=_SMALL).sqrt()
         parts += [z.real, z.imag]
     empty = scenes.y.new_zeros(len(scenes), 0, dtype=torch.float32)
-    context = torch.stack(_levels(scenes, loading), -1).float()
-    return Features(empty, empty, torch.cat(parts, -1), context)
+    return Features(empty, empty, torch.cat(parts, -1), torch.stack(context, -1).float())
 
 
 def estimated_loading(scenes: Scenes) -> Tensor:
@@ -154,8 +158,20 @@ def _gram(scenes: Scenes) -> tuple[Tensor, Tensor]:
     return gram, gram.diagonal(dim1=-2, dim2=-1).real.mean(-1).clamp(min=_SMALL)
 
 
-def _levels(scenes: Scenes, loading: Tensor) -> list[Tensor]:
-    return [-loading.log10(), torch.full_like(loading, scenes.y.shape[1]).log10()]
+def _levels(scenes: Scenes, noise_known: bool) -> tuple[Tensor, list[Tensor]]:
+    """1 / snr of every scene [B], and the context that does not come from spectra.
+
+    Where the noise is not known, half of it is put down to the channel for a first guess of the scattered part's gain.
+    The spectra stay those of the channel as given: with the gain they detect no better, even with the true one.
+    """
+    loading = noise_loading(scenes, noise_known=noise_known)
+    context = [-loading.log10(), torch.full_like(loading, scenes.y.shape[1]).log10()]
+    if not noise_known:
+        _, gain = posterior_mean_channel(scenes.bs_ris_channel, (_BLAME * loading).clamp(*_ERRORS))
+        direct, scattered = split_channel(scenes.bs_ris_channel)
+        shares = (_energy(scattered) + _SMALL) / (_energy(direct) + _SMALL)
+        context += [shares.log(), torch.logit(gain, eps=GAIN_EDGE)]
+    return loading, context
 
 
 def _energy(y: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ris_hpo.config import Spec
 from ris_hpo.errors import ConfigError
+from ris_hpo.estimators.channel import LEAST_GAIN, split_channel
+from ris_hpo.learning.features import GAIN_EDGE
 from ris_hpo.learning.hybrid import Covariances
 from ris_hpo.learning.matching import match
 from ris_hpo.learning.network import Network, Outputs, slot_geometry
@@ -144,19 +146,26 @@ def auxiliary(outputs: Outputs, truth: Sources) -> Tensor:
 
 
 def disturbance(outputs: Outputs, scenes: Scenes) -> Tensor:
-    """Huber on the logit of the disturbance's share of the received power.
+    """Huber on the logits of the channel's gain and of the disturbance's share of the received power.
 
-    The disturbance is what the known channel does not explain: y_l - H diag(c_l) sum_k a_k s_kl.
+    The gain is the regression of the true channel's scattered part on the known one's; the disturbance is what the
+    channel with that gain does not explain: y_l - H^ diag(c_l) sum_k a_k s_kl.
     """
     truth, symbols = scenes.require_truth(), scenes.symbols
     if symbols is None:
         raise ConfigError("the loss term 'disturbance' needs scenes with symbols; set loss.disturbance = 0")
+    known = scenes.bs_ris_channel
+    direct, scattered = split_channel(known)
+    gain = torch.ones_like(outputs.channel_gain)
+    if scenes.true_channel is not None:
+        along = (scattered.conj() * (scenes.true_channel - direct)).real.sum((1, 2))
+        gain = (along / scattered.abs().square().sum((1, 2)).clamp(min=1e-30)).clamp(LEAST_GAIN, 1)
     wave = symbols * truth.mask.unsqueeze(1)
     wave = wave @ steering(scenes.geometry, truth.azimuth, truth.elevation, truth.range_m)
-    explained = (scenes.ris_codes * wave) @ scenes.bs_ris_channel.mT
+    explained = (scenes.ris_codes * wave) @ (direct + gain[:, None, None] * scattered).mT
     share = (scenes.y - explained).abs().square().mean((1, 2)) / scenes.y.abs().square().mean((1, 2)).clamp(min=1e-30)
-    edge = 1e-4
-    return F.smooth_l1_loss(_logit(outputs.disturbance, edge), _logit(share, edge))
+    noise = F.smooth_l1_loss(_logit(outputs.disturbance, 1e-4), _logit(share, 1e-4))
+    return noise + F.smooth_l1_loss(_logit(outputs.channel_gain, GAIN_EDGE), _logit(gain, GAIN_EDGE))
 
 
 def peak(outputs: Outputs, truth: Sources) -> Tensor:

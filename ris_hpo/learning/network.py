@@ -51,7 +51,10 @@ class NetworkSpec(Spec):
     candidates: int = Field(64, ge=5, le=512, description="proposals handed to the refinement")
     max_sources: int = Field(5, ge=1, le=5)
     covariance_atoms: int = Field(16, ge=5, le=512, description="proposals that span the structured covariance")
-    residual_passes: int = Field(2, ge=0, le=5, description="spectra of the residual beside the first")
+    cell_width: int = Field(
+        96, ge=0, le=512, description="hidden width of the cells' head with its own view of the maps; 0 is a linear head"
+    )
+    residual_passes: int = Field(4, ge=0, le=5, description="spectra of the residual beside the first")
     noise_known: bool = Field(True, description="false: the noise power is estimated, channel error included")
     geometry: Geometry = Geometry()
     grid: GridSpec = GridSpec()
@@ -84,6 +87,7 @@ class Outputs(NamedTuple):
         factor: complex64 [B, N, Q], F with R_pred = F F^H + sigma^2 I.
         noise_level: [B] sigma^2, relative.
         disturbance: [B] share of the received power that is noise, or error of the known channel.
+        channel_gain: [B] what the scattered part of the known channel is to be multiplied with; 1 if it is exact.
         count_mixing: [B, K_max + 4] raw output of :class:`CountMixing`; None for the other count heads.
         cell_logit, cell_power: [B, P, V, W]; cell_offset: [B, 3, P, V, W] in cells; None for the token front-end.
     """
@@ -97,6 +101,7 @@ class Outputs(NamedTuple):
     factor: Tensor
     noise_level: Tensor
     disturbance: Tensor
+    channel_gain: Tensor
     count_mixing: Tensor | None = None
     cell_logit: Tensor | None = None
     cell_power: Tensor | None = None
@@ -123,7 +128,7 @@ class Network(nn.Module):
             heads["factor"] = _FreeFactor(spec) if spec.factor_basis == "free" else _AtomFactor(spec)
         heads["noise"] = nn.Linear(spec.width, 1)
         if not spec.noise_known:  # a correction of what the features estimate
-            heads["disturbance"] = nn.Linear(spec.width, 1)
+            heads["disturbance"] = nn.Linear(spec.width, 2)
         if spec.count_head == "evidence":
             heads["mixing"] = CountMixing(spec)
         self.heads = nn.ModuleDict(heads)
@@ -151,8 +156,11 @@ class Network(nn.Module):
             count = self.heads["count"](pooled, proposals.existence, context)
             noise_level = F.softplus(self.heads["noise"](pooled)).squeeze(-1)
             disturbance = -math.log(10) * context[:, 0]  # its logit, by the SNR that the features know or estimate
+            gain = torch.ones_like(disturbance)
             if "disturbance" in self.heads:
-                disturbance = disturbance + self.heads["disturbance"](pooled).squeeze(-1)
+                correction = self.heads["disturbance"](pooled)
+                disturbance = disturbance + correction[:, 0]
+                gain = torch.sigmoid(context[:, -1] + correction[:, 1])
             mixing = self.heads["mixing"](context) if "mixing" in self.heads else None
             amplitude = (torch.sigmoid(proposals.existence) * proposals.power).clamp(min=1e-12).sqrt()
             if "factor" in self.heads and self.spec.factor_basis == "free":
@@ -166,7 +174,7 @@ class Network(nn.Module):
                     factor = factor @ self.heads["factor"](proposals.state[:, :span]).to(factor.dtype)
         cells = (proposals.cell_logit, proposals.cell_power, proposals.cell_offset)
         geometry = (proposals.existence, proposals.v, proposals.w, proposals.rho, proposals.power)
-        return Outputs(*geometry, count, factor, noise_level, torch.sigmoid(disturbance), mixing, *cells)
+        return Outputs(*geometry, count, factor, noise_level, torch.sigmoid(disturbance), gain, mixing, *cells)
 
     def parameter_counts(self) -> dict[str, int]:
         """Number of parameters in the backbone and in the heads."""
@@ -179,6 +187,10 @@ class Network(nn.Module):
 def slot_geometry(outputs: Outputs, slots: int) -> tuple[Tensor, Tensor, Tensor]:
     """(azimuth, elevation, range_m) [B, slots] of the first proposals, differentiable."""
     return from_cosines(Cosines(outputs.v[:, :slots], outputs.w[:, :slots], outputs.rho[:, :slots]))
+
+
+def _num_context(spec: NetworkSpec) -> int:
+    return num_context(spec.residual_passes if spec.front_end == "spectra" else None, noise_known=spec.noise_known)
 
 
 class _Proposals(NamedTuple):
@@ -241,7 +253,7 @@ class _SpectralBackbone(nn.Module):
         super().__init__()
         planes, fine, width = (1 + spec.residual_passes) * spec.grid.num_rho, max(16, spec.width // 2), spec.width
         self.stem = nn.Conv2d(planes, fine, 3, padding=1)
-        self.context = nn.Linear(num_context(spec.residual_passes), fine)
+        self.context = nn.Linear(_num_context(spec), fine)
         self.down = nn.Conv2d(fine, width, 3, stride=2, padding=1)
         self.blocks = nn.ModuleList(_Block(width, spec.dropout) for _ in range(spec.depth))
         self.attention = _Attention(width, spec.heads, spec.dropout)
@@ -277,8 +289,11 @@ class _CellHead(nn.Module):
         super().__init__()
         self.spec = spec
         fine, planes = max(16, spec.width // 2), spec.grid.num_rho
-        self.cells = nn.Conv2d(fine, 5 * planes, 1)
+        self.cells = nn.Conv2d(spec.cell_width or fine, 5 * planes, 1)
         self.state = fine
+        if spec.cell_width:  # an offset is told by the maps' curvature about the cell, which the linear head cannot see
+            self.from_hidden = nn.Conv2d(fine, spec.cell_width, 1)
+            self.from_maps = nn.Conv2d((1 + spec.residual_passes) * planes, spec.cell_width, 3, padding=1)
         nn.init.normal_(self.cells.weight, std=0.01)
         nn.init.zeros_(self.cells.bias)  # type: ignore[arg-type]
         # least-squares start: these three alone reach 14.3 nats a scene where a flat prior has 25
@@ -291,7 +306,10 @@ class _CellHead(nn.Module):
     def forward(self, hidden: Tensor, features: Features) -> _Proposals:
         spec, grid = self.spec, self.spec.grid
         planes = grid.num_rho
-        raw = self.cells(hidden).unflatten(1, (5, planes))
+        seen = hidden
+        if spec.cell_width:
+            seen = F.gelu(self.from_hidden(hidden) + self.from_maps(features.maps))
+        raw = self.cells(seen).unflatten(1, (5, planes))
         logit = (
             raw[:, 0] + self.spectrum_gain * features.maps[:, :planes] + self.relief_gain * features.relief + self.bias
         )
@@ -332,7 +350,7 @@ class _TokenBackbone(nn.Module):
     def __init__(self, spec: NetworkSpec) -> None:
         super().__init__()
         self.embed = nn.Linear(4 * spec.geometry.num_elements, spec.width)
-        self.context = nn.Linear(2, spec.width)
+        self.context = nn.Linear(_num_context(spec), spec.width)
         self.queries = nn.Parameter(0.5 * torch.randn(1, spec.max_sources + 1, spec.width))
         self.layers = nn.ModuleList(_Attention(spec.width, spec.heads, spec.dropout) for _ in range(spec.depth))
         self.norm = nn.LayerNorm(spec.width)
@@ -373,7 +391,7 @@ class _CountHead(nn.Module):
         self.ordinal = spec.count_head == "ordinal"
         self.max_sources = spec.max_sources
         self.seen = min(16, spec.candidates) if spec.front_end == "spectra" else spec.max_sources
-        inputs = spec.width + self.seen + (num_context(spec.residual_passes) if spec.front_end == "spectra" else 2)
+        inputs = spec.width + self.seen + _num_context(spec)
         hidden = min(spec.head_width, 128)
         self.body = nn.Sequential(
             nn.Linear(inputs, hidden),
@@ -402,7 +420,7 @@ class CountMixing(nn.Module):
 
     def __init__(self, spec: NetworkSpec) -> None:
         super().__init__()
-        context = num_context(spec.residual_passes) if spec.front_end == "spectra" else 2
+        context = _num_context(spec)
         outputs = spec.max_sources + 4
         start = torch.zeros(outputs)
         start[:3] = torch.tensor([-1.0, 3.0, -1.0])

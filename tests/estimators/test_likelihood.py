@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ris_hpo.errors import NumericalError
+from ris_hpo.estimators.channel import posterior_mean_channel
 from ris_hpo.estimators.likelihood import (
     Fit,
     descend,
@@ -282,17 +283,31 @@ def test_a_stated_channel_error_raises_the_noise():
     plain = Observation.of(scenes)
     aware = Observation.of(scenes, channel_error_db=-10.0)
     assert (aware.noise_power > plain.noise_power).all()
-    clean = scenes.y - torch.einsum(
-        "blmn,bkn,blk->blm",
-        scenes.sensing_matrices(),
-        box_steering_jacobian(scenes.geometry, to_box_coordinates(truth.azimuth, truth.elevation, truth.range_m))[0].to(
-            torch.complex64
-        ),
-        scenes.symbols,
-    )
-    realised = clean.abs().square().mean((1, 2)).double()
-    # the error's power is random and y holds the true channel, not the known one: right on average
+    steering = box_steering_jacobian(
+        scenes.geometry, to_box_coordinates(truth.azimuth, truth.elevation, truth.range_m)
+    )[0].to(torch.complex64)
+    wave = torch.einsum("bkn,blk->bln", steering, scenes.symbols)
+    channel, _ = posterior_mean_channel(scenes.bs_ris_channel, torch.full((200,), 0.1))
+    left = scenes.y - torch.einsum("bmn,bln->blm", channel, scenes.ris_codes * wave)
+    realised = left.abs().square().mean((1, 2)).double()
+    # the error's power is random: right on average
     assert (realised / aware.noise_power).mean().item() == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("rician", [1.0, 10.0])
+def test_the_posterior_mean_of_the_channel_is_nearer_the_truth(rician):
+    """Gain by theory s_w^2 / (s_w^2 + s_e^2), error smaller by it in the scattered part, none left out at no error."""
+    spec = SceneSpec(channel_error_db=(-10.0, -10.0), rician_factor=(rician, rician))
+    scenes = simulate(spec, 5, range(64))
+    channel, gain = posterior_mean_channel(scenes.bs_ris_channel, torch.full((64,), 0.1))
+    scatter = 1 / (rician + 1)
+    assert gain.mean().item() == pytest.approx(scatter / (scatter + 0.1), abs=0.03)
+    before = (scenes.bs_ris_channel - scenes.true_channel).abs().square().mean()
+    after = (channel - scenes.true_channel).abs().square().mean()
+    assert (after / before).item() == pytest.approx(scatter / (scatter + 0.1), abs=0.08)
+    exact, gain = posterior_mean_channel(scenes.bs_ris_channel, torch.zeros(64))
+    assert (gain == 1).all()
+    torch.testing.assert_close(exact, scenes.bs_ris_channel)
 
 
 def degenerate(kind: str) -> tuple[Scenes, Sources]:

@@ -53,12 +53,15 @@ def test_every_term_has_a_finite_gradient_that_is_not_zero(term, scenes, network
 
 def test_disturbance_is_what_the_known_channel_leaves(network):
     """Zero for the very share that noise and the channel's error have, and silent where the noise is known."""
-    scenes = simulate(SceneSpec(channel_error_db=(-10, -10), snr_db=(10, 10)), 5, range(64))
+    spec = SceneSpec(channel_error_db=(-10, -10), snr_db=(10, 10), rician_factor=(5, 5))
+    scenes = simulate(spec, 5, range(64))
     outputs = network(*network.features(scenes))
-    told = 1 / 11 + 10 / 11 * 0.1  # noise, then a tenth of the signal
-    right = outputs._replace(disturbance=torch.full((64,), told))
-    wrong = outputs._replace(disturbance=torch.full((64,), 4 * told))
-    assert losses.disturbance(right, scenes) < 0.1 < losses.disturbance(wrong, scenes)
+    gain = (1 / 6) / (1 / 6 + 0.1)  # power of the scattered part over that and the error's
+    told = 1 / 11 + 10 / 11 * 0.1 * gain  # noise, then what is left of the error
+    right = outputs._replace(disturbance=torch.full((64,), told), channel_gain=torch.full((64,), gain))
+    assert losses.disturbance(right, scenes) < 0.1
+    assert losses.disturbance(right._replace(disturbance=torch.full((64,), 4 * told)), scenes) > 0.4
+    assert losses.disturbance(right._replace(channel_gain=torch.full((64,), 0.97)), scenes) > 0.4
     known = Network(NetworkSpec(width=16, depth=2, heads=2, residual_passes=1))
     mixed = covariances(outputs, scenes, HybridSpec())
     assert loss_terms(LossSpec().only(disturbance=1.0), known, outputs, mixed, scenes) == {}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ris_hpo.errors import SceneFileError
+from ris_hpo.errors import OutputError, SceneFileError
 from ris_hpo.physics.array import Geometry
 from ris_hpo.physics.files import load_estimates, load_scenes, save_estimates, save_scenes
 from ris_hpo.physics.scene import Scenes, SceneSpec, simulate
@@ -175,9 +175,9 @@ def test_a_truncated_archive_is_refused(scenes, tmp_path):
 
 
 def test_an_unwritable_place_leaves_nothing(scenes, tmp_path):
-    with pytest.raises(SceneFileError, match="cannot be written"):
+    with pytest.raises(OutputError, match="cannot be written"):
         save_scenes(tmp_path / "no" / "such" / "s.npz", scenes)
-    with pytest.raises(SceneFileError, match="cannot be written"):
+    with pytest.raises(OutputError, match="cannot be written"):
         save_scenes(tmp_path, scenes)
     assert list(tmp_path.iterdir()) == []
     assert not [name for name in os.listdir(tmp_path.parent) if name.endswith(".tmp")]

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ris_hpo.errors import CheckpointError
+from ris_hpo.errors import CheckpointError, OutputError
 from ris_hpo.training import checkpoint, telemetry
 from ris_hpo.training.checkpoint import BEST, LAST, load_network
 from ris_hpo.training.config import RunConfig
@@ -155,7 +155,7 @@ def test_weights_of_another_network_are_refused(undisturbed, tmp_path):
 
 def test_failed_write_leaves_nothing_behind(tmp_path):
     (tmp_path / "run").write_text("a file where a directory is needed")
-    with pytest.raises(CheckpointError, match="cannot be written"):
+    with pytest.raises(OutputError, match="cannot be made"):
         checkpoint.write(tmp_path / "run" / LAST, {"x": torch.zeros(1)}, {})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 
