@@ -35,7 +35,7 @@ from ris_hpo.learning.matching import match
 from ris_hpo.learning.metrics import CAP, Scores, floor_scores, score
 from ris_hpo.learning.network import Network
 from ris_hpo.physics.scene import Scenes, SceneSpec, grid_of_cells
-from ris_hpo.physics.sources import Sources
+from ris_hpo.physics.sources import TOLERANCE, Sources
 from ris_hpo.training import checkpoint
 from ris_hpo.training.trainer import load_network
 
@@ -97,32 +97,40 @@ def table(found: Mapping[str, tuple[Sources, float]], scenes: Scenes) -> dict[st
 
 
 def calibration(sources: Sources, truth: Sources) -> dict[str, float]:
-    """Expected calibration error of existence over ten bins, and mean NEES of matched sources (3 where calibrated).
+    """How far reported probabilities and covariances are to be believed, over the reported sources.
 
-    A reported source exists where it is matched to a true one within the caps of the score (10 deg, 10 deg, 2 m).
+    ``ece_count``: expected calibration error over ten bins of existence as defined, p(K >= slot | y). ``ece_near``:
+    the same against "a true source is within the score's caps", which existence does not claim. ``nees``: mean squared
+    error of found sources (within the tolerances of a success) under their covariance; 3 where calibrated.
     """
-    existence, covariance = sources.existence, sources.covariance_m2
-    assert existence is not None
-    assert covariance is not None
+    assert sources.existence is not None
+    order = torch.arange(1, sources.max_sources + 1).expand_as(sources.mask)
+    there = truth.num_sources.unsqueeze(-1) >= order
     found, padded, paired = match(sources, truth)
-    error = [(getattr(found, n) - getattr(padded, n)).abs() for n in ("azimuth", "elevation", "range_m")]
-    near = paired & torch.stack([e < cap for e, cap in zip(error, CAP, strict=True)]).all(0)
+    error = torch.stack(
+        [(getattr(found, n) - getattr(padded, n)).abs() for n in ("azimuth", "elevation", "range_m")], -1
+    )
+    near = paired & (error < error.new_tensor(CAP)).all(-1)
+    hit = paired & (error < error.new_tensor(TOLERANCE)).all(-1)
     assert found.existence is not None
     assert found.covariance_m2 is not None
-    said, true = found.existence[found.mask], near[found.mask].double()
-    bins = (said * 10).long().clamp(max=9)
-    gaps = [
-        (said[bins == b].double().mean() - true[bins == b].mean()).abs() * (bins == b).double().mean()
-        for b in bins.unique()
-    ]
-    offset = (found.positions() - padded.positions())[near].double()
-    precise = torch.linalg.solve(found.covariance_m2[near].double(), offset.unsqueeze(-1)).squeeze(-1)
-    nees = (offset * precise).sum(-1)
+    offset = (found.positions() - padded.positions())[hit].double()
+    precise = torch.linalg.solve(found.covariance_m2[hit].double(), offset.unsqueeze(-1)).squeeze(-1)
     return {
-        "ece": round(float(torch.stack(gaps).sum()), 4),
-        "nees": round(float(nees.mean()), 3),
-        "nees_median": round(float(nees.median()), 3),
+        "ece_count": round(calibration_error(sources.existence[sources.mask], there[sources.mask]), 4),
+        "ece_near": round(calibration_error(found.existence[found.mask], near[found.mask]), 4),
+        "nees": round(float((offset * precise).sum(-1).mean()), 3),
     }
+
+
+def calibration_error(said: Tensor, true: Tensor, bins: int = 10) -> float:
+    """Mean distance between what was said and how often it was true, over bins of what was said."""
+    place = (said * bins).long().clamp(max=bins - 1)
+    gaps = [
+        (said[place == b].double().mean() - true[place == b].double().mean()).abs() * (place == b).double().mean()
+        for b in place.unique()
+    ]
+    return float(torch.stack(gaps).sum())
 
 
 def figures(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:

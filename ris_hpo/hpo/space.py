@@ -30,6 +30,9 @@ Value = bool | int | float | str
 SAMPLERS = ("tpe", "gp", "cmaes", "random", "qmc", "nsga2")
 PRUNERS = ("asha", "hyperband", "median", "wilcoxon", "none")
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+"""What a study may be called: its trials' folders have that name, and must not lie elsewhere."""
+
 _PROBES = 64  # random configurations tried at load; a combination the run configuration refuses shows up here
 
 
@@ -179,7 +182,7 @@ class StopSpec(Spec):
 class StudySpec(Spec):
     """One study: what is searched, from which base, by which sampler and pruner, within which budget."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    name: str = Field(pattern=NAME)
     description: str = ""
     kind: Literal["training", "inference"] = "training"
     seed: int = Field(default=0, ge=0, lt=2**32)

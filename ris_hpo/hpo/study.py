@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import time
 import warnings
 from importlib import metadata
@@ -21,7 +22,7 @@ from ris_hpo.hpo import attributes as names
 from ris_hpo.hpo import budget
 from ris_hpo.hpo.credentials import redact
 from ris_hpo.hpo.objective import Program, load_program
-from ris_hpo.hpo.space import StudySpec
+from ris_hpo.hpo.space import NAME, StudySpec
 from ris_hpo.hpo.store import Store, storage_directory, ticket
 
 _WARM_TRIALS = 5
@@ -49,12 +50,21 @@ def get_study(store: Store, name: str) -> Study:
         raise StudyError(f"no study '{name}' in {store.redacted}{hint}") from None
 
 
+def _check_name(name: str) -> None:
+    if re.fullmatch(NAME, name) is None:
+        raise StudyError(
+            f"study '{name}': a name has letters, digits, '.', '_' and '-', begins with one of the former two, and has "
+            "64 characters at most; folders are called by it"
+        )
+
+
 def stored_spec(study: Study) -> StudySpec:
     """Return the specification a study was made with.
 
     Raises:
         StudyError: the study was not made by this program.
     """
+    _check_name(study.study_name)
     tree = study.user_attrs.get(names.SPEC)
     if tree is None:
         raise StudyError(f"study '{study.study_name}' was not made by ris-hpo: it carries no specification")
@@ -86,11 +96,12 @@ def create_or_resume_study(
 
     Raises:
         SpaceError: the study exists with another space, or was scored by another version.
-        StudyError: the fork exists already; the study to start from does not.
+        StudyError: the fork exists already; the study to start from does not; a name that no folder can have.
     """
     quiet_optuna()
     source = name or spec.name
     title = fork or source
+    _check_name(title)
     if score_version is None:
         from ris_hpo.learning.metrics import SCORE_VERSION  # imported late, since it brings torch
 

@@ -52,7 +52,7 @@ class NetworkSpec(Spec):
     max_sources: int = Field(5, ge=1, le=5)
     covariance_atoms: int = Field(16, ge=5, le=512, description="proposals that span the structured covariance")
     cell_width: int = Field(
-        96, ge=0, le=512, description="hidden width of the cells' head with its own view of the maps; 0 is a linear head"
+        96, ge=0, le=512, description="hidden width of the cells' head, which has its own view of the maps; 0: linear"
     )
     residual_passes: int = Field(4, ge=0, le=5, description="spectra of the residual beside the first")
     noise_known: bool = Field(True, description="false: the noise power is estimated, channel error included")

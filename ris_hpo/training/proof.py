@@ -104,7 +104,7 @@ def small_form(config: RunConfig) -> RunConfig:
     """The same form at a size that memorises a few scenes in seconds, for a first certificate."""
     sizes = {"width": 32, "depth": 2, "heads": 4, "candidates": 32, "covariance_atoms": 16}
     if config.network.front_end == "spectra":
-        sizes["residual_passes"] = 1
+        sizes |= {"residual_passes": 1, "cell_width": 16}
     return config.replaced({f"network.{name}": value for name, value in sizes.items()})
 
 

@@ -27,6 +27,7 @@ depth = 1
 heads = 2
 head_width = 16
 residual_passes = 0
+cell_width = 0
 
 [optimizer]
 batch_size = 16

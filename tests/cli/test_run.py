@@ -28,6 +28,7 @@ network.depth = 1
 network.heads = 2
 network.head_width = 16
 network.residual_passes = 0
+network.cell_width = 0
 optimizer.batch_size = 16
 
 [space]

@@ -1,11 +1,15 @@
 """The gate alone, as WSGI: who gets in, what is refused, and which headers every answer carries."""
 
+import hmac
 import io
 import json
+import types
+from collections import Counter
 
 import pytest
 
 from ris_hpo.errors import ConfigError
+from ris_hpo.hpo import dashboard
 from ris_hpo.hpo.dashboard import ATTEMPT_WINDOW_S, ATTEMPTS, ATTEMPTS_PER_ADDRESS, Gate, check_token, make_token
 
 TOKEN = "correct-horse-battery"
@@ -125,6 +129,46 @@ def test_guesses_are_limited_per_address_and_in_all():
     for index in range(ATTEMPTS):
         visitor.log_in("wrong", address=f"10.1.0.{index}")
     assert visitor.log_in(address="10.2.0.1")["status"] == 429
+
+
+def test_secrets_are_compared_in_constant_time_whatever_way_they_come(monkeypatch):
+    compared = []
+
+    def spy(guess, secret):
+        compared.append((guess, secret))
+        return hmac.compare_digest(guess, secret)
+
+    monkeypatch.setattr(dashboard, "hmac", types.SimpleNamespace(compare_digest=spy))
+    visitor = Visitor()
+    visitor.log_in("wrong-by-form")
+    visitor.ask(query="token=wrong-by-link")
+    visitor.ask(authorization="Bearer wrong-as-bearer")
+    visitor.cookie = "ris_hpo=wrong-as-cookie"
+    visitor.ask()
+    assert [guess for guess, _ in compared] == [
+        b"wrong-by-form", b"wrong-by-link", b"wrong-as-bearer", b"wrong-as-cookie",
+    ]  # fmt: skip
+    assert [secret for _, secret in compared[:3]] == [TOKEN.encode()] * 3
+
+
+def test_a_flood_of_guesses_takes_no_memory():
+    visitor = Visitor()
+    statuses = Counter(visitor.log_in("wrong", address=f"10.0.{i // 256}.{i % 256}")["status"] for i in range(5000))
+    assert statuses == {401: ATTEMPTS, 429: 5000 - ATTEMPTS}
+    assert len(visitor.gate._attempts._failures) == ATTEMPTS
+
+
+@pytest.mark.parametrize("query", [f"token={TOKEN}", ""])
+def test_a_name_that_was_rebound_sees_nothing(query):
+    """DNS rebinding: the visitor's browser asks this machine in the name of another site."""
+    visitor = Visitor()
+    visitor.log_in()
+    for host in ("evil.example", "evil.example:8080", "127.0.0.1.evil.example", "localhost.evil.example", "2130706433"):
+        for path in ("/", "/dashboard", "/api/studies", "/login", "/artifacts/1/2/ab"):
+            answer = visitor.ask(path, query=query, host=host, authorization=f"Bearer {TOKEN}")
+            assert answer["status"] == 421
+            assert "Set-Cookie" not in answer["headers"]
+            assert b"method" not in answer["body"]
 
 
 def test_read_only_refuses_everything_that_changes():

@@ -50,6 +50,21 @@ def test_studies_trials_and_artifacts_are_served(make_site):
     assert ask(site, "/csv/1")[0] == 200
 
 
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "..", "a/../../secret", "..%2fsecret", "%2e%2e/secret"])
+def test_an_artifacts_name_leads_nowhere_else(make_site, name):
+    """A store may say anything of its artifacts; the folder beside theirs holds what is nobody's business."""
+    site = make_site()
+    (site.folder / "secret").write_text("nobody's business")
+    trial = site.study.ask()
+    meta = {"artifact_id": name, "filename": name, "mimetype": "text/plain", "encoding": None}
+    site.store.set_trial_system_attr(trial._trial_id, f"artifacts:{name}", json.dumps(meta))
+    for path in (name, urllib.parse.quote(name, safe="")):
+        status, _, body = ask(site, f"/artifacts/1/{trial._trial_id}/{path}")
+        assert status in (400, 404)
+        assert b"nobody's business" not in body
+        assert b"root:" not in body
+
+
 def test_nothing_without_token_and_no_change_with_it(make_site):
     site = make_site()
     for path in ("/", "/dashboard", "/api/studies", "/api/studies/1", "/static/bundle.js", "/csv/1"):

@@ -26,6 +26,7 @@ TINY: dict[str, Any] = {
         "network.heads": 2,
         "network.head_width": 32,
         "network.residual_passes": 0,
+        "network.cell_width": 0,
         "optimizer.batch_size": 8,
     },
     "inference": {"budget.scenes": 12, "budget.validate_every": 12},

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
@@ -392,6 +393,15 @@ def test_stop_rules(rules: StopSpec, reason: str, sqlite_store: Store, program: 
     counts = budget.tally(study.get_trials())
     assert counts.running == 0
     assert counts.ended + counts.waiting == 30
+
+
+@pytest.mark.parametrize("name", ["../up", "/tmp/x", "a/b", "..", ".hidden", "two words", "x" * 65, "line\n"])
+def test_a_name_that_leads_elsewhere_is_refused(name: str, sqlite_store: Store, program: Program) -> None:
+    with pytest.raises(StudyError, match="folders are called by it"):
+        create_or_resume_study(sqlite_store, make_spec(), name=name, score_version=1)
+    sqlite_store.create_new_study([optuna.study.StudyDirection.MINIMIZE], name)  # made by somebody else
+    with pytest.raises(StudyError, match="folders are called by it"):
+        stored_spec(get_study(sqlite_store, name))
 
 
 def test_two_objectives_under_nsga2(sqlite_store: Store, program: Program, tmp_path: Path) -> None:

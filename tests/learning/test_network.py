@@ -14,7 +14,7 @@ from ris_hpo.learning.network import Network, NetworkSpec, count_weights, large
 from ris_hpo.physics.array import Cosines, to_cosines
 from ris_hpo.physics.scene import SceneSpec, grid_of_cells, simulate
 
-SMALL = {"width": 16, "depth": 2, "heads": 2}
+SMALL = {"width": 16, "depth": 2, "heads": 2, "cell_width": 16}
 FORMS = [
     NetworkSpec(**SMALL),
     NetworkSpec(**SMALL, residual_passes=0, count_head="ordinal"),
