@@ -27,11 +27,11 @@ from ris_hpo.training.config import RunConfig
 from ris_hpo.training.trainer import Trainer
 
 
-def one(space: str, params: dict[str, Any], config: int, seed: int) -> dict[str, Any]:
+def one(space: str, params: dict[str, Any], config: int, seed: int, pipeline_scenes: int) -> dict[str, Any]:
     """Train one configuration with one seed."""
     torch.set_num_threads(1)
     spec = load_study(space)
-    run: RunConfig = spec.config(params).replaced({"seed": 1000 + 17 * seed})
+    run: RunConfig = spec.config(params).replaced({"seed": 1000 + 17 * seed, "budget.pipeline_scenes": pipeline_scenes})
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(run, Path(folder))
         values = [validation.network.k_loc for validation in trainer.run()]
@@ -55,7 +55,9 @@ def run(arguments: argparse.Namespace) -> None:
     done = {(row["config"], row["seed"]) for row in rows_of(out)} if out.exists() else set()
     todo = [(c, s) for s in range(arguments.seeds) for c in range(arguments.configs) if (c, s) not in done]
     with ProcessPoolExecutor(arguments.workers) as pool, out.open("a", encoding="utf-8") as file:
-        for future in as_completed([pool.submit(one, arguments.space, drawn[c], c, s) for c, s in todo]):
+        for future in as_completed(
+            [pool.submit(one, arguments.space, drawn[c], c, s, arguments.pipeline_scenes) for c, s in todo]
+        ):
             file.write(json.dumps(future.result()) + "\n")
             file.flush()
     table(out)
@@ -97,6 +99,7 @@ def main() -> None:
     runs.add_argument("--configs", type=int, default=8)
     runs.add_argument("--seeds", type=int, default=3)
     runs.add_argument("--seed", type=int, default=11)
+    runs.add_argument("--pipeline-scenes", type=int, default=512)
     runs.add_argument("--workers", type=int, default=1)
     runs.add_argument("--out", required=True)
     commands.add_parser("table").add_argument("file")
