@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from ris_hpo.learning.evaluate import Evaluation
-    from ris_hpo.training.trainer import Validation
+    from ris_hpo.training.results import Validation
 
 SUFFIXES = {".png", ".svg", ".pdf"}
 

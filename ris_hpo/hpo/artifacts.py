@@ -44,7 +44,7 @@ from ris_hpo.physics.sources import Sources
 from ris_hpo.training import telemetry
 
 if TYPE_CHECKING:
-    from ris_hpo.training.trainer import Conclusion, Findings, Validation
+    from ris_hpo.training.results import Conclusion, Findings, Validation
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from ris_hpo.physics.scene import simulate
 from ris_hpo.physics.sources import Sources
 from ris_hpo.training.checkpoint import load_network
 from ris_hpo.training.config import VALIDATION_SEED
-from ris_hpo.training.trainer import Conclusion, Findings, Validation
+from ris_hpo.training.results import Conclusion, Findings, Validation
 
 
 class InferenceBudget(Spec):

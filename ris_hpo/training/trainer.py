@@ -7,11 +7,9 @@ Validation uses the same inference path as evaluation and use, with the averaged
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,66 +25,18 @@ from ris_hpo.learning.losses import TERMS, LossSpec, label_factor, loss_terms, n
 from ris_hpo.learning.metrics import SCORE_VERSION, Scores, floor_scores, score
 from ris_hpo.learning.network import Network, Outputs
 from ris_hpo.physics.scene import Scenes, simulate
-from ris_hpo.physics.sources import Sources
 from ris_hpo.training import checkpoint, telemetry
 from ris_hpo.training.balance import Balance
 from ris_hpo.training.checkpoint import BEST, LAST, load_network
 from ris_hpo.training.config import CALIBRATION_SEED, PhaseSpec, RunConfig
+from ris_hpo.training.results import Conclusion, Findings, Validation
 from ris_hpo.training.stability import AveragedWeights, StepGate, Swapped, autocast, movement, resolved_precision
 from ris_hpo.training.telemetry import Telemetry
 
-__all__ = ["Conclusion", "RunConfig", "Trainer", "Validation", "load_network"]
+__all__ = ["RunConfig", "Trainer", "load_network"]
 
 TRAINING_FAMILY = 1 << 40  # training seeds are this far from those of validation and test scenes
 CACHE_BYTES = 4 << 30  # a fixed set of scenes whose features fit in here is kept on the device
-
-
-@dataclass(frozen=True, slots=True)
-class Validation:
-    """Scores on the frozen set after ``scenes_seen`` scenes."""
-
-    scenes_seen: int
-    network: Scores
-    floor: Scores
-    loss: float
-    seconds: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return dataclasses.asdict(self) | {"network": self.network.as_dict(), "floor": self.floor.as_dict()}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Validation:
-        """Inverse of :meth:`as_dict`."""
-        scores = {name: Scores.from_dict(values[name]) for name in ("network", "floor")}
-        return cls(**(values | scores))
-
-
-@dataclass(frozen=True, slots=True)
-class Findings:
-    """What was found on the frozen scenes, scene by scene; the figures beside a trial are drawn from it.
-
-    ``pipeline`` covers the first ``len(pipeline)`` of the scenes.
-    """
-
-    scenes: Scenes
-    network: Sources
-    pipeline: Sources
-
-
-@dataclass(frozen=True, slots=True)
-class Conclusion:
-    """Both paths' scores of the best weights, each beside the floor on its own scenes.
-
-    ``pipeline`` is scored on the first ``budget.pipeline_scenes`` of the frozen set; with 0 it is the network path's.
-    """
-
-    network: Scores
-    floor: Scores
-    pipeline: Scores
-    pipeline_floor: Scores
-    parameters: dict[str, int]
-    findings: Findings
 
 
 class Trainer:
