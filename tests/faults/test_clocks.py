@@ -1,0 +1,85 @@
+"""Clocks that somebody sets, on this host or the server's: no live worker is declared lost, no dead one overlooked."""
+
+from __future__ import annotations
+
+import os
+import random
+from datetime import timedelta
+from pathlib import Path
+
+import psutil
+import pytest
+import sqlalchemy
+from optuna.storages._rdb import models
+from optuna.trial import TrialState
+
+from ris_hpo.hpo import attributes as names
+from ris_hpo.hpo import budget
+from ris_hpo.hpo.objective import Program
+from ris_hpo.hpo.store import Store
+from tests.hpo.conftest import make_spec
+from tests.hpo.pools import begin, pool_of, same_curves, slow_base
+
+
+def set_clock(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Set this host's clock as a process sees it: the kernel counts the time of boot back from now."""
+    boot = psutil.boot_time()
+    monkeypatch.setattr(psutil, "boot_time", lambda: boot + seconds)
+    monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: boot + seconds)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs the kernel's own ticks")
+@pytest.mark.parametrize("seconds", [-86400, -2, 2, 3600])
+def test_a_process_keeps_its_name_when_the_clock_is_set(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = budget.owner_name(0)
+    began = psutil.Process().create_time()
+    set_clock(monkeypatch, seconds)
+    assert psutil.Process().create_time() == pytest.approx(began + seconds)  # what the name must not be made of
+    assert not budget.is_dead_here(owner)
+    assert budget.owner_name(0) == owner
+
+
+def test_workers_of_a_run_survive_a_set_clock(
+    sqlite_store: Store, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = begin(sqlite_store, program, 4, base=slow_base(), pruner={"name": "none"})
+    generator = random.Random(11)
+    running = pool_of(sqlite_store, study, tmp_path, 2)
+    for snapshot in running.run(interval=0.1):
+        if snapshot.tally.running:
+            with monkeypatch.context() as patch:
+                set_clock(patch, generator.uniform(-1e6, 1e6))
+                running._look_at_store(0.0)
+    counts = budget.tally(study.get_trials())
+    assert (counts.complete, counts.retried, counts.open) == (4, 0, 0)
+    same_curves(sqlite_store, study, program)
+
+
+@pytest.mark.parametrize("hours", [-5, 5])
+def test_the_databases_clock_is_set_by_hours(
+    hours: int, store: Store, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heartbeats are stamped by the database: after a step they are all far in the past, or in the future."""
+    study = begin(store, program, 2)
+    alive, dead = (store.claim(study._study_id, f"elsewhere:{pid}:0:0") for pid in (1, 2))
+    assert alive is not None
+    assert dead is not None
+    for trial_id in (alive, dead):
+        store.record_heartbeat(trial_id)
+    shift = timedelta(hours=hours)
+    with sqlalchemy.orm.Session(store.tickets.engine) as session, session.begin():
+        for beat in session.query(models.TrialHeartbeatModel):
+            beat.heartbeat -= shift
+    clock = [1000.0]
+    monkeypatch.setattr(budget.time, "monotonic", lambda: clock[0])
+    lost = budget.LostTrials(store, study._study_id, make_spec().retries)
+    found: list[int] = []
+    for _ in range(8):
+        clock[0] += 5
+        with sqlalchemy.orm.Session(store.tickets.engine) as session, session.begin():
+            beat = session.query(models.TrialHeartbeatModel).filter_by(trial_id=alive).one()
+            beat.heartbeat += timedelta(seconds=5)  # it beats on, by the database's new clock
+        found += lost.recover()
+    assert found == [1]
+    failed = study.get_trials(states=[TrialState.FAIL])
+    assert [trial.user_attrs[names.ERROR] for trial in failed] == ["no heartbeat from elsewhere:2:0:0 for 30 s"]

@@ -1,0 +1,99 @@
+"""PostgreSQL away for a while, or its connections cut: no report lost, no worker dead."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ris_hpo.errors import StoreError
+from ris_hpo.hpo import budget, patience
+from ris_hpo.hpo.objective import Program
+from ris_hpo.hpo.pool import LocalPool
+from ris_hpo.hpo.store import open_store
+from ris_hpo.hpo.study import create_or_resume_study, fill_budget
+from tests.hpo.conftest import DOUBLE, HERE, Postgres, make_spec
+from tests.hpo.pools import same_curves, slow_base
+
+pytestmark = pytest.mark.postgres
+
+CUT = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'ris-hpo'"
+
+
+@pytest.fixture
+def own_server() -> Iterator[Postgres]:
+    """A server of this test's own, since others would not like it to go away."""
+    with tempfile.TemporaryDirectory(prefix="ris", dir="/tmp") as folder:
+        server = Postgres(Path(folder))
+        yield server
+        server.close()
+
+
+def begin(server: Postgres, program: Program, n_trials: int, **changes: Any) -> tuple[Any, Any]:
+    store = open_store(server.url(), heartbeat=1)
+    study = create_or_resume_study(store, make_spec(pruner={"name": "none"}, **changes), score_version=1)
+    fill_budget(store, study, n_trials, program=program)
+    return store, study
+
+
+def run_through(
+    server: Postgres, program: Program, folder: Path, n_trials: int, workers: int, outages: list[str]
+) -> None:
+    """Run a study while the server suffers ``outages``, and expect it not to show."""
+    store, study = begin(server, program, n_trials, base=slow_base(1200, 0.05))
+    pool = LocalPool(
+        store,
+        study,
+        workers=workers,
+        gpus=[],
+        threads=1,
+        program=DOUBLE,
+        directory=folder / "trials",
+        heartbeat=1,
+        environment={"PYTHONPATH": str(HERE)},
+    )
+    generator = random.Random(3)
+    waiting = list(outages)
+    next_one = 0.0
+    for snapshot in pool.run(interval=0.1):
+        if snapshot.tally.running >= 1 and waiting and time.monotonic() > next_one:
+            if waiting.pop() == "cut":
+                server.execute(CUT)
+            else:
+                server.restart(lambda: time.sleep(1.0))
+            next_one = time.monotonic() + 0.3 + generator.random()
+    assert waiting == []
+    counts = budget.tally(study.get_trials())
+    lost = [trial.user_attrs for trial in study.get_trials() if trial.state.name == "FAIL"]
+    assert lost == []
+    assert (counts.complete, counts.open, counts.fail, counts.retried) == (n_trials, 0, 0, 0)
+    assert sum(view.restarts for view in snapshot.workers) == 0
+    assert all(len(trial.intermediate_values) == 12 for trial in study.get_trials())
+    same_curves(store, study, program)
+    store.close()
+
+
+def test_a_restart_and_cut_connections_do_not_show(own_server: Postgres, program: Program, tmp_path: Path) -> None:
+    run_through(own_server, program, tmp_path, 7, 2, ["cut", "restart", "cut"])
+
+
+@pytest.mark.slow
+def test_many_outages_do_not_show(own_server: Postgres, program: Program, tmp_path: Path) -> None:
+    run_through(own_server, program, tmp_path, 40, 4, ["cut", "cut", "restart"] * 5)
+
+
+def test_a_server_that_stays_away_is_one_line(
+    own_server: Postgres, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, study = begin(own_server, program, 1)
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.5)
+    own_server.server.stop()
+    with pytest.raises(StoreError, match="has not answered for 0 s") as caught:
+        store.claim(study._study_id, "here:1:0:0")
+    assert "\n" not in str(caught.value)
+    store.close()

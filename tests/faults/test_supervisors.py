@@ -1,0 +1,113 @@
+"""Supervisors stopped, killed, or two at once: the same table at the end."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ris_hpo.hpo import budget
+from ris_hpo.hpo.objective import Program
+from ris_hpo.hpo.store import open_store
+from tests.hpo.pools import Driver, slow_base, table
+
+
+@pytest.mark.parametrize("signals", [(signal.SIGTERM,), (signal.SIGINT,)])
+def test_a_stopped_supervisor_resumes_to_the_same_table(
+    signals: tuple[signal.Signals, ...], program: Program, tmp_path: Path
+) -> None:
+    generator = random.Random(int(signals[0]))
+    changes = {"base": slow_base(800, 0.06)}
+    whole = Driver(f"sqlite:///{tmp_path}/whole.db", tmp_path / "whole", 6, 1, **changes)
+    broken = f"sqlite:///{tmp_path}/broken.db"
+    for _ in range(2):
+        driver = Driver(broken, tmp_path / "broken", 6, 1, **changes)
+        driver.when_running()
+        time.sleep(0.4 * generator.random())
+        for number in signals:
+            driver.process.send_signal(number)
+        began = time.monotonic()
+        assert driver.finish() == 0
+        assert time.monotonic() - began < 10
+    assert Driver(broken, tmp_path / "broken", 6, 1, **changes).finish() == 0
+    assert whole.finish() == 0
+    first, second = open_store(f"sqlite:///{tmp_path}/whole.db"), open_store(broken)
+    assert table(first) == table(second)
+    assert any("preemptions" in trial.user_attrs for trial in second.get_all_trials(1))
+    first.close()
+    second.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_stops_at_random_moments(seed: int, program: Program, tmp_path: Path) -> None:
+    generator = random.Random(seed)
+    changes = {"base": slow_base(800, 0.1), "pruner": {"name": "median", "startup": 3}}
+    workers = 1 + 2 * (seed % 2)
+    whole = Driver(f"sqlite:///{tmp_path}/whole.db", tmp_path / "whole", 10, 1, **changes)
+    broken = f"sqlite:///{tmp_path}/broken.db"
+    for _ in range(5):
+        driver = Driver(broken, tmp_path / "broken", 10, workers, **changes)
+        driver.when_running()
+        time.sleep(2.0 * generator.random())
+        driver.process.send_signal(generator.choice([signal.SIGTERM, signal.SIGINT]))
+        began = time.monotonic()
+        driver.finish()
+        assert time.monotonic() - began < 10
+    assert Driver(broken, tmp_path / "broken", 10, workers, **changes).finish() == 0
+    assert whole.finish() == 0
+    first, second = open_store(f"sqlite:///{tmp_path}/whole.db"), open_store(broken)
+    if workers == 1:
+        assert table(first) == table(second)
+    counts = budget.tally(second.get_all_trials(1))
+    assert (counts.ended, counts.open) == (10, 0)
+    first.close()
+    second.close()
+
+
+def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+    driver = Driver(f"sqlite:///{tmp_path}/a.db", tmp_path, 4, 1, base=slow_base(80_000, 0.02, fault="hang"))
+    pids = driver.when_running()
+    time.sleep(0.5)  # the trial hangs now, where no question is asked
+    driver.process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    began = time.monotonic()
+    driver.process.send_signal(signal.SIGTERM)
+    assert driver.finish() == 128 + signal.SIGTERM
+    assert time.monotonic() - began < 2
+    for pid in pids:  # a worker that hangs outlives it until someone ends it
+        if psutil.pid_exists(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_killed_supervisor_leaves_no_worker_and_no_loss(program: Program, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/a.db"
+    driver = Driver(url, tmp_path, 4, 2, base=slow_base(1600, 0.03))
+    pids = driver.when_running()
+    driver.process.kill()
+    driver.finish()
+    deadline = time.monotonic() + 8
+    while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    store = open_store(url)
+    assert budget.tally(store.get_all_trials(1)).running == 0  # checkpointed and put back, not abandoned
+    assert Driver(url, tmp_path, 4, 2, base=slow_base(1600, 0.03)).finish() == 0
+    counts = budget.tally(store.get_all_trials(1))
+    assert (counts.ended, counts.open) == (4, 0)
+    store.close()
+
+
+def test_two_supervisors_share_one_budget(program: Program, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/a.db"
+    pair = [Driver(url, tmp_path, 10, 1) for _ in range(2)]
+    assert [driver.finish() for driver in pair] == [0, 0]
+    store = open_store(url)
+    counts = budget.tally(store.get_all_trials(1))
+    assert (counts.ended, counts.open, counts.retried) == (10, 0, 0)
+    store.close()

@@ -1,0 +1,190 @@
+"""Workers killed, stopped, hung or out of memory: every trial ends, and its curve is the undisturbed one."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+from optuna.study import Study
+from optuna.trial import TrialState
+
+from ris_hpo.hpo import attributes as names
+from ris_hpo.hpo import budget
+from ris_hpo.hpo import pool as pool_module
+from ris_hpo.hpo.attributes import Cause
+from ris_hpo.hpo.objective import Program
+from ris_hpo.hpo.pool import LocalPool
+from ris_hpo.hpo.replay import replay
+from ris_hpo.hpo.space import load_study
+from ris_hpo.hpo.store import Store, open_store
+from ris_hpo.hpo.study import create_or_resume_study, fill_budget
+from tests.hpo.pools import begin, drain, pool_of, same_curves, slow_base
+
+
+def kill_some(pool: LocalPool, kills: int, generator: random.Random, journal: Path) -> int:
+    """Run the pool and kill -9 a random training worker, moments drawn by the validations that the journal counts."""
+    done = 0
+    next_kill = generator.randint(2, 8)
+    for snapshot in pool.run(interval=0.05):
+        training = [view for view in snapshot.workers if view.state == "training" and view.pid is not None]
+        progress = journal.read_text().count("\n") if journal.exists() else 0
+        if done < kills and training and progress >= next_kill:
+            pid = generator.choice(training).pid
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+            done += 1
+            next_kill = progress + generator.randint(3, 9)
+    return done
+
+
+def check_campaign(store: Store, study: Study, program: Program, n_trials: int, kills: int, journal: Path) -> None:
+    trials = study.get_trials()
+    counts = budget.tally(trials)
+    final = [trial for trial in budget.live_trials(trials) if trial.state == TrialState.FAIL]
+    assert final == [], [trial.user_attrs for trial in final]
+    assert (counts.ended, counts.open) == (n_trials, 0)
+    assert len(trials) == n_trials + counts.retried
+    lost = [trial for trial in trials if trial.state == TrialState.FAIL]
+    assert all(trial.user_attrs[names.CAUSE] == Cause.LOST_WORKER for trial in lost)
+    assert 0 < len(lost) <= kills
+    # none runs twice: a validation is computed once per line, but for the one a kill may have caught half-way
+    ran = Counter(tuple(line.split()[1:3]) for line in journal.read_text().splitlines())
+    assert sum(count - 1 for count in ran.values()) <= kills
+    same_curves(store, study, program)
+
+
+def test_killed_workers_lose_nothing(store: Store, program: Program, tmp_path: Path) -> None:
+    study = begin(store, program, 8, base=slow_base(1600, 0.06), pruner={"name": "median", "startup": 3})
+    done = kill_some(pool_of(store, study, tmp_path, 2), 3, random.Random(5), tmp_path / "journal")
+    assert done == 3
+    check_campaign(store, study, program, 8, done, tmp_path / "journal")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_campaign_of_kills(seed: int, store: Store, program: Program, tmp_path: Path) -> None:
+    pruner = {"name": "median", "startup": 10}
+    study = begin(store, program, 40, base=slow_base(1600, 0.12), pruner=pruner, retries={"lost_worker": 10})
+    done = kill_some(pool_of(store, study, tmp_path, 4), 15, random.Random(seed), tmp_path / "journal")
+    assert done >= 10
+    check_campaign(store, study, program, 40, done, tmp_path / "journal")
+
+
+@pytest.mark.slow
+def test_killed_workers_of_the_real_trainer(sqlite_store: Store, tmp_path: Path) -> None:
+    spec = load_study("smoke").replaced({"pruner.name": "none"}).with_base({"budget.scenes": 256})
+    study = create_or_resume_study(sqlite_store, spec)
+    fill_budget(sqlite_store, study, 4)
+    folders = {"directory": tmp_path / "trials", "artifacts": tmp_path / "artifacts"}
+    pool = LocalPool(sqlite_store, study, workers=1, gpus=[], threads=1, **folders)
+    kills, killed_at = 0, None
+    for snapshot in pool.run(interval=0.05):
+        view = snapshot.workers[0]
+        here = (view.trial, view.step)
+        if kills < 4 and view.pid is not None and view.step is not None and view.step >= 64 and here != killed_at:
+            os.kill(view.pid, signal.SIGKILL)
+            kills, killed_at = kills + 1, here
+    counts = budget.tally(study.get_trials())
+    assert (counts.complete, counts.open, counts.fail) == (4, 0, 0)
+    assert counts.retried == kills == 4
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)
+    for trial in budget.live_trials(study.get_trials()):
+        report = replay(sqlite_store, study.study_name, trial.number)
+        assert report.identical, (trial.number, report.steps)
+
+
+def test_a_hung_worker_is_killed_and_its_trial_continues(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
+    study = begin(sqlite_store, program, 2, base={"fault": "hang"}, pruner={"name": "none"}, retries={"timeout": 3})
+    last = drain(pool_of(sqlite_store, study, tmp_path, 1, stall_timeout_s=2.0))[-1]
+    assert (last.tally.complete, last.tally.retried) == (2, 2)
+    causes = [trial.user_attrs[names.CAUSE] for trial in study.get_trials(states=[TrialState.FAIL])]
+    assert causes == [Cause.TIMEOUT] * 2
+
+
+def test_a_stopped_worker_counts_as_hung(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
+    study = begin(sqlite_store, program, 2, base=slow_base(1600), pruner={"name": "none"})
+    pool = pool_of(sqlite_store, study, tmp_path, 1, stall_timeout_s=2.0)
+    stopped = False
+    for snapshot in pool.run(interval=0.1):
+        view = snapshot.workers[0]
+        if not stopped and view.state == "training" and view.pid is not None and view.step is not None:
+            os.kill(view.pid, signal.SIGSTOP)
+            stopped = True
+    counts = budget.tally(study.get_trials())
+    assert (counts.complete, counts.retried) == (2, 1)
+    same_curves(sqlite_store, study, program)
+
+
+def test_a_stopped_worker_is_missed_without_any_clock_of_the_study(
+    sqlite_store: Store, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "LONGEST_PAUSE_S", 1.0)
+    store = open_store(sqlite_store.address, heartbeat=1)
+    study = begin(store, program, 2, base=slow_base(1600), pruner={"name": "none"})
+    running = pool_of(store, study, tmp_path, 1, heartbeat=1)
+    stopped = 0
+    for snapshot in running.run(interval=0.1):
+        view = snapshot.workers[0]
+        if not stopped and view.state == "training" and view.pid is not None and view.step is not None:
+            stopped = view.pid
+            os.kill(stopped, signal.SIGSTOP)
+    counts = budget.tally(study.get_trials())
+    assert (counts.complete, counts.retried, counts.open) == (2, 1, 0)
+    assert not psutil.pid_exists(stopped)  # it would have held the slot for ever
+    same_curves(store, study, program)
+    store.close()
+
+
+def test_a_worker_stopped_within_a_write_does_not_hold_the_others_up(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "LONGEST_PAUSE_S", 1.0)
+    monkeypatch.setenv("DOUBLE_STORE", str(tmp_path / "studies.db"))
+    store = open_store(str(tmp_path / "studies.db"), heartbeat=1)
+    study = begin(store, program, 2, base={"fault": "lock"}, pruner={"name": "none"})
+    last = drain(pool_of(store, study, tmp_path, 2, heartbeat=1))[-1]
+    assert (last.tally.complete, last.tally.open, last.tally.fail) == (2, 0, 0)
+    assert last.tally.retried >= 1
+    same_curves(store, study, program)
+    store.close()
+
+
+def test_a_worker_stopped_with_nothing_to_do_does_not_hold_the_run_up(
+    sqlite_store: Store, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "_GRACE_S", 0.5)
+    study = begin(sqlite_store, program, 1, base=slow_base(1600, 0.1), pruner={"name": "none"})
+    running = pool_of(sqlite_store, study, tmp_path, 2)
+    stopped = 0
+    for snapshot in running.run(interval=0.05):
+        pids = {view.state: view.pid for view in snapshot.workers}
+        if not stopped and "training" in pids and pids.get("idle") is not None:
+            stopped = pids["idle"]
+            os.kill(stopped, signal.SIGSTOP)
+    assert stopped
+    assert running.ending == "finished"
+    assert not psutil.pid_exists(stopped)
+    assert budget.tally(study.get_trials()).complete == 1
+
+
+def test_memory_that_runs_out_costs_one_fresh_process_and_then_the_trial(
+    sqlite_store: Store, program: Program, tmp_path: Path
+) -> None:
+    study = begin(sqlite_store, program, 1, base={"fault": "allocate"})
+    last = drain(pool_of(sqlite_store, study, tmp_path, 1))[-1]
+    assert (last.tally.fail, last.tally.retried, last.tally.open) == (1, 1, 0)
+    assert last.workers[0].restarts == 2
+    assert {trial.user_attrs[names.CAUSE] for trial in study.get_trials()} == {Cause.OUT_OF_MEMORY}
+
+
+def test_trials_that_kill_their_worker_end_as_lost(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
+    study = begin(sqlite_store, program, 1, base={"fault": "die"}, retries={"lost_worker": 1})
+    drain(pool_of(sqlite_store, study, tmp_path, 1))
+    counts = budget.tally(study.get_trials())
+    assert (counts.fail, counts.retried, counts.open) == (1, 1, 0)
