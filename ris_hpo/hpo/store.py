@@ -466,8 +466,6 @@ def _open_sqlite(url: sqlalchemy.URL, address: str, create: bool, heartbeat: int
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise StoreError(f"{path}: not usable as a store (a folder)")
-        if path.is_file() and not _is_database(path):
-            raise StoreError(f"{path}: not usable as a store (no SQLite database)")
     except OSError as error:
         raise StoreError(f"{path.parent}: cannot be made ({error.strerror})") from None
     kind = file_system_of(path.parent)
@@ -490,12 +488,10 @@ def _open_sqlite(url: sqlalchemy.URL, address: str, create: bool, heartbeat: int
                 connection.close()
             return Store(_opened(_verbatim(f"sqlite:///{path}"), kwargs, heartbeat), f"sqlite:///{path}")
     except (OSError, sqlite3.Error, StorageInternalError, sql_errors.SQLAlchemyError) as error:
+        if isinstance(error, sqlite3.Error) and error.sqlite_errorcode == sqlite3.SQLITE_NOTADB:
+            # SQLite alone may look into the file: whoever opens and closes it loses this process's locks on it
+            path.with_name(path.name + ".lock").unlink()
         raise StoreError(f"{path}: not usable as a store ({reason(error)})") from None
-
-
-def _is_database(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(16) in (b"", b"SQLite format 3\0")
 
 
 def _connect_sqlite(path: str) -> sqlite3.Connection:

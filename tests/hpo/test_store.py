@@ -6,6 +6,8 @@ import gc
 import multiprocessing
 import os
 import stat
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -196,6 +198,21 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot be made"):
         open_store(str(tmp_path / "file" / "studies.db"))
+
+
+def test_opening_twice_takes_no_lock_away(tmp_path: Path) -> None:
+    """A process that closes a file loses all its locks on it; another one then takes the log away from under it."""
+    address = str(tmp_path / "studies.db")
+    first = open_store(address)
+    assert first.get_all_studies() == []
+    second = open_store(address)
+    assert second.get_all_studies() == []
+    code = "import sys; from optuna.study import StudyDirection; from ris_hpo.hpo.store import open_store; "
+    code += "s = open_store(sys.argv[1]); s.create_new_study([StudyDirection.MINIMIZE], 'elsewhere'); s.close()"
+    subprocess.run([sys.executable, "-c", code, address], check=True)
+    for store in (first, second):
+        assert [study.study_name for study in store.get_all_studies()] == ["elsewhere"]
+        store.close()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes read-only files")
