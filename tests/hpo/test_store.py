@@ -208,10 +208,12 @@ def test_opening_twice_takes_no_lock_away(tmp_path: Path) -> None:
     second = open_store(address)
     assert second.get_all_studies() == []
     code = "import sys; from optuna.study import StudyDirection; from ris_hpo.hpo.store import open_store; "
-    code += "s = open_store(sys.argv[1]); s.create_new_study([StudyDirection.MINIMIZE], 'elsewhere'); s.close()"
-    subprocess.run([sys.executable, "-c", code, address], check=True)
+    code += "s = open_store(sys.argv[1]); s.create_new_study([StudyDirection.MINIMIZE], sys.argv[2]); s.close()"
+    for name in ("one", "two"):
+        subprocess.run([sys.executable, "-c", code, address, name], check=True)
+        assert (tmp_path / "studies.db-wal").exists()  # it did not think itself the last one
     for store in (first, second):
-        assert [study.study_name for study in store.get_all_studies()] == ["elsewhere"]
+        assert [study.study_name for study in store.get_all_studies()] == ["one", "two"]
         store.close()
 
 
