@@ -276,9 +276,8 @@ def test_evidence_prefers_the_truth():
 
 
 def test_a_stated_channel_error_raises_the_noise():
-    scenes = simulate(
-        SMALL.replaced({"channel_error_db": (-10.0, -10.0)}), 5, range(200), snr_db=torch.full((200,), 30.0)
-    )
+    spec = SceneSpec(channel_error_db=(-10.0, -10.0), snr_db=(30.0, 30.0))  # large enough to tell the line of sight
+    scenes = simulate(spec, 5, range(200))
     truth = scenes.truth
     plain = Observation.of(scenes)
     aware = Observation.of(scenes, channel_error_db=-10.0)

@@ -22,11 +22,11 @@ def test_a_stopped_supervisor_resumes_to_the_same_table(
     signals: tuple[signal.Signals, ...], program: Program, tmp_path: Path
 ) -> None:
     generator = random.Random(int(signals[0]))
-    changes = {"base": slow_base(800, 0.06)}
-    whole = Driver(f"sqlite:///{tmp_path}/whole.db", tmp_path / "whole", 6, 1, **changes)
+    changes = {"base": slow_base(1600, 0.06)}  # long enough that a stop finds one under way
+    whole = Driver(f"sqlite:///{tmp_path}/whole.db", tmp_path / "whole", 4, 1, **changes)
     broken = f"sqlite:///{tmp_path}/broken.db"
     for _ in range(2):
-        driver = Driver(broken, tmp_path / "broken", 6, 1, **changes)
+        driver = Driver(broken, tmp_path / "broken", 4, 1, **changes)
         driver.when_running()
         time.sleep(0.4 * generator.random())
         for number in signals:
@@ -34,7 +34,7 @@ def test_a_stopped_supervisor_resumes_to_the_same_table(
         began = time.monotonic()
         assert driver.finish() == 0
         assert time.monotonic() - began < 10
-    assert Driver(broken, tmp_path / "broken", 6, 1, **changes).finish() == 0
+    assert Driver(broken, tmp_path / "broken", 4, 1, **changes).finish() == 0
     assert whole.finish() == 0
     first, second = open_store(f"sqlite:///{tmp_path}/whole.db"), open_store(broken)
     assert table(first) == table(second)
