@@ -12,6 +12,7 @@ import hashlib
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
@@ -33,6 +34,7 @@ PRUNERS = ("asha", "hyperband", "median", "wilcoxon", "none")
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """What a study may be called: its trials' folders have that name, and must not lie elsewhere."""
 
+_MOST_STEPS = 1_000_000
 _PROBES = 64  # random configurations tried at load; a combination the run configuration refuses shows up here
 
 
@@ -64,8 +66,12 @@ class Dimension(Spec):
             raise ValueError(f"low {self.low} is not below high {self.high}")
         if self.log and (self.step is not None or self.low <= 0):
             raise ValueError("log needs low above 0 and no step")
-        if self.step is not None and self.step <= 0:
-            raise ValueError("step must be above 0")
+        if self.step is not None:
+            if self.step <= 0:
+                raise ValueError("step must be above 0")
+            low, high, step = (Decimal(str(value)) for value in (self.low, self.high, self.step))
+            if (high - low) / step > _MOST_STEPS or (high - low) % step != 0:
+                raise ValueError(f"step {self.step} must divide {self.low}..{self.high} into {_MOST_STEPS:,} at most")
         return self
 
     @property
