@@ -147,7 +147,7 @@ def served(address: str, folder: Path) -> list[str]:
             connection.request("GET", path, headers={"Authorization": f"Bearer {TOKEN}"})
             pages.append(connection.getresponse().read().decode())
             connection.close()
-    thread.join(10)
+    thread.join(60)
     store.close()
     assert "brief" in pages[1]
     return pages
