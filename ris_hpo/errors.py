@@ -5,15 +5,19 @@ The message is one line: what was found, what was expected, what to do. The comm
 """
 
 
+def one_line(message: str) -> str:
+    """A message as one line; it quotes files and options, of which a control sequence is shown and not obeyed."""
+    line = " ".join(message.split("\n"))
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
 class RisHpoError(Exception):
     """Base of all errors that are the input's or the surroundings' fault, not a bug."""
 
     exit_code = 1
 
     def __init__(self, message: str) -> None:
-        # a message quotes files and options: a line break or a terminal's control sequence in them is shown, not obeyed
-        line = " ".join(message.split("\n"))
-        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
+        super().__init__(one_line(message))
 
 
 class ConfigError(RisHpoError):

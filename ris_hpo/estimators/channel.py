@@ -36,7 +36,7 @@ def posterior_mean_channel(channel: Tensor, error: Tensor) -> tuple[Tensor, Tens
     """
     direct, scattered = split_channel(channel)
     antennas, elements = channel.shape[-2:]
-    whole = scattered.abs().square().sum((-1, -2)) / ((antennas - 1) * (elements - 1))
+    whole = scattered.abs().square().sum((-1, -2)) / max(1, (antennas - 1) * (elements - 1))
     noise = error / (1 + error) * channel.abs().square().mean((-1, -2))
     gain = (1 - noise / whole.clamp(min=1e-30)).clamp(LEAST_GAIN, 1)
     return direct + gain[:, None, None] * scattered, gain

@@ -51,7 +51,7 @@ def least_squares_snapshots(scenes: Scenes) -> Tensor:
     level = gram.diagonal(dim1=-2, dim2=-1).real.mean(-1)[..., None, None]
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     factor = torch.linalg.cholesky(gram + (1e-5 * level + 1e-30) * eye)
-    return (sensing.mH @ torch.cholesky_solve(scenes.y.unsqueeze(-1), factor)).squeeze(-1)
+    return (sensing.mH @ torch.cholesky_solve(scenes.y.to(gram.dtype).unsqueeze(-1), factor)).squeeze(-1)
 
 
 def received_covariance(scenes: Scenes) -> Tensor:

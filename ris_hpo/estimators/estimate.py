@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from ris_hpo.estimators.covariance import (
     source_covariance,
 )
 from ris_hpo.estimators.maximum_likelihood import LikelihoodSpec, deterministic_ml, ols, spectrum_maxima
-from ris_hpo.estimators.observation import require_finite
+from ris_hpo.estimators.observation import known_count, require_finite
 from ris_hpo.estimators.spectrum import localize_covariance
 from ris_hpo.physics.scene import Scenes
 from ris_hpo.physics.sources import Sources
@@ -58,7 +57,7 @@ def estimate(
         Sources [B, max_sources] on the scenes' device.
 
     Raises:
-        ConfigError: an unknown name, a count out of bounds, or ``covariance = "truth"`` without truth.
+        ConfigError: an unknown name, no scene, a count out of bounds, or ``covariance = "truth"`` without truth.
         NumericalError: scenes that are not finite.
     """
     spec = spec or EstimatorSpec()
@@ -69,7 +68,7 @@ def estimate(
     if name not in get_args(EstimatorName):
         raise ConfigError(f"unknown estimator '{name}'{suggestion(name, list(get_args(EstimatorName)))}")
     require_finite(scenes)
-    count = None if num_sources is None else torch.as_tensor(num_sources, device=scenes.device).expand(len(scenes))
+    count = None if num_sources is None else known_count(scenes, num_sources, spec.likelihood.max_sources)
     parts = []
     for start in range(0, len(scenes), _CHUNK):
         rows = slice(start, start + _CHUNK)
@@ -90,8 +89,8 @@ def _from_covariance(
     elif spec.covariance == "least-squares":
         covariance = least_squares_covariance(scenes)
     if count is None:
-        criterion = "mdl" if spec.count == "evidence" else spec.count
-        count = count_from_snapshots(scenes, criterion, settings.max_sources)
+        assert spec.count != "evidence"  # it has given the count above
+        count = count_from_snapshots(scenes, spec.count, settings.max_sources)
     return localize_covariance(
         scenes.geometry,
         covariance,

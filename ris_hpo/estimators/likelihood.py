@@ -30,6 +30,7 @@ from ris_hpo.estimators.observation import (
     clipped,
     limits,
     polar_slopes,
+    require_candidates,
     to_box_coordinates,
     to_polar,
 )
@@ -107,8 +108,10 @@ def refine(
         Sources with the mask and existence of ``init``, and powers from the stochastic likelihood.
 
     Raises:
-        NumericalError: scenes that are not finite.
+        ConfigError: starts of another batch size.
+        NumericalError: scenes or starts that are not finite.
     """
+    require_candidates(scenes, init.azimuth, init.elevation, init.range_m)
     region = region or Region()
     dtype = torch.complex128 if double else torch.complex64
     result = Sources(*(value.clone() for value in (init.azimuth, init.elevation, init.range_m, init.power, init.mask)))
@@ -281,7 +284,7 @@ def stochastic_cost(observation: Observation, x: Tensor) -> Evaluation:
     gram = (seen.mH @ seen).to(torch.complex128)
     root = power.sqrt()[:, None, :]
     top = gram[..., :k, :] * root.unsqueeze(-1)
-    factor = _cholesky(_plus_identity(top[..., :k] * root.unsqueeze(-2)))
+    factor = repaired_cholesky(_plus_identity(top[..., :k] * root.unsqueeze(-2)))
     inside = torch.linalg.solve_triangular(factor, top, upper=False)
     solved = gram - inside.mH @ inside  # [G D y]^H R^-1 [G D y]
     log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).real.log().sum((1, 2))
@@ -337,7 +340,7 @@ def power_cost(statistics: PowerStatistics, log_power: Tensor) -> Evaluation:
     root = power.sqrt()[:, None, :, None]
     stacked = torch.cat([statistics.gram, statistics.matched.unsqueeze(-1)], dim=-1)
     top = stacked * root
-    factor = _cholesky(_plus_identity(top[..., :k] * root.mT))
+    factor = repaired_cholesky(_plus_identity(top[..., :k] * root.mT))
     inside = torch.linalg.solve_triangular(factor, top, upper=False)
     solved = stacked - inside[..., :k].mH @ inside
     gg, seen = solved[..., :k], solved[..., k]
@@ -368,8 +371,10 @@ def evidence(scenes: Scenes, candidates: Sources, *, channel_error_db: float | N
         float64 [B]; without a source it is the whitened energy of y. Constants common to all orders are left out.
 
     Raises:
-        NumericalError: scenes that are not finite.
+        ConfigError: candidates of another batch size.
+        NumericalError: scenes or candidates that are not finite.
     """
+    require_candidates(scenes, candidates.azimuth, candidates.elevation, candidates.range_m)
     nll = torch.empty(len(scenes), dtype=torch.float64, device=scenes.device)
     count = candidates.num_sources
     for k in sorted(set(count.tolist())):
@@ -415,8 +420,9 @@ def position_moments(
     low, high = limits(region, fit.u.device)
     precision = 12 / (high - low).clamp(min=1e-6).square()
     precision[2] = 1e-9  # the range's prior enters below
-    information = information + torch.diag_embed(torch.cat([precision.repeat(k), torch.full_like(x[0, :k], 0.1)]))
-    scale = information.diagonal(dim1=-2, dim2=-1).rsqrt()
+    prior = torch.cat([precision.repeat(k), torch.full_like(x[0, :k], 0.1)])
+    information = information + torch.diag_embed(prior)
+    scale = information.diagonal(dim1=-2, dim2=-1).maximum(prior).rsqrt()  # rounding may take more than the data gave
     scaled = information * scale.unsqueeze(-1) * scale.unsqueeze(-2)
     eye = torch.eye(scaled.shape[-1], dtype=scaled.dtype, device=scaled.device)
     factor, failed = torch.linalg.cholesky_ex(scaled + 1e-10 * eye)
@@ -459,10 +465,10 @@ def ridged_cholesky(gram: Tensor) -> Tensor:
     """Cholesky factor of G^H G [..., k, k] with a relative ridge of 1e-12, which only coinciding sources notice."""
     level = gram.diagonal(dim1=-2, dim2=-1).real.amax(-1)
     ridge = (1e-12 * level + 1e-200).unsqueeze(-1).expand(gram.shape[:-1])
-    return _cholesky(gram + torch.diag_embed(ridge).to(gram.dtype))
+    return repaired_cholesky(gram + torch.diag_embed(ridge).to(gram.dtype))
 
 
-def _cholesky(matrix: Tensor) -> Tensor:
+def repaired_cholesky(matrix: Tensor) -> Tensor:
     """Cholesky factor; a matrix that rounding made indefinite gets a relative ridge of 1e-5."""
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if bool((failed > 0).any()):

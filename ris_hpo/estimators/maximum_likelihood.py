@@ -16,7 +16,6 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ris_hpo.config import Spec
-from ris_hpo.errors import ConfigError
 from ris_hpo.estimators.counting import CountWeights, EvidenceSpec, chosen_order, order_scores, posterior_of_orders
 from ris_hpo.estimators.likelihood import Fit, position_moments, ridged_cholesky
 from ris_hpo.estimators.observation import (
@@ -25,6 +24,8 @@ from ris_hpo.estimators.observation import (
     clipped,
     from_cosine_coordinates,
     grid_points,
+    known_count,
+    require_candidates,
     require_finite,
     to_cosine_coordinates,
 )
@@ -79,7 +80,7 @@ def deterministic_ml(
         Sources [B, max_sources], most significant first, with existence p(K >= slot | y) and position covariance.
 
     Raises:
-        ConfigError: a count outside 0..max_sources.
+        ConfigError: no scene, or a count outside 0..max_sources.
         NumericalError: scenes that are not finite.
     """
     spec = spec or LikelihoodSpec()
@@ -108,12 +109,11 @@ def ols(
         weights: learned weights of every scene in place of the settings' own.
 
     Raises:
-        ConfigError: a count outside 0..max_sources, or candidates of another batch size.
-        NumericalError: scenes that are not finite.
+        ConfigError: no scene, a count outside 0..max_sources, or candidates of another batch size.
+        NumericalError: scenes or candidates that are not finite.
     """
     spec = spec or LikelihoodSpec()
-    if candidates.v.shape[0] != len(scenes):
-        raise ConfigError(f"candidates for {candidates.v.shape[0]} scenes beside {len(scenes)} scenes")
+    require_candidates(scenes, *candidates)
     u = clipped(from_cosine_coordinates(candidates), spec.grid.region)
 
     def atoms_of(observation: Observation, rows: Tensor) -> Atoms:
@@ -126,6 +126,10 @@ def spectrum_maxima(scenes: Scenes, count: int, spec: LikelihoodSpec | None = No
     """The ``count`` highest local maxima of the plain whitened spectrum on the grid, cosine coordinates [B, count].
 
     The spectrum is the likelihood gain of a single source. Where it has fewer maxima the highest other points follow.
+
+    Raises:
+        ConfigError: no scene.
+        NumericalError: scenes that are not finite.
     """
     require_finite(scenes)
     spec = spec or LikelihoodSpec()
@@ -153,7 +157,7 @@ def residual_maxima(observation: Observation, fit: Fit, spec: LikelihoodSpec) ->
     residual = y - basis.mH @ (basis @ y)
     rows = observation.sensing.unflatten(1, (snapshots, antennas))
     gram = rows[:, 0] @ rows[:, 0].mH  # H H^H, since codes have unit modulus
-    level = gram.diagonal(dim1=-2, dim2=-1).real.mean(-1)
+    level = gram.diagonal(dim1=-2, dim2=-1).real.mean(-1).clamp(min=1e-30)
     excess = (observation.y.abs().square().mean((1, 2)) - 1).clamp(min=0.1).to(level.dtype)
     eye = torch.eye(antennas, dtype=gram.dtype, device=gram.device)
     factor = torch.linalg.cholesky(gram + (level / excess)[:, None, None] * eye)
@@ -183,8 +187,13 @@ def order_evidence(
     """What :func:`ols` weighs: negative log-evidence of 0..max_sources sources, float64 [B, max_sources + 1].
 
     Orders that ``log_prior`` makes implausible are not tried and have infinity.
+
+    Raises:
+        ConfigError: no scene, or candidates of another batch size.
+        NumericalError: scenes or candidates that are not finite.
     """
     require_finite(scenes)
+    require_candidates(scenes, *candidates)
     u = clipped(from_cosine_coordinates(candidates), spec.grid.region)
     needed = _orders_needed(scenes, spec, None, log_prior)
     result = torch.full((len(scenes), spec.max_sources + 1), torch.inf, dtype=torch.float64, device=scenes.device)
@@ -206,8 +215,8 @@ def _in_batches(
     atoms_of: Callable[[Observation, Tensor], Atoms],
 ) -> Sources:
     """Estimate in batches; what is found for a scene does not depend on the others of its batch."""
-    count = None if num_sources is None else _checked_count(scenes, spec, num_sources)
     require_finite(scenes)
+    count = None if num_sources is None else known_count(scenes, num_sources, spec.max_sources)
     lowest, highest = _orders_needed(scenes, spec, count, log_prior)
     order, parts = [], []
     for rows, most in _alike(highest, spec.batch):
@@ -215,7 +224,7 @@ def _in_batches(
         orders = _all_orders(observation, atoms_of(observation, rows), spec, lowest[rows], most)
         if count is None:
             scores, chances = order_scores(observation, null_nll(observation), orders, spec.grid.region, spec.evidence)
-            allowed = (_least(lowest[rows], spec), highest[rows])
+            allowed = (_least(lowest[rows], spec), highest[rows].clamp(max=spec.num_sources[1]))
             prior = None if log_prior is None else log_prior[rows]
             few = None if weights is None else CountWeights(*(value[rows] for value in weights))
             log_posterior = posterior_of_orders(scores, spec.evidence, prior, allowed, few)
@@ -253,13 +262,6 @@ def _orders_needed(
         plausible = log_prior[:, least : most + 1] >= math.log(spec.evidence.least_prior)
     lowest = torch.where(plausible, order, most).amin(-1)
     return lowest, torch.where(plausible, order, least).amax(-1).maximum(lowest)
-
-
-def _checked_count(scenes: Scenes, spec: LikelihoodSpec, num_sources: Tensor | int) -> Tensor:
-    count = torch.as_tensor(num_sources, device=scenes.device).expand(len(scenes))
-    if bool(((count < 0) | (count > spec.max_sources)).any()):
-        raise ConfigError(f"num_sources must lie within 0..{spec.max_sources}")
-    return count
 
 
 def _all_orders(

@@ -20,6 +20,9 @@ from ris_hpo.physics.grid import GridSpec, Region
 from ris_hpo.physics.scene import Scenes
 from ris_hpo.physics.sources import Sources
 
+_LARGEST = 1e15  # amplitudes whose summed squares single precision holds
+_LEAST_NOISE = 1e-6  # of the received power: below it the rounding of single-precision products is taken for sources
+
 
 def limits(region: Region, device: torch.device) -> tuple[Tensor, Tensor]:
     """Lowest and highest u = (sin az, sin el, 1/r) of a region, each float64 [3]."""
@@ -110,7 +113,8 @@ class Observation:
         geometry: the surface.
         sensing: [B, L M, N] rows of T_l = H diag(c_l), in the precision that products are computed in.
         y: complex128 [B, L, M] snapshots divided by the noise's standard deviation.
-        noise_power: float64 [B], what a power in these units has to be multiplied with.
+        noise_power: float64 [B], what a power in these units has to be multiplied with; at least 1e-6 (-60 dB) of the
+            received power, since products in single precision tell no less.
     """
 
     geometry: Geometry
@@ -141,10 +145,10 @@ class Observation:
             NumericalError: y, channel, codes or noise power are not finite, or the noise power is not positive.
         """
         require_finite(scenes)
-        noise = scenes.noise_power.double()
         y = scenes.y.to(torch.complex128)
+        received = y.abs().square().mean((1, 2))
+        noise = scenes.noise_power.double().maximum(_LEAST_NOISE * received)
         if channel_error_db is not None:
-            received = y.abs().square().mean((1, 2))
             error = torch.full_like(scenes.noise_power, 10 ** (channel_error_db / 10))
             channel, gain = posterior_mean_channel(scenes.bs_ris_channel, error)
             noise = noise + (error * gain).double() * (received - noise).clamp(min=0)
@@ -182,18 +186,54 @@ def as_sources(observation: Observation, u: Tensor, power: Tensor, mask: Tensor)
     )
 
 
-def require_finite(scenes: Scenes) -> None:
-    """Check the receiver's data.
+def known_count(scenes: Scenes, num_sources: Tensor | int, max_sources: int) -> Tensor:
+    """A count that is known, int64 [B].
+
+    Raises:
+        ConfigError: not whole numbers, not one for all or one a scene, or outside 0..max_sources.
+    """
+    count = torch.as_tensor(num_sources, device=scenes.device)
+    if count.is_floating_point() or count.shape not in ((), (1,), (len(scenes),)):
+        raise ConfigError(
+            f"num_sources has shape {tuple(count.shape)} and {count.dtype}; expected a whole number, or one for each "
+            f"of {len(scenes)} scenes"
+        )
+    if bool(((count < 0) | (count > max_sources)).any()):
+        raise ConfigError(f"num_sources must lie within 0..{max_sources}")
+    return count.long().expand(len(scenes))
+
+
+def require_candidates(scenes: Scenes, *coordinates: Tensor) -> None:
+    """Check where a search starts: coordinates [B, C] each.
+
+    Raises:
+        ConfigError: of another batch size.
+        NumericalError: not finite.
+    """
+    if len(coordinates[0]) != len(scenes):
+        raise ConfigError(f"candidates for {len(coordinates[0])} scenes beside {len(scenes)} scenes")
+    if not all(bool(value.isfinite().all()) for value in coordinates):
+        raise NumericalError("candidates: not finite")
+
+
+def require_finite(scenes: Scenes, *, noise_known: bool = True) -> None:
+    """Check the receiver's data; the noise power only where it is ``noise_known``.
 
     Raises:
         ConfigError: there is no scene.
-        NumericalError: y, channel, codes or noise power are not finite, or the noise power is not positive.
+        NumericalError: y, channel, codes or noise power are not finite, or the noise power is not positive; amplitudes
+            of which single precision does not hold the squares.
     """
     if len(scenes) == 0:
         raise ConfigError("no scenes to estimate from")
-    noise = scenes.noise_power
+    noise = scenes.noise_power if noise_known else torch.ones_like(scenes.noise_power)
     checks = [
         torch.view_as_real(value).isfinite().all() for value in (scenes.y, scenes.bs_ris_channel, scenes.ris_codes)
     ]
-    if not bool(torch.stack([*checks, (noise > 0).all(), noise.isfinite().all()]).all()):
-        raise NumericalError("scenes: y, channel, codes and noise power must be finite and the noise power positive")
+    largest = torch.stack([scenes.y.abs().amax(), scenes.bs_ris_channel.abs().amax() * scenes.ris_codes.abs().amax()])
+    checks += [(noise > 0).all(), noise.isfinite().all(), (largest < _LARGEST).all()]
+    if not bool(torch.stack(checks).all()):
+        raise NumericalError(
+            "scenes: y, channel, codes and noise power must be finite, the noise power positive, and neither y nor "
+            f"channel times codes above {_LARGEST:g}"
+        )

@@ -26,6 +26,7 @@ from ris_hpo.estimators.likelihood import (
     deterministic_fit,
     power_cost,
     power_statistics,
+    repaired_cholesky,
     ridged_cholesky,
     stochastic_fit,
 )
@@ -101,7 +102,7 @@ def gains(observation: Observation, atoms: Atoms, fit: Fit | None, spec: SearchS
         if spec.objective == "stochastic":
             root = (0.5 * fit.log_power).exp()[:, None, :, None]
             eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-            factor = torch.linalg.cholesky(eye + gram * root * root.mT)
+            factor = repaired_cholesky(eye + gram * root * root.mT)
             basis = torch.linalg.solve_triangular(factor, g.mH * root, upper=False)
         else:
             basis = torch.linalg.solve_triangular(ridged_cholesky(gram), g.mH, upper=False)

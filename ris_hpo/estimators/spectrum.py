@@ -67,8 +67,8 @@ class QuadraticForm:
 
 
 def music_form(geometry: Geometry, covariance: Tensor, num_sources: int) -> QuadraticForm:
-    """Noise-subspace form of a covariance [B, N, N] with ``num_sources`` signals."""
-    basis, _ = signal_subspace(covariance, num_sources)
+    """Noise-subspace form of a covariance [B, N, N] with ``num_sources`` signals, at most N - 1 of them."""
+    basis, _ = signal_subspace(covariance, min(num_sources, max(1, covariance.shape[-1] - 1)))
     return QuadraticForm(geometry, basis.mH, True)
 
 
@@ -222,9 +222,7 @@ def anti_diagonal_angles(geometry: Geometry, covariance: Tensor, form: Quadratic
             "wave": "planar",
         }
     )
-    rank = min(k, height * width - 1) if height * width > 1 else 1
-    basis, _ = signal_subspace(smoothed, rank)
-    angles = QuadraticForm(virtual, basis.mH, True)
+    angles = music_form(virtual, smoothed, k)
     # one period of the doubled array at three points a beam, then each peak in all the periods that meet the box
     period = 1 / (2 * geometry.spacing_wavelengths)
     count = 6 * max(width, height)

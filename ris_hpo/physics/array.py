@@ -52,6 +52,23 @@ class Geometry(Spec):
         return torch.stack([y.repeat(self.num_vertical), z.repeat_interleave(self.num_horizontal)], dim=-1)
 
 
+def require_sector(
+    azimuth_deg: tuple[float, float], elevation_deg: tuple[float, float], range_m: tuple[float, float]
+) -> None:
+    """Refuse a sector of positions that does not lie in front of the surface.
+
+    Raises:
+        ValueError: an interval upside down, an angle not within -90..90 degrees, a range that is not positive.
+    """
+    for name, (low, high) in (("azimuth_deg", azimuth_deg), ("elevation_deg", elevation_deg), ("range_m", range_m)):
+        if low > high:
+            raise ValueError(f"{name}: lower bound {low} is above upper bound {high}")
+        if name != "range_m" and not -90 < low <= high < 90:
+            raise ValueError(f"{name}: ({low}, {high}) must lie within -90..90, in front of the surface")
+    if range_m[0] <= 0:
+        raise ValueError(f"range_m: lower bound {range_m[0]} must be positive")
+
+
 class Cosines(NamedTuple):
     """Cosine coordinates: v = cos el sin az, w = sin el, rho = 1/r in 1/m; tensors of one shape."""
 

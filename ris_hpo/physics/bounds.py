@@ -162,6 +162,13 @@ def _signal_basis(g: Tensor, mask: Tensor) -> Tensor:
     return result
 
 
+def _cholesky(matrix: Tensor) -> Tensor:
+    """Cholesky factor; NaN where there is none, which :func:`masked_inverse` reports."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    result: Tensor = factor.masked_fill((failed > 0)[..., None, None], torch.nan)
+    return result
+
+
 def _deterministic_information(scenes: Scenes) -> Tensor:
     truth = scenes.require_truth()
     g, d, noise = _received(scenes)
@@ -172,7 +179,7 @@ def _deterministic_information(scenes: Scenes) -> Tensor:
         gram = g.mH @ g
         level = gram.diagonal(dim1=-2, dim2=-1).real.amax((-1, -2))[:, None, None]
         ridge = torch.where(truth.mask.unsqueeze(1), 1e-12 * level, level).clamp(min=1e-300)
-        factor = torch.linalg.cholesky(gram + torch.diag_embed(ridge.expand(gram.shape[:-1])))
+        factor = _cholesky(gram + torch.diag_embed(ridge.expand(gram.shape[:-1])))
         symbols = torch.cholesky_solve(g.mH @ scenes.y.to(g.dtype).unsqueeze(-1), factor).squeeze(-1)
     weighted = d * symbols.repeat_interleave(3, dim=-1).unsqueeze(2)
     outside = (weighted - basis @ (basis.mH @ weighted)).flatten(1, 2)
@@ -188,7 +195,7 @@ def _stochastic_information(scenes: Scenes) -> Tensor:
     seen = torch.cat([g, d], dim=-1)
     eye = torch.eye(g.shape[2], dtype=g.dtype, device=g.device)
     covariance = (g * power[:, None, None]) @ g.mH + noise[:, None, None, None] * eye
-    factor = torch.linalg.cholesky(covariance)
+    factor = _cholesky(covariance)
     solved = torch.cholesky_solve(seen, factor)
     inverse = torch.cholesky_inverse(factor)
     one = seen.mH @ solved  # W^H R^-1 W

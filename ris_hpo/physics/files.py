@@ -179,6 +179,8 @@ def _take_sources(path: Path, arrays: dict[str, Array], sizes: dict[str, int]) -
     for name in ("azimuth", "elevation", "range_m"):
         values.append(_take(path, arrays, name, np.float32, "B K", sizes, finite=False))
         sizes["K"] = values[0].shape[1]
+    if sizes["K"] == 0:
+        raise SceneFileError(f"{path}: array 'azimuth' has shape {values[0].shape}: no place for a source in it")
     _require(path, "num_sources", (count >= 0) & (count <= sizes["K"]), f"every value must lie within 0..{sizes['K']}")
     mask = np.arange(sizes["K"]) < count[:, None]
     for name, value in zip(("azimuth", "elevation", "range_m"), values, strict=True):
@@ -280,8 +282,6 @@ def _write(path: Path, arrays: dict[str, Array]) -> None:
         np.savez(stream, **arrays)  # type: ignore[arg-type]
 
 
-def _numpy(value: Tensor, dtype: type[np.generic] | None = None) -> Array:
+def _numpy(value: Tensor, dtype: type[np.generic] = np.complex64) -> Array:
     array: Array = value.detach().cpu().resolve_conj().numpy()
-    if dtype is None:
-        dtype = np.complex64
     return array.astype(dtype, copy=False)

@@ -7,11 +7,11 @@ import math
 from typing import NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ris_hpo.config import Spec
-from ris_hpo.physics.array import Cosines, Geometry, cosine_steering
+from ris_hpo.physics.array import Cosines, Geometry, cosine_steering, require_sector
 
 
 class Region(Spec):
@@ -20,6 +20,11 @@ class Region(Spec):
     azimuth_deg: tuple[float, float] = (-60.0, 60.0)
     elevation_deg: tuple[float, float] = (-30.0, 30.0)
     range_m: tuple[float, float] = (0.5, 10.0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Region:
+        require_sector(self.azimuth_deg, self.elevation_deg, self.range_m)
+        return self
 
     def bounds(self) -> tuple[tuple[float, float], tuple[float, float], tuple[float, float]]:
         """(low, high) of v = cos el sin az, w = sin el and rho = 1/r over the sector."""

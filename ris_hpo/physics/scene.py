@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ris_hpo.config import Spec
 from ris_hpo.errors import ConfigError
-from ris_hpo.physics.array import Geometry, steering
+from ris_hpo.physics.array import Geometry, require_sector, steering
 from ris_hpo.physics.random import SceneRandom
 from ris_hpo.physics.sources import Sources
 
@@ -50,20 +50,15 @@ class SceneSpec(Spec):
 
     @model_validator(mode="after")
     def _check(self) -> SceneSpec:
-        for name in ("num_sources", "azimuth_deg", "elevation_deg", "range_m", "snr_db", "rician_factor"):
-            low, high = getattr(self, name)
+        for name in ("num_sources", "snr_db", "rician_factor", "channel_error_db"):
+            low, high = getattr(self, name) or (0, 0)
             if low > high:
                 raise ValueError(f"{name}: lower bound {low} is above upper bound {high}")
+        require_sector(self.azimuth_deg, self.elevation_deg, self.range_m)
         if not 1 <= self.num_sources[0] <= self.num_sources[1] <= self.max_sources:
             raise ValueError(f"num_sources: {self.num_sources} must lie within 1..max_sources={self.max_sources}")
-        if not -90 < self.azimuth_deg[0] <= self.azimuth_deg[1] < 90:
-            raise ValueError(f"azimuth_deg: {self.azimuth_deg} must lie within -90..90, in front of the surface")
-        if not -90 < self.elevation_deg[0] <= self.elevation_deg[1] < 90:
-            raise ValueError(f"elevation_deg: {self.elevation_deg} must lie within -90..90")
-        if self.range_m[0] <= 0 or self.rician_factor[0] < 0:
-            raise ValueError("range_m must be positive and rician_factor not negative")
-        if self.channel_error_db is not None and self.channel_error_db[0] > self.channel_error_db[1]:
-            raise ValueError(f"channel_error_db: {self.channel_error_db} is not an interval")
+        if self.rician_factor[0] < 0:
+            raise ValueError(f"rician_factor: lower bound {self.rician_factor[0]} must not be negative")
         return self
 
 
@@ -108,6 +103,16 @@ class Scenes:
     def to(self, device: torch.device | str) -> Scenes:
         """Move to a device."""
         return self._map(lambda value: value.to(device))
+
+    def single(self) -> Scenes:
+        """The same in single precision, which is what files hold and networks take."""
+
+        def converted(value: Tensor) -> Tensor:
+            if value.is_complex():
+                return value.to(torch.complex64)
+            return value.float() if value.is_floating_point() else value
+
+        return self._map(converted)
 
     def sensing_matrices(self) -> Tensor:
         """T_l = H diag(c_l), complex [B, L, M, N]."""
@@ -160,24 +165,29 @@ def simulate(
     Args:
         spec: the distribution.
         seed: family of scenes; training, validation and test use different ones.
-        index: scene indices [B] (int64) or a range.
-        num_sources: [B] to fix K instead of drawing it.
+        index: scene indices [B], whole numbers, or a range.
+        num_sources: [B] to fix K instead of drawing it, 1..max_sources.
         snr_db: [B] to fix the SNR instead of drawing it.
         device: where to compute.
 
     Returns:
         Scenes with truth, symbols and realised SNR: mean over (l, m) of |noise-free y|^2 / noise power.
+
+    Raises:
+        ConfigError: a source count outside 1..max_sources.
     """
     where = torch.device(device)
     if isinstance(index, range):
         index = torch.arange(index.start, index.stop, index.step, device=where)
-    random = SceneRandom(seed, index.to(where))
+    random = SceneRandom(seed, index.to(where, torch.int64))
     geometry, k_max = spec.geometry, spec.max_sources
     num_snapshots, num_antennas = spec.num_snapshots, spec.num_antennas
 
     if num_sources is None:
         low, high = spec.num_sources
         num_sources = low + random.integers("num_sources", high - low + 1)
+    elif bool(((num_sources < 1) | (num_sources > k_max)).any()):
+        raise ConfigError(f"source counts {num_sources.unique().tolist()} must lie within 1..{k_max}")
     mask = torch.arange(k_max, device=where) < num_sources.to(where).unsqueeze(-1)
     azimuth = random.between("azimuth", spec.azimuth_deg, k_max).deg2rad()
     elevation = random.between("elevation", spec.elevation_deg, k_max).deg2rad()
@@ -225,8 +235,6 @@ def grid_of_cells(
     Raises:
         ConfigError: a source count outside 1..max_sources.
     """
-    if not all(1 <= k <= spec.max_sources for k in num_sources):
-        raise ConfigError(f"source counts {list(num_sources)} must lie within 1..{spec.max_sources}")
     snr = torch.tensor(list(snr_db), dtype=torch.float32).repeat_interleave(len(num_sources) * per_cell)
     count = torch.tensor(list(num_sources)).repeat_interleave(per_cell).repeat(len(snr_db))
     return simulate(spec, seed, range(len(snr)), num_sources=count, snr_db=snr, **options)

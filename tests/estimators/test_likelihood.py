@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ris_hpo.errors import NumericalError
+from ris_hpo.errors import ConfigError, NumericalError
 from ris_hpo.estimators.channel import posterior_mean_channel
 from ris_hpo.estimators.likelihood import (
     Fit,
@@ -30,6 +30,7 @@ from ris_hpo.physics.grid import Region
 from ris_hpo.physics.scene import Scenes, SceneSpec, simulate
 from ris_hpo.physics.sources import Sources
 from tests.estimators.conftest import SMALL
+from tests.properties import examples
 
 
 def observed(count: int = 2, batch: int = 3) -> tuple[Observation, Tensor, Scenes]:
@@ -138,7 +139,7 @@ class Bowl:
         return 0.5 * (away * gradient).sum(-1), gradient, hessian
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.lists(st.tuples(st.floats(-3, 3), st.floats(-3, 3)), min_size=1, max_size=6))
 def test_descent_solves_boxed_quadratics(centres):
     bowl = Bowl(torch.tensor(centres, dtype=torch.float64))
@@ -205,6 +206,14 @@ def test_refine_keeps_empty_scenes_slots_and_existence(mixed):
     assert refine(mixed[:0], init[:0], 3).mask.shape == (0, 5)
 
 
+@pytest.mark.parametrize("fitted", [refine, evidence])
+def test_starts_of_other_scenes_or_nowhere_are_refused(fitted, mixed):
+    with pytest.raises(ConfigError, match="candidates for 1 scenes beside 10"):
+        fitted(mixed, mixed.truth[:1])
+    with pytest.raises(NumericalError, match="candidates: not finite"):
+        fitted(mixed, dataclasses.replace(mixed.truth, azimuth=mixed.truth.azimuth * torch.nan))
+
+
 def test_zero_steps_clip_to_the_region(mixed):
     init = dataclasses.replace(mixed.truth, range_m=mixed.truth.range_m * 100)
     found = refine(mixed, init, 0)
@@ -213,7 +222,7 @@ def test_zero_steps_clip_to_the_region(mixed):
     assert narrow.azimuth[mixed.truth.mask].rad2deg().abs().max().item() <= 10.001
 
 
-@settings(max_examples=10, deadline=None)
+@examples(10)
 @given(st.floats(0.01, 100.0), st.floats(0, 6.28))
 def test_scale_and_phase_of_the_data_change_nothing(scale, phase):
     scenes = simulate(SMALL, 9, range(2), num_sources=torch.tensor([2, 2]), snr_db=torch.full((2,), 15.0))
@@ -238,7 +247,7 @@ def test_the_order_of_sources_and_snapshots_changes_nothing(mixed):
     torch.testing.assert_close(evidence(turned, mixed.truth), evidence(mixed, mixed.truth), rtol=1e-6, atol=1e-4)
 
 
-@settings(max_examples=10, deadline=None)
+@examples(10)
 @given(st.integers(0, 1000), st.booleans(), st.booleans())
 def test_mirroring_the_surface_mirrors_the_sources(index, horizontally, vertically):
     scenes = simulate(SMALL, 10, range(index, index + 2), snr_db=torch.full((2,), 15.0))

@@ -213,11 +213,41 @@ def test_singular_cases_are_finite(kind):
         assert deterministic_ml(scenes, FAST).num_sources.tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("snr_db", [60.0, 90.0, 150.0])
+def test_data_without_noise_hold_no_sources_of_rounding(snr_db):
+    scenes = grid_of_cells(SMALL, 505, [snr_db], [1, 2], 3)
+    found = deterministic_ml(scenes, FAST)
+    assert torch.equal(found.num_sources, scenes.truth.num_sources)
+    assert nearest_error(found, scenes.truth).max().item() < 0.1
+
+
+def test_one_antenna_has_no_scattered_part():
+    """A channel of one row is of rank one: its stated error has nothing left to shrink."""
+    scenes = simulate(SMALL.replaced({"num_antennas": 1}), 3, range(3))
+    found = deterministic_ml(scenes, FAST.replaced({"channel_error_db": -10}))
+    assert torch.isfinite(found.range_m).all()
+
+
+def test_a_dead_channel_does_not_take_its_batch_along(mixed):
+    alive = torch.arange(len(mixed)) > 0
+    dead = dataclasses.replace(mixed, bs_ris_channel=mixed.bs_ris_channel * alive[:, None, None])
+    spec = FAST.replaced({"search.residual_maxima": 8})
+    assert torch.isfinite(deterministic_ml(dead, spec).range_m).all()
+
+
+def test_none_is_found_where_none_is_allowed(mixed):
+    assert not deterministic_ml(mixed, FAST.replaced({"num_sources": [0, 0]})).mask.any()
+
+
 def test_what_cannot_be_asked_is_refused(mixed):
-    with pytest.raises(ConfigError, match="num_sources"):
-        deterministic_ml(mixed, FAST, 6)
+    for count in (6, -1, 1.5, torch.tensor([1, 2]), torch.ones(len(mixed))):
+        for name in ("ml", "music"):
+            with pytest.raises(ConfigError, match="num_sources"):
+                estimate(name, mixed, EstimatorSpec(likelihood=FAST), count)
     with pytest.raises(ConfigError, match="candidates for 3 scenes beside 10"):
         ols(mixed, to_cosines(torch.zeros(3, 4), torch.zeros(3, 4), torch.ones(3, 4)), FAST)
+    with pytest.raises(NumericalError, match="candidates: not finite"):
+        ols(mixed, to_cosines(torch.full((10, 4), torch.nan), torch.zeros(10, 4), torch.ones(10, 4)), FAST)
     with pytest.raises(ConfigError, match="no scenes"):
         deterministic_ml(mixed[:0], FAST)
     with pytest.raises(ConfigError, match="unknown estimator 'mussic'; did you mean 'music'"):

@@ -212,6 +212,16 @@ def test_odd_covariances_are_finite_or_refused():
         localize_covariance(geometry, torch.eye(16, dtype=torch.complex64)[None], "music", count + 9)
 
 
+def test_a_single_element_and_mixed_precision_work(mixed):
+    spec = SceneSpec(geometry=Geometry(num_horizontal=1, num_vertical=1), num_antennas=4, num_snapshots=4)
+    lone = simulate(spec, 8, range(2))
+    fine = dataclasses.replace(mixed, y=mixed.y.to(torch.complex128))
+    for method in METHODS:
+        assert torch.isfinite(estimate(method, lone).positions()).all()
+        here, there = estimate(method, mixed, None, 1), estimate(method, fine, None, 1)
+        torch.testing.assert_close(here.azimuth, there.azimuth, atol=1e-3, rtol=0)
+
+
 def test_a_single_row_of_elements_works():
     geometry = Geometry(num_horizontal=16, num_vertical=1)
     spec = SceneSpec(geometry=geometry, num_sources=(1, 1), elevation_deg=(0.0, 0.0), num_antennas=4)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ris_hpo.physics.array import (
@@ -20,6 +20,7 @@ from ris_hpo.physics.array import (
     to_cosines,
 )
 from ris_hpo.physics.sources import Sources
+from tests.properties import examples
 
 angles = st.floats(-1.0, 1.0)
 ranges = st.floats(0.3, 50.0)
@@ -35,7 +36,7 @@ def source_position(azimuth: torch.Tensor, elevation: torch.Tensor, range_m: tor
     return range_m * torch.stack(unit)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(angles, angles, ranges, sizes, sizes)
 def test_exact_response_is_the_brute_force_distance(azimuth, elevation, range_m, horizontal, vertical):
     geometry = Geometry(num_horizontal=horizontal, num_vertical=vertical)
@@ -60,7 +61,7 @@ def test_the_surface_is_centred_with_horizontal_fastest(horizontal, vertical):
         torch.testing.assert_close(place[horizontal] - place[0], expected)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(angles, angles)
 def test_far_away_every_wave_model_is_planar(azimuth, elevation):
     az, el, r = tensors(azimuth, elevation, 1e7)
@@ -104,7 +105,7 @@ def test_coordinate_jacobians_agree_with_autograd():
     torch.testing.assert_close(position_jacobian(*point), automatic)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(angles, angles, ranges)
 def test_cosine_coordinates_round_trip(azimuth, elevation, range_m):
     values = tensors(azimuth, elevation, range_m)
@@ -112,7 +113,7 @@ def test_cosine_coordinates_round_trip(azimuth, elevation, range_m):
         torch.testing.assert_close(back, value, atol=1e-7, rtol=1e-9)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(angles, angles, ranges)
 def test_mirroring_the_source_mirrors_the_response(azimuth, elevation, range_m):
     geometry = Geometry(num_horizontal=5, num_vertical=4)
@@ -123,7 +124,7 @@ def test_mirroring_the_source_mirrors_the_response(azimuth, elevation, range_m):
     assert a.abs().square().sum().item() == pytest.approx(1)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(angles, angles, ranges, st.floats(0.1, 10.0))
 def test_only_lengths_in_wavelengths_matter(azimuth, elevation, range_m, scale):
     az, el, r = tensors(azimuth, elevation, range_m)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from ris_hpo.physics.bounds import (
 )
 from ris_hpo.physics.scene import Scenes, SceneSpec, simulate
 from ris_hpo.physics.sources import Sources
+from tests.properties import examples
 
 SMALL = SceneSpec(geometry=Geometry(num_horizontal=6, num_vertical=5), num_antennas=6, num_snapshots=5)
 SENSORS, SNAPSHOTS = 10, 100
@@ -165,7 +166,7 @@ def test_bounds_fall_as_one_over_snapshots(bound):
     torch.testing.assert_close(bound(repeated(scenes, 4)) * 4, bound(scenes), rtol=1e-6, atol=0)
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(st.floats(-20, 20), st.integers(0, 100))
 def test_deterministic_bound_falls_as_one_over_snr(gain_db, index):
     scenes = simulate(SMALL, 4, range(index, index + 1), num_sources=torch.tensor([2]))
@@ -251,3 +252,9 @@ def test_what_is_not_finite_is_a_named_error():
     broken = dataclasses.replace(scenes, noise_power=scenes.noise_power * torch.nan)
     with pytest.raises(NumericalError, match="deterministic information"):
         deterministic_crb(broken)
+    nowhere = dataclasses.replace(scenes.truth, azimuth=scenes.truth.azimuth * torch.nan)
+    for bound in (deterministic_crb, stochastic_crb):
+        with pytest.raises(NumericalError, match="information: not finite"):
+            bound(dataclasses.replace(scenes, truth=nowhere, symbols=None))
+    with pytest.raises(NumericalError, match="stochastic information: not finite"):
+        stochastic_crb(dataclasses.replace(scenes, noise_power=scenes.noise_power * 0))

@@ -121,6 +121,10 @@ MALFORMED = {
     "azimuth missing": (removed("azimuth"), r"array 'azimuth' is missing; the truth needs all of"),
     "azimuth degrees": (changed("azimuth", with_value(45.0, 0, 0)), r"'azimuth': radians"),
     "azimuth nan": (changed("azimuth", with_value(np.nan, 0, 0)), r"'azimuth': values of a source must be finite"),
+    "no slots": (
+        lambda arrays: arrays.update({name: arrays[name][:, :0] for name in ("azimuth", "elevation", "range_m")}),
+        r"'azimuth' has shape \(6, 0\): no place for a source",
+    ),
     "range negative": (changed("range_m", with_value(-1.0, 0, 0)), r"'range_m': every range must be positive"),
     "range width": (changed("range_m", lambda a: a[:, :4]), r"'range_m' has shape \(6, 4\), expected \(6, 5\)"),
     "snr shape": (changed("snr_db", lambda a: a[:3]), r"'snr_db' has shape \(3,\), expected \(6\)"),

@@ -7,6 +7,7 @@ import torch
 
 from ris_hpo.errors import ConfigError
 from ris_hpo.physics.array import Geometry, steering
+from ris_hpo.physics.grid import Region
 from ris_hpo.physics.random import SceneRandom
 from ris_hpo.physics.scene import Scenes, SceneSpec, code_book, grid_of_cells, simulate
 
@@ -140,6 +141,19 @@ def test_grid_of_cells_orders_snr_outermost_and_refuses_bad_counts():
     assert scenes.truth.num_sources.tolist() == [1, 1, 1, 4, 4, 4] * 2
     with pytest.raises(ConfigError, match="source counts"):
         grid_of_cells(SceneSpec(), 1, [0.0], [6], 1)
+    with pytest.raises(ConfigError, match="source counts"):
+        simulate(SceneSpec(), 1, range(2), num_sources=torch.tensor([1, 0]))
+
+
+def test_any_whole_numbers_name_the_same_scenes():
+    for kind in (torch.int32, torch.uint8, torch.float32):
+        assert same(simulate(SceneSpec(), 5, torch.arange(3).to(kind)), simulate(SceneSpec(), 5, range(3)))
+
+
+@pytest.mark.parametrize("changes", [{"range_m": (0, 10)}, {"azimuth_deg": (60, -60)}, {"elevation_deg": (-90, 30)}])
+def test_a_region_lies_in_front_of_the_surface(changes):
+    with pytest.raises(ConfigError, match=next(iter(changes))):
+        Region.parse(changes)
 
 
 @pytest.mark.parametrize(
