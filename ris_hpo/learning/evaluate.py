@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,13 +31,13 @@ class Row:
         """How near the floor a figure is: 1 at the floor.
 
         Higher-is-better figures: value / floor. Errors: floor / value. k_loc: (7 - value) / (7 - floor), the share of
-        the way from the worst score to the floor. None where that says nothing (0 / 0).
+        the way from the worst score to the floor. None where that says nothing (0 / 0, or no source to measure at).
         """
         value, floor = getattr(self.scores, name), getattr(self.floor, name)
         if name == "k_loc":
             return float((WORST_K_LOC - value) / (WORST_K_LOC - floor))
         above, below = (value, floor) if name in HIGHER_IS_BETTER else (floor, value)
-        return float(above / below) if below > 0 else None
+        return float(above / below) if below > 0 and math.isfinite(above) else None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -89,7 +90,7 @@ def evaluate(estimate: Sources, scenes: Scenes, *, draws: int = 8) -> Evaluation
         draws: draws from the Cramer-Rao bound per scene for the floor.
 
     Raises:
-        ConfigError: scenes without truth.
+        ConfigError: scenes without truth, none at all, or not as many as estimates.
         NumericalError: an estimate that is not finite.
     """
     truth = scenes.require_truth()

@@ -134,7 +134,8 @@ def whiten(scenes: Scenes, loading: Tensor) -> tuple[Tensor, Tensor]:
     channel = scenes.bs_ris_channel
     gram, scale = _gram(scenes)
     identity = torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype)
-    root = torch.linalg.cholesky(gram / scale[:, None, None] + loading[:, None, None] * identity)
+    # positive definite by its loading; the plain form would make a training step wait for the device
+    root, _ = torch.linalg.cholesky_ex(gram / scale[:, None, None] + loading[:, None, None] * identity)
     y = torch.linalg.solve_triangular(root, scenes.y.mT, upper=False).mT
     return y, torch.linalg.solve_triangular(root, channel, upper=False)
 

@@ -19,6 +19,7 @@ from ris_hpo.estimators.channel import split_channel
 from ris_hpo.estimators.counting import EvidenceSpec
 from ris_hpo.estimators.likelihood import refine
 from ris_hpo.estimators.maximum_likelihood import LikelihoodSpec, ols
+from ris_hpo.estimators.observation import require_finite
 from ris_hpo.estimators.search import SearchSpec
 from ris_hpo.estimators.spectrum import localize_covariance
 from ris_hpo.learning.hybrid import HybridSpec, covariances
@@ -51,7 +52,13 @@ class InferenceSpec(Spec):
 
 @torch.no_grad()
 def predict(network: Network, scenes: Scenes, batch: int = 64) -> Outputs:
-    """Outputs of the network in evaluation mode, without the dense cell maps."""
+    """Outputs of the network in evaluation mode, without the dense cell maps.
+
+    Raises:
+        ConfigError: there is no scene, or scenes of another surface.
+        NumericalError: scenes that are not finite.
+    """
+    require_finite(scenes, noise_known=network.spec.noise_known)
     was_training = network.training
     network.eval()
     try:
@@ -100,6 +107,10 @@ def localize(
 
     Returns:
         Sources [B, K_max]; existence and position covariance with ``polish``.
+
+    Raises:
+        ConfigError: there is no scene, scenes of another surface, or a count outside 0..K_max.
+        NumericalError: scenes that are not finite.
     """
     outputs = predict(network, scenes) if outputs is None else outputs
     if spec.localizer != "polish":
@@ -107,8 +118,9 @@ def localize(
             outputs = sharpened(network, scenes, outputs, spec, num_sources)
         effective = covariances(outputs, scenes, spec.hybrid).effective
         counts = network_sources(outputs, spec, num_sources).num_sources
+        form = network.spec
         return localize_covariance(
-            network.spec.geometry, effective, spec.localizer, counts, max_sources=network.spec.max_sources
+            form.geometry, effective, spec.localizer, counts, max_sources=form.max_sources, grid=form.grid
         )
     observed, candidates, likelihood = refinement(network, scenes, spec, outputs)
     weights = None if outputs.count_mixing is None else count_weights(outputs.count_mixing)
@@ -124,7 +136,7 @@ def sharpened(
     A cell tells a range beyond 4 m to a metre at best, half of what the snapshots know; the steps bring the rest.
     """
     slots = network_sources(outputs, spec, num_sources)
-    moved = refine(scenes, slots, spec.hybrid.sharpening, double=False)
+    moved = refine(scenes, slots, spec.hybrid.sharpening, region=network.spec.grid.region, double=False)
     share = moved.power * moved.mask
     share = share / share.sum(-1, keepdim=True).clamp(min=1e-30)
     columns = steering(network.spec.geometry, moved.azimuth, moved.elevation, moved.range_m).mT
@@ -135,8 +147,11 @@ def refinement(
     network: Network, scenes: Scenes, spec: InferenceSpec, outputs: Outputs
 ) -> tuple[Scenes, Cosines, LikelihoodSpec]:
     """What ``polish`` refines: scenes with noise and channel as the network sees them, its proposals, settings."""
+    most = min(spec.likelihood.max_sources, network.spec.max_sources)
     likelihood = spec.likelihood.replaced(
         {
+            "max_sources": most,
+            "num_sources": [min(count, most) for count in spec.likelihood.num_sources],
             "search.final_steps": spec.refinement_steps,
             "evidence.prior_weight": spec.count_weight,
             "channel_error_db": spec.channel_error_db,
@@ -146,6 +161,6 @@ def refinement(
         received = scenes.y.abs().square().mean((1, 2))
         direct, scattered = split_channel(scenes.bs_ris_channel)
         channel = direct + outputs.channel_gain[:, None, None] * scattered
-        scenes = dataclasses.replace(scenes, bs_ris_channel=channel, noise_power=outputs.disturbance * received)
-    keep = spec.proposals
-    return scenes, Cosines(outputs.v[:, :keep], outputs.w[:, :keep], outputs.rho[:, :keep]), likelihood
+        noise = (outputs.disturbance * received).clamp(min=1e-30)  # also where nothing was received
+        scenes = dataclasses.replace(scenes, bs_ris_channel=channel, noise_power=noise)
+    return scenes, outputs.cosines(spec.proposals), likelihood

@@ -18,7 +18,7 @@ from ris_hpo.learning.features import GAIN_EDGE
 from ris_hpo.learning.hybrid import Covariances
 from ris_hpo.learning.matching import match
 from ris_hpo.learning.network import Network, Outputs, slot_geometry
-from ris_hpo.physics.array import Cosines, Geometry, cosine_steering, steering, to_cosines
+from ris_hpo.physics.array import Geometry, cosine_steering, steering, to_cosines
 from ris_hpo.physics.grid import GridSpec, dictionary
 from ris_hpo.physics.scene import Scenes
 from ris_hpo.physics.sources import Sources
@@ -49,6 +49,10 @@ class LossSpec(Spec):
         """All terms off but the named ones; the relative NMSE weights return to 1."""
         off = dict.fromkeys(TERMS, 0.0) | {"diagonal": 1.0, "off_diagonal": 1.0}
         return LossSpec(**(off | weights))
+
+    def active(self, *, noise_known: bool) -> list[str]:
+        """Terms with a weight, less those that have nothing to say: the disturbance where the noise power is told."""
+        return [name for name in TERMS if getattr(self, name) > 0 and not (noise_known and name == "disturbance")]
 
 
 TERMS = (
@@ -150,6 +154,9 @@ def disturbance(outputs: Outputs, scenes: Scenes) -> Tensor:
 
     The gain is the regression of the true channel's scattered part on the known one's; the disturbance is what the
     channel with that gain does not explain: y_l - H^ diag(c_l) sum_k a_k s_kl.
+
+    Raises:
+        ConfigError: scenes without symbols.
     """
     truth, symbols = scenes.require_truth(), scenes.symbols
     if symbols is None:
@@ -186,7 +193,7 @@ def peak(outputs: Outputs, truth: Sources) -> Tensor:
 def orthogonality(factor: Tensor, columns: int) -> Tensor:
     """Mean squared coherence between the first ``columns`` columns of F."""
     gram = _normalised_gram(factor[:, :, :columns])
-    return _off_diagonal(gram.abs().square()).mean()
+    return _mean_off_diagonal(gram.abs().square())
 
 
 def cross(outputs: Outputs, geometry: Geometry, slots: int) -> Tensor:
@@ -194,11 +201,11 @@ def cross(outputs: Outputs, geometry: Geometry, slots: int) -> Tensor:
 
     The angle factor is the plane wave toward the slot, the range factor what the exact wave has beyond it.
     """
-    coordinates = Cosines(outputs.v[:, :slots], outputs.w[:, :slots], outputs.rho[:, :slots])
+    coordinates = outputs.cosines(slots)
     planar = cosine_steering(geometry.replaced({"wave": "planar"}), coordinates)
     curvature = cosine_steering(geometry, coordinates) * planar.conj()
     angle, radial = _normalised_gram(planar.mT), _normalised_gram(curvature.mT)
-    return _off_diagonal((angle.abs() - radial.abs()).square()).mean()
+    return _mean_off_diagonal((angle.abs() - radial.abs()).square())
 
 
 def eigengap(factor: Tensor, num_sources: Tensor, margin: float = 0.05) -> Tensor:
@@ -231,7 +238,11 @@ def peak_contrast(predicted: Tensor, truth: Sources, geometry: Geometry, grid: G
 def loss_terms(
     spec: LossSpec, network: Network, outputs: Outputs, covariances: Covariances, scenes: Scenes
 ) -> dict[str, Tensor]:
-    """Unweighted value of every term whose weight is not 0."""
+    """Unweighted value of every active term.
+
+    Raises:
+        ConfigError: scenes without truth, or without the symbols that the disturbance needs.
+    """
     truth, geometry, grid = scenes.require_truth(), network.spec.geometry, network.spec.grid
     slots = network.spec.max_sources
     label = label_factor(truth, geometry)
@@ -252,8 +263,7 @@ def loss_terms(
         "subspace_alignment": lambda: subspace_alignment(covariances.predicted, label),
         "peak_contrast": lambda: peak_contrast(covariances.predicted, truth, geometry, grid),
     }
-    silent = {"disturbance"} if network.spec.noise_known else set()
-    return {name: compute[name]() for name in TERMS if getattr(spec, name) > 0 and name not in silent}
+    return {name: compute[name]() for name in spec.active(noise_known=network.spec.noise_known)}
 
 
 def _logit(share: Tensor, edge: float) -> Tensor:
@@ -272,10 +282,12 @@ def _normalised_gram(columns: Tensor) -> Tensor:
     return unit.mH @ unit
 
 
-def _off_diagonal(square: Tensor) -> Tensor:
+def _mean_off_diagonal(square: Tensor) -> Tensor:
+    """Mean of the entries [B, K, K] off the diagonal; 0 where K = 1 has none."""
     size = square.shape[-1]
-    mask = ~torch.eye(size, dtype=torch.bool, device=square.device)
-    return square[:, mask]
+    if size == 1:
+        return square.sum() * 0
+    return square[:, ~torch.eye(size, dtype=torch.bool, device=square.device)].mean()
 
 
 def _energy(matrix: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ris_hpo.errors import NumericalError
+from ris_hpo.errors import ConfigError, NumericalError
 from ris_hpo.learning.matching import match
 from ris_hpo.physics.bounds import deterministic_crb
 from ris_hpo.physics.scene import Scenes
@@ -149,8 +149,11 @@ def scene_errors(estimate: Sources, truth: Sources) -> SceneErrors:
     """Match and measure.
 
     Raises:
+        ConfigError: no scene, or not as many estimates as true ones.
         NumericalError: an estimate that is not finite.
     """
+    if len(estimate) != len(truth) or len(truth) == 0:
+        raise ConfigError(f"estimates of {len(estimate)} scenes beside the truth of {len(truth)}; cannot score them")
     for name in ("azimuth", "elevation", "range_m"):
         if not torch.isfinite(getattr(estimate, name)[estimate.mask]).all():
             raise NumericalError(f"estimated {name} is not finite; cannot score it")

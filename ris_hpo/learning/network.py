@@ -25,6 +25,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ris_hpo.config import Spec
+from ris_hpo.errors import ConfigError
 from ris_hpo.estimators.counting import CountWeights
 from ris_hpo.learning.features import Features, num_context, spectral_features, token_features
 from ris_hpo.physics.array import Cosines, Geometry, cosine_steering, from_cosines
@@ -65,6 +66,8 @@ class NetworkSpec(Spec):
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
         if self.front_end == "tokens" and self.covariance_head == "factor" and self.factor_basis == "atoms":
             raise ValueError("factor_basis 'atoms' needs the front_end 'spectra'; with tokens use 'free'")
+        if self.front_end == "spectra" and any(low == high for low, high in self.grid.region.bounds()):
+            raise ValueError("grid.region must have an extent in azimuth, elevation and range: cells divide it")
         return self
 
 
@@ -107,10 +110,9 @@ class Outputs(NamedTuple):
     cell_power: Tensor | None = None
     cell_offset: Tensor | None = None
 
-    @property
-    def cosines(self) -> Cosines:
-        """Coordinates of the proposals."""
-        return Cosines(self.v, self.w, self.rho)
+    def cosines(self, most: int | None = None) -> Cosines:
+        """Coordinates of the first ``most`` proposals, or of all."""
+        return Cosines(self.v[:, :most], self.w[:, :most], self.rho[:, :most])
 
 
 class Network(nn.Module):
@@ -139,7 +141,15 @@ class Network(nn.Module):
             nn.init.zeros_(self.heads["disturbance"].bias)  # type: ignore[arg-type]
 
     def features(self, scenes: Scenes) -> Features:
-        """Fixed part of the front-end; no parameters, no gradient."""
+        """Fixed part of the front-end; no parameters, no gradient.
+
+        Raises:
+            ConfigError: scenes of another surface.
+        """
+        for (name, found), (_, expected) in zip(scenes.geometry, self.spec.geometry, strict=True):
+            if found != expected:
+                raise ConfigError(f"scenes of another surface than the network's: {name} is {found}, not {expected}")
+        scenes = scenes.single()
         with torch.no_grad():
             if self.spec.front_end == "spectra":
                 passes = self.spec.residual_passes
@@ -186,7 +196,7 @@ class Network(nn.Module):
 
 def slot_geometry(outputs: Outputs, slots: int) -> tuple[Tensor, Tensor, Tensor]:
     """(azimuth, elevation, range_m) [B, slots] of the first proposals, differentiable."""
-    return from_cosines(Cosines(outputs.v[:, :slots], outputs.w[:, :slots], outputs.rho[:, :slots]))
+    return from_cosines(outputs.cosines(slots))
 
 
 def _num_context(spec: NetworkSpec) -> int:
@@ -390,7 +400,8 @@ class _CountHead(nn.Module):
         super().__init__()
         self.ordinal = spec.count_head == "ordinal"
         self.max_sources = spec.max_sources
-        self.seen = min(16, spec.candidates) if spec.front_end == "spectra" else spec.max_sources
+        cells = math.prod(spec.grid.shape)
+        self.seen = min(16, spec.candidates, cells) if spec.front_end == "spectra" else spec.max_sources
         inputs = spec.width + self.seen + _num_context(spec)
         hidden = min(spec.head_width, 128)
         self.body = nn.Sequential(

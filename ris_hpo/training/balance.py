@@ -57,25 +57,27 @@ class Balance(nn.Module):
                 weighted[name] = scale * values[name]
         return torch.stack([weighted[name] for name in names])
 
-    def regulariser(self) -> Tensor:
-        """Sum of s_i, which keeps learned uncertainties from running away; 0 for the other kinds."""
+    def regulariser(self, values: dict[str, Tensor]) -> Tensor:
+        """Sum of s_i over the terms at work, which keeps them from running away; 0 for the other kinds."""
         if self.spec.kind != "uncertainty":
             return self.log_variance.detach().sum() * 0
-        return (self.log_variance * self.movable).sum()
+        places = [self.terms.index(name) for name in values]
+        return (self.log_variance * self.movable)[places].sum()
 
     def follow_gradients(self, values: dict[str, Tensor], loss: LossSpec, shared: Tensor) -> None:
         """One step of gradnorm on the gradients of the weighted terms at ``shared``; keeps the graph for backward."""
         if self.spec.kind != "gradnorm":
             return
-        places = torch.tensor([self.terms.index(name) for name in values], device=shared.device)
+        order = [self.terms.index(name) for name in values]
+        places = torch.tensor(order, device=shared.device)
         norms = []
-        for place, (name, value) in zip(places.tolist(), values.items(), strict=True):
+        for place, (name, value) in zip(order, values.items(), strict=True):
             gradient = torch.autograd.grad(value, shared, retain_graph=True, allow_unused=True)[0]
             size = value.detach() * 0 if gradient is None else gradient.norm()
             norms.append(size * getattr(loss, name) * self.task_weight[place])
         norm = torch.stack(norms).detach()
         current = torch.stack([value.detach() for value in values.values()])
-        fresh = self.first_loss[places] == 0
+        fresh = (self.first_loss[places] == 0) & current.isfinite()
         self.first_loss[places] = torch.where(fresh, current, self.first_loss[places])
         pace = current / self.first_loss[places].clamp(min=1e-12)
         target = norm.mean() * (pace / pace.mean().clamp(min=1e-12)) ** self.spec.asymmetry

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ris_hpo.config import Spec
+from ris_hpo.config import Spec, suggestion
 from ris_hpo.learning.inference import InferenceSpec
 from ris_hpo.learning.losses import TERMS, LossSpec
+from ris_hpo.learning.metrics import Scores
 from ris_hpo.learning.network import NetworkSpec
 from ris_hpo.physics.scene import SceneSpec
 from ris_hpo.training.stability import OptimizerSpec
@@ -46,6 +48,13 @@ class GateSpec(Spec):
         0.0, description="change that is asked for; negative tolerates so much of a turn for the worse"
     )
 
+    @model_validator(mode="after")
+    def _check(self) -> GateSpec:
+        known = [field.name for field in dataclasses.fields(Scores)]
+        if self.metric not in known:
+            raise ValueError(f"unknown metric '{self.metric}'{suggestion(self.metric, known)}")
+        return self
+
 
 class PhaseSpec(Spec):
     """A stretch of the budget with its own loss, covariance and speed of the backbone."""
@@ -64,9 +73,12 @@ class PhaseSpec(Spec):
 
     @model_validator(mode="after")
     def _check(self) -> PhaseSpec:
-        unknown = [name for name in [*self.loss, *self.ramp] if name not in LossSpec.model_fields]
+        unknown = [name for name in self.loss if name not in LossSpec.model_fields]
+        unknown += [name for name in self.ramp if name not in TERMS]
         if unknown:
             raise ValueError(f"phase '{self.name}': unknown loss term '{unknown[0]}'; known: {', '.join(TERMS)}")
+        if len(self.ramp) * self.ramp_share >= 1:
+            raise ValueError(f"phase '{self.name}': {len(self.ramp)} terms cannot each be {self.ramp_share} of all")
         return self
 
 
@@ -97,4 +109,9 @@ class RunConfig(Spec):
             )
         if self.phases and abs(sum(phase.share for phase in self.phases) - 1) > 1e-6:
             raise ValueError("the shares of the phases must add up to 1")
+        for phase in self.phases or [PhaseSpec(name="", share=1)]:
+            steady = self.loss.replaced(phase.loss).active(noise_known=self.network.noise_known)
+            if not set(steady) - set(phase.ramp):
+                where = f" beside the ramped ones in phase '{phase.name}'" if self.phases else ""
+                raise ValueError(f"no loss term has a weight{where}")
         return self

@@ -23,7 +23,7 @@ from ris_hpo.atomic import make_folder, write_text
 from ris_hpo.config import fingerprint
 from ris_hpo.errors import ProofError
 from ris_hpo.learning.hybrid import Covariances, covariances
-from ris_hpo.learning.losses import TERMS, LossSpec, label_factor, loss_terms, nmse
+from ris_hpo.learning.losses import LossSpec, label_factor, loss_terms, nmse
 from ris_hpo.learning.network import Network
 from ris_hpo.training.config import RunConfig
 from ris_hpo.training.stability import movement
@@ -78,12 +78,10 @@ def form_fingerprint(config: RunConfig) -> str:
 
 def proof_config(config: RunConfig, scenes: int, epochs: int) -> RunConfig:
     """The run of phase 0: everything that could hide a trainer that does not learn is off."""
-    weights = {f"loss.{name}": 0.0 for name in TERMS}
-    plain = RunConfig(seed=config.seed, scene=config.scene, network=config.network)
+    loss = LossSpec().only(covariance_pred=1.0)
+    plain = RunConfig(seed=config.seed, scene=config.scene, network=config.network, loss=loss)
     return plain.replaced(
-        weights
-        | {
-            "loss.covariance_pred": 1.0,
+        {
             "inference.hybrid.beta": 0.0,
             "inference.hybrid.shrinkage": 0.0,
             "optimizer.weight_decay": 0.0,
@@ -185,17 +183,20 @@ def prove(
     plain = proof_config(config, scenes, epochs)
     checks = self_tests(plain, config.loss)
     run = directory / f"proof-{code_fingerprint()}-{form_fingerprint(config)}-{plain.fingerprint()}"
+    torch.manual_seed(plain.seed)
+    untrained = Network(plain.network)
     trainer = Trainer(plain, run, device=device)
-    start = [p.detach().clone() for p in trainer.network.parameters()]
     began = time.monotonic()
-    figure, epoch = 1.0, 0
+    epoch = trainer.scenes_seen // scenes
+    figure = trainer.covariance_nmse() if trainer.finished else 1.0  # finished before, and asked for again
     for validation in trainer.run():
         epoch = validation.scenes_seen // scenes
         figure = trainer.covariance_nmse()
         progress(epoch, figure)
         if figure <= PASSING_NMSE:
             break
-    moved = movement(start, (p.detach() for p in trainer.network.parameters()))
+    weights = ([p.detach().cpu() for p in network.parameters()] for network in (untrained, trainer.network))
+    moved = float(movement(*weights))
     checks["movement"] = moved
     if not moved > 0:
         raise ProofError(f"no parameter moved in {epoch} epochs; {trainer.diagnosis()}")
@@ -229,9 +230,9 @@ def find_certificate(directory: Path, config: RunConfig) -> Certificate | None:
     path = certificate_path(directory, config)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        return Certificate(**values)
+    except (OSError, ValueError, TypeError):  # none, or not whole
         return None
-    return Certificate(**values)
 
 
 def _oracle(label: Tensor) -> Tensor:

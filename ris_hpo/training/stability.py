@@ -95,7 +95,7 @@ class StepGate(nn.Module):
         ):
             parameters = [p for p in candidates if p.requires_grad]
             if parameters:
-                rate = torch.tensor(spec.learning_rate * multiplier)
+                rate = torch.tensor(spec.learning_rate * multiplier, device=parameters[0].device)
                 groups.append({"params": parameters, "name": name, "lr": rate, "multiplier": multiplier})
         if not groups:
             raise ConfigError("no parameter is trained: every group is frozen")
@@ -104,11 +104,6 @@ class StepGate(nn.Module):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
         self.register_buffer("scale", torch.tensor(2.0**14 if spec.precision == "fp16" else 1.0))
         self.register_buffer("gradient_norms", torch.zeros(len(groups)))
-
-    def parameters_of(self, group: int) -> list[nn.Parameter]:
-        """Parameters of one group, backbone first."""
-        parameters: list[nn.Parameter] = self.optimizer.param_groups[group]["params"]
-        return parameters
 
     def rate(self) -> Tensor:
         """Learning rate over its peak: warm-up from a non-zero floor, then cosine; a function of the steps taken."""
@@ -215,10 +210,10 @@ class AveragedWeights(nn.Module):
         return {name: self.average[name.replace(".", "/")].detach() for name in own}
 
 
-def movement(before: Iterable[Tensor], after: Iterable[Tensor]) -> float:
-    """||theta_after - theta_before||, to see that a step really moved the parameters."""
+def movement(before: Iterable[Tensor], after: Iterable[Tensor]) -> Tensor:
+    """||theta_after - theta_before||, float64, to see that a step really moved the parameters."""
     squares = [(b - a).double().square().sum() for a, b in zip(before, after, strict=True)]
-    return float(torch.stack(squares).sum().sqrt())
+    return torch.stack(squares).sum().sqrt()
 
 
 class Swapped:

@@ -28,10 +28,10 @@ class Telemetry:
 
     def __init__(self, directory: Path, offset: int = 0) -> None:
         self.path = directory / FILE_NAME
-        if self.path.exists():
-            with self.path.open("rb+") as stream:
-                stream.truncate(min(offset, self.path.stat().st_size))
         with writing(self.path):
+            if self.path.exists():
+                with self.path.open("rb+") as stream:
+                    stream.truncate(min(offset, self.path.stat().st_size))
             self._stream: TextIO = self.path.open("a", encoding="utf-8")
 
     def __enter__(self) -> Telemetry:
@@ -63,11 +63,15 @@ def read(directory: Path) -> Iterator[dict[str, Any]]:
     """Events of a run, oldest first; a last line cut short by a crash is left out.
 
     Raises:
-        ConfigError: there is no telemetry in the directory.
+        ConfigError: there is no telemetry in the directory, or something else stands in its place.
     """
     path = directory / FILE_NAME
     if not path.is_file():
         raise ConfigError(f"{path}: no telemetry; is '{directory}' the directory of a run?")
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            yield json.loads(line)
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if line.endswith(b"\n"):
+            try:
+                event = json.loads(line)
+            except ValueError:
+                raise ConfigError(f"{path}: line {number} is not an event of a run") from None
+            yield event

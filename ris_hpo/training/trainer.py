@@ -2,7 +2,8 @@
 
 One step, in this order: forward -> loss terms -> finite check by term -> backward (for every micro-batch) -> unscale
 once -> clip -> gate -> step -> loss scale -> learning rate (a function of the steps taken) -> movement -> averages.
-Validation uses the same inference path as evaluation and use, with the averaged weights.
+All its figures, the finite check's among them, are read from the device at once at its end. Validation uses the same
+inference path as evaluation and use, with the averaged weights.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ris_hpo.errors import CheckpointError, DeviceError, GateError, TrainingDivergedError
+from ris_hpo.atomic import make_folder
+from ris_hpo.errors import CheckpointError, ConfigError, DeviceError, GateError, TrainingDivergedError
 from ris_hpo.learning.calibration import fit_count_mixing
 from ris_hpo.learning.features import Features
 from ris_hpo.learning.hybrid import covariances
@@ -51,7 +53,9 @@ class Trainer:
 
     Raises:
         CheckpointError: the checkpoint is damaged, or of another configuration.
+        ConfigError: there is no scene among ``scenes``, or no truth with them.
         DeviceError: the device is not there.
+        OutputError: the directory cannot be made.
     """
 
     def __init__(
@@ -63,11 +67,14 @@ class Trainer:
         resume: bool = True,
         scenes: Scenes | None = None,
     ) -> None:
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise DeviceError(f"device '{device}' was asked for, but torch {torch.__version__} sees no CUDA device")
+        try:
+            self.device = torch.device(device)
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).split("\n", 1)[0]
+            raise DeviceError(f"device '{device}' was asked for, but cannot be used: {reason}") from None
         self.config = config
         self.directory = Path(directory)
-        self.device = torch.device(device)
         self.history: list[Validation] = []
         self.best: Validation | None = None
         self.initial: Validation | None = None
@@ -91,6 +98,7 @@ class Trainer:
         self.averaged = AveragedWeights(self.network, config.optimizer).to(self.device)
         self._dataset = self._make_dataset(scenes)
         self._features: Features | None = None
+        self._order, self._order_epoch = torch.empty(0, dtype=torch.int64), -1
         self._validation: tuple[Scenes, list[Features], Scores] | None = None
 
         last = self.directory / LAST
@@ -99,7 +107,7 @@ class Trainer:
                 raise CheckpointError(f"{last}: already there; choose an empty directory or resume")
             with checkpoint.restoring(last):
                 self._restore(*checkpoint.read(last))
-        self.directory.mkdir(parents=True, exist_ok=True)
+        make_folder(self.directory)
 
     # -- the run -----------------------------------------------------------------------------------------------------
 
@@ -138,7 +146,6 @@ class Trainer:
                 self.seconds += time.monotonic() - began
                 if self.scenes_seen % budget.validate_every and self.scenes_seen < self._total_scenes():
                     continue
-                self._refuse_divergence(log)
                 validation = self.validate()
                 self.history.append(validation)
                 log.write(telemetry.VALIDATION, self.scenes_seen, **_flat(validation))
@@ -257,13 +264,12 @@ class Trainer:
             if detached:
                 raise TrainingDivergedError(f"loss term '{detached[0]}' depends on no parameter: it was detached")
             weighted = self.balance.weighted(terms, loss_spec, phase, progress)
-            self._note_bad(terms)
             share = size / total_scenes
-            loss = (weighted.sum() + self.balance.regulariser()) * share
+            for name, value in terms.items():  # a term that is not finite stays so in its sum
+                sums[name] = sums.get(name, torch.zeros_like(value.detach())) + share * value.detach()
+            loss = (weighted.sum() + self.balance.regulariser(terms)) * share
             self.balance.follow_gradients(terms, loss_spec, self._shared_parameter())
             (loss * self.gate.scale).backward()
-            for name, value in terms.items():
-                sums[name] = sums.get(name, torch.zeros_like(value.detach())) + share * value.detach()
             part = share * weighted.detach()
             weighted_sums = part if weighted_sums is None else weighted_sums + part
             self.scenes_seen += size
@@ -272,30 +278,30 @@ class Trainer:
         taken = self.gate.step(phase.backbone_rate if phase else 1.0)
         moved = movement(before, (p.detach() for p in self.network.parameters()))
         self.averaged.update(self.network, taken, self.scenes_seen / self._total_scenes())
-        total = float(weighted_sums.sum())
-        if math.isfinite(total):
-            self._loss_sum += total
+        groups = {group["name"]: group["lr"] for group in self.gate.optimizer.param_groups}
+        figures = {"loss": weighted_sums.sum(), "taken": taken, "movement": moved, "scale": self.gate.scale}
+        figures |= {f"rate_{name}": rate for name, rate in groups.items()}
+        figures |= {f"gradient_norm_{name}": norm for name, norm in zip(groups, self.gate.gradient_norms, strict=True)}
+        figures |= {f"raw_{name}": value for name, value in sums.items()}
+        figures |= {f"weighted_{name}": value for name, value in zip(sums, weighted_sums, strict=True)}
+        # the only time that a step waits for the device of itself
+        told: dict[str, Any] = dict(
+            zip(figures, torch.stack([value.double() for value in figures.values()]).tolist(), strict=True)
+        )
+        told["taken"] = bool(told["taken"])
+        if math.isfinite(told["loss"]):
+            self._loss_sum += told["loss"]
             self._loss_count += 1
-        rates = {f"rate_{g['name']}": float(g["lr"]) for g in self.gate.optimizer.param_groups}
-        norms = {
-            f"gradient_norm_{g['name']}": float(norm)
-            for g, norm in zip(self.gate.optimizer.param_groups, self.gate.gradient_norms, strict=True)
-        }
+        if self._first_bad_term is None:
+            self._first_bad_term = next((name for name in sums if not math.isfinite(told[f"raw_{name}"])), None)
         log.write(
             telemetry.STEP,
             self.scenes_seen,
-            loss=total,
-            taken=bool(taken),
-            movement=moved,
             scenes_per_second=total_scenes / max(time.monotonic() - began, 1e-9),
             memory_bytes=torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0,
-            scale=float(self.gate.scale),
-            **rates,
-            **norms,
-            **{f"raw_{name}": float(value) for name, value in sums.items()},
-            **{f"weighted_{name}": float(value) for name, value in zip(sums, weighted_sums, strict=True)},
+            **told,
         )
-        if int(self.gate.skipped_in_a_row) >= spec.skips_allowed:
+        if not told["taken"]:
             self._refuse_divergence(log)
 
     def _terms(self, scenes: Scenes, features: Features, loss: LossSpec, phase: PhaseSpec | None) -> dict[str, Tensor]:
@@ -316,11 +322,6 @@ class Trainer:
             beta += hybrid.beta_jitter * (2 * float(torch.rand(())) - 1)
         return min(max(beta, 0.0), 0.9)
 
-    def _note_bad(self, terms: dict[str, Tensor]) -> None:
-        finite = torch.isfinite(torch.stack([value.detach() for value in terms.values()]))
-        if self._first_bad_term is None and not bool(finite.all()):
-            self._first_bad_term = list(terms)[int((~finite).int().argmax())]
-
     def _refuse_divergence(self, log: Telemetry) -> None:
         row = int(self.gate.skipped_in_a_row)
         if row < self.config.optimizer.skips_allowed:
@@ -336,8 +337,9 @@ class Trainer:
 
     def _make_dataset(self, scenes: Scenes | None) -> Scenes | None:
         if scenes is not None:
-            scenes.require_truth()
-            return scenes.to(self.device)
+            if len(scenes.require_truth()) == 0:
+                raise ConfigError("no scenes to train on")
+            return scenes.single().to(self.device)
         if self.config.budget.fixed_scenes:
             return self._simulated(0, self.config.budget.fixed_scenes)
         return None
@@ -357,16 +359,17 @@ class Trainer:
             order.append(int(self._shuffled(epoch)[place]))
         index = torch.tensor(order, device=self.device)
         scenes = self._dataset[index]
-        if self._features is None and self.network.features(scenes[:1]).maps.numel() * 4 * count < CACHE_BYTES:
+        if self._features is None:
+            numbers = sum(field.numel() for field in self.network.features(scenes[:1]))
+            if numbers * 4 * count >= CACHE_BYTES:
+                return scenes, self.network.features(scenes)
             parts = [self.network.features(self._dataset[i : i + 64]) for i in range(0, count, 64)]
             self._features = Features(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
-        if self._features is None:
-            return scenes, self.network.features(scenes)
         return scenes, Features(*(field[index] for field in self._features))
 
     def _shuffled(self, epoch: int) -> Tensor:
-        if getattr(self, "_order_epoch", None) != epoch:
-            generator = torch.Generator().manual_seed((self.config.seed << 20) + epoch)
+        if self._order_epoch != epoch:
+            generator = torch.Generator().manual_seed(((self.config.seed << 20) + epoch) % (1 << 64))
             assert self._dataset is not None
             self._order, self._order_epoch = torch.randperm(len(self._dataset), generator=generator), epoch
         return self._order
@@ -483,13 +486,8 @@ class Trainer:
         if self.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
         baseline = self.phase_baseline
-        state = {
-            "config": self.config.model_dump(mode="json"),
-            "fingerprint": self.config.fingerprint(),
-            "score_version": SCORE_VERSION,
-            "torch": torch.__version__,
+        state = self._origin() | {
             "precision": self.precision,
-            "scenes_seen": self.scenes_seen,
             "finished": self.finished,
             "phase_index": self.phase_index,
             "phase_start": self.phase_start,
@@ -506,16 +504,19 @@ class Trainer:
 
     def _save_best(self) -> None:
         assert self.best is not None
-        state = {
+        state = self._origin() | {"validation": self.best.as_dict()}
+        tensors = self.network.state_dict() | self.averaged.state(self.network)
+        checkpoint.write(self.directory / BEST, tensors, state)
+
+    def _origin(self) -> dict[str, Any]:
+        """What every checkpoint says of where it comes from."""
+        return {
             "config": self.config.model_dump(mode="json"),
             "fingerprint": self.config.fingerprint(),
             "score_version": SCORE_VERSION,
             "torch": torch.__version__,
             "scenes_seen": self.scenes_seen,
-            "validation": self.best.as_dict(),
         }
-        tensors = self.network.state_dict() | self.averaged.state(self.network)
-        checkpoint.write(self.directory / BEST, tensors, state)
 
     def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         if state["fingerprint"] != self.config.fingerprint():

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ris_hpo.learning.features import (
@@ -18,9 +18,10 @@ from ris_hpo.learning.features import (
 from ris_hpo.physics.array import Geometry
 from ris_hpo.physics.grid import GridSpec, Region, dictionary, is_symmetric
 from ris_hpo.physics.scene import SceneSpec, grid_of_cells, simulate
+from tests.properties import examples
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(
     st.sampled_from([2, 3, 4, 6]),
     st.sampled_from([2, 4, 5]),

@@ -30,6 +30,16 @@ def test_nmse_is_0_for_truth_and_1_for_zero(scenes):
     assert torch.allclose(trace, torch.full((8,), 144.0), rtol=1e-5)
 
 
+def test_a_single_slot_has_nothing_to_be_orthogonal_to():
+    spec = SceneSpec(max_sources=1, num_sources=(1, 1))
+    network, alone = Network(NetworkSpec(width=16, depth=2, heads=2, max_sources=1)), simulate(spec, 2, range(3))
+    outputs = network(*network.features(alone))
+    weights = LossSpec(**dict.fromkeys(TERMS, 1.0))
+    terms = loss_terms(weights, network, outputs, covariances(outputs, alone, HybridSpec()), alone)
+    assert all(torch.isfinite(value) for value in terms.values())
+    assert terms["orthogonality"] == terms["cross"] == 0
+
+
 def test_diagonal_and_off_diagonal_weights_split_the_error(scenes):
     label = label_factor(scenes.truth, scenes.geometry)
     covariance = label @ label.mH

@@ -1,18 +1,22 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from ris_hpo.errors import NumericalError
+from ris_hpo.errors import ConfigError, NumericalError
+from ris_hpo.learning.evaluate import evaluate
 from ris_hpo.learning.matching import match, minimum_cost_assignment
 from ris_hpo.learning.metrics import WORST_K_LOC, Scores, floor_scores, score
 from ris_hpo.physics.scene import SceneSpec, grid_of_cells, simulate
 from ris_hpo.physics.sources import Sources
+from tests.properties import examples
 
 
 def sources(azimuth_deg, range_m, mask) -> Sources:
@@ -26,7 +30,7 @@ def sources(azimuth_deg, range_m, mask) -> Sources:
     )
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(st.integers(1, 5), st.integers(0, 2**31))
 def test_assignment_is_the_exhaustive_minimum(width, seed):
     cost = torch.rand(1, width, width, generator=torch.Generator().manual_seed(seed))
@@ -71,7 +75,7 @@ def test_nothing_found_is_the_worst_score_and_json_has_null():
     assert Scores.from_dict(scores.as_dict()) == scores
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(st.integers(0, 2**31))
 def test_composite_is_bounded_for_any_estimate(seed):
     truth = simulate(SceneSpec(), 9, range(8)).require_truth()
@@ -83,6 +87,21 @@ def test_estimate_that_is_not_finite_is_named():
     truth = sources([[0.0]], [[2.0]], [[True]])
     with pytest.raises(NumericalError, match="range_m is not finite"):
         score(sources([[0.0]], [[float("nan")]], [[True]]), truth)
+
+
+def test_estimates_of_other_scenes_are_refused():
+    truth = simulate(SceneSpec(), 9, range(3)).require_truth()
+    for estimate, scenes in ((truth[:1], truth), (truth, truth[:1]), (truth[:0], truth[:0])):
+        with pytest.raises(ConfigError, match="beside the truth of"):
+            score(estimate, scenes)
+
+
+def test_scenes_without_a_source_have_a_table():
+    scenes = simulate(SceneSpec(), 9, range(3))
+    nobody = dataclasses.replace(scenes.truth, mask=torch.zeros_like(scenes.truth.mask))
+    table = evaluate(scenes.truth, dataclasses.replace(scenes, truth=nobody)).as_dict()
+    json.dumps(table, allow_nan=False)
+    assert table["overall"]["efficiency"]["rmspe_m"] is None
 
 
 def test_floor_reproduces_the_published_success():

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
-from ris_hpo.errors import ConfigError
+from ris_hpo.errors import ConfigError, NumericalError
 from ris_hpo.estimators.counting import mixed
 from ris_hpo.estimators.maximum_likelihood import ols, order_evidence
 from ris_hpo.learning.calibration import fit_count_mixing
@@ -11,7 +13,8 @@ from ris_hpo.learning.hybrid import HybridSpec, covariances
 from ris_hpo.learning.inference import InferenceSpec, localize, network_sources, predict, refinement
 from ris_hpo.learning.metrics import score
 from ris_hpo.learning.network import Network, NetworkSpec, count_weights, large
-from ris_hpo.physics.array import Cosines, to_cosines
+from ris_hpo.physics.array import Cosines, Geometry, to_cosines
+from ris_hpo.physics.grid import GridSpec
 from ris_hpo.physics.scene import SceneSpec, grid_of_cells, simulate
 
 SMALL = {"width": 16, "depth": 2, "heads": 2, "cell_width": 16}
@@ -41,7 +44,7 @@ def test_outputs_are_well_formed(spec, scenes):
     outputs = predict(network, scenes)
     assert torch.allclose(outputs.log_count.exp().sum(-1), torch.ones(12), atol=1e-5)
     assert (outputs.existence[:, :-1] >= outputs.existence[:, 1:] - 30).all()
-    for value, (low, high) in zip(outputs.cosines, spec.grid.region.bounds(), strict=True):
+    for value, (low, high) in zip(outputs.cosines(), spec.grid.region.bounds(), strict=True):
         assert (value >= low - 1e-6).all()
         assert (value <= high + 1e-6).all()
     both = covariances(outputs, scenes, HybridSpec(beta=0.2))
@@ -78,6 +81,48 @@ def test_covariance_localizers_run_on_the_effective_covariance(localizer, scenes
     network = Network(NetworkSpec(**SMALL))
     found = localize(network, scenes, InferenceSpec(localizer=localizer), num_sources=scenes.truth.num_sources)
     assert torch.equal(found.num_sources, scenes.truth.num_sources)
+
+
+@pytest.mark.parametrize("most", [1, 2])
+@pytest.mark.parametrize("localizer", ["polish", "music"])
+def test_fewer_sources_than_the_settings_allow(most, localizer):
+    """The network's own K_max bounds the refinement, whose settings allow five."""
+    scenes = simulate(SceneSpec(max_sources=most, num_sources=(1, most)), 4, range(4))
+    network = Network(NetworkSpec(**SMALL, max_sources=most, count_head="evidence"))
+    found = localize(network, scenes, InferenceSpec(localizer=localizer))
+    assert found.mask.shape == (4, most)
+
+
+@pytest.mark.parametrize("spec", [FORMS[0], FORMS[2], FORMS[4]], ids=form)
+def test_scenes_in_double_precision_are_the_same_scenes(spec, scenes):
+    torch.manual_seed(0)
+    network = Network(spec)
+    double = dataclasses.replace(scenes, y=scenes.y.to(torch.complex128), noise_power=scenes.noise_power.double())
+    assert torch.equal(predict(network, scenes).v, predict(network, double).v)
+    assert localize(network, double, InferenceSpec()).range_m.isfinite().all()
+
+
+@pytest.mark.parametrize("spec", [FORMS[0], FORMS[2], FORMS[4]], ids=form)
+def test_what_a_network_cannot_use_is_refused_in_a_line(spec, scenes):
+    network, geometry = Network(spec), Geometry(wavelength_m=0.2)
+    with pytest.raises(ConfigError, match="no scenes"):
+        localize(network, scenes[:0], InferenceSpec())
+    with pytest.raises(ConfigError, match=r"wavelength_m is 0\.2, not 0\.3"):
+        localize(network, dataclasses.replace(scenes, geometry=geometry), InferenceSpec())
+    with pytest.raises(NumericalError, match="must be finite"):
+        localize(network, dataclasses.replace(scenes, y=scenes.y * torch.nan), InferenceSpec())
+
+
+def test_a_silent_scene_does_not_take_its_batch_along(scenes):
+    network = Network(FORMS[2])
+    loud = torch.arange(len(scenes)) > 0
+    hidden = dataclasses.replace(scenes, y=scenes.y * loud[:, None, None], noise_power=scenes.noise_power * torch.nan)
+    assert localize(network, hidden, InferenceSpec()).range_m.isfinite().all()
+
+
+def test_the_smallest_grid_has_fewer_cells_than_candidates(scenes):
+    network = Network(NetworkSpec(**SMALL, grid=GridSpec(num_v=3, num_w=3, num_rho=1)))
+    assert predict(network, scenes).v.shape == (12, 9)
 
 
 def test_fitted_mixing_counts_better_than_either_part():
@@ -124,7 +169,14 @@ def test_large_is_the_published_size():
 
 
 @pytest.mark.parametrize(
-    "change", [{"heads": 5}, {"front_end": "tokens", "covariance_head": "factor"}, {"width": -1}, {"wdith": 32}]
+    "change",
+    [
+        {"heads": 5},
+        {"front_end": "tokens", "covariance_head": "factor"},
+        {"grid": {"region": {"range_m": (2, 2)}}},
+        {"width": -1},
+        {"wdith": 32},
+    ],
 )
 def test_impossible_forms_are_refused(change):
     with pytest.raises(ConfigError):

@@ -7,14 +7,15 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from ris_hpo.errors import CheckpointError, OutputError
+from ris_hpo.errors import CheckpointError, ConfigError, OutputError
 from ris_hpo.training import checkpoint, telemetry
 from ris_hpo.training.checkpoint import BEST, LAST, load_network
 from ris_hpo.training.config import RunConfig
 from ris_hpo.training.trainer import Trainer
+from tests.properties import examples
 
 from .conftest import TINY
 
@@ -34,7 +35,7 @@ def without_clocks(directory):
     return [{k: v for k, v in event.items() if k not in volatile} for event in telemetry.read(directory)]
 
 
-@settings(max_examples=12, deadline=None)
+@examples(12)
 @given(death=st.integers(0, 11))
 def test_stopped_at_any_step_the_curve_is_the_same_digit_for_digit(death, undisturbed, tmp_path_factory):
     directory = tmp_path_factory.mktemp("stopped")
@@ -104,7 +105,7 @@ def test_existing_run_is_not_overwritten(undisturbed):
         Trainer(FULL, undisturbed.directory, resume=False)
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_any_flipped_bit_is_noticed(place, bit, undisturbed, tmp_path_factory):
     damaged = tmp_path_factory.mktemp("damaged") / BEST
@@ -121,7 +122,7 @@ def test_any_flipped_bit_is_noticed(place, bit, undisturbed, tmp_path_factory):
     assert all(torch.equal(tensors[name], sound[name]) for name in sound)
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(share=st.floats(0, 0.999))
 def test_truncated_checkpoint_is_one_line(share, undisturbed, tmp_path_factory):
     cut = tmp_path_factory.mktemp("cut") / LAST
@@ -130,6 +131,16 @@ def test_truncated_checkpoint_is_one_line(share, undisturbed, tmp_path_factory):
     with pytest.raises(CheckpointError) as failure:
         checkpoint.read(cut)
     assert "\n" not in str(failure.value)
+
+
+def test_damaged_telemetry_is_one_line(tmp_path):
+    with pytest.raises(ConfigError, match="no telemetry"):
+        list(telemetry.read(tmp_path))
+    (tmp_path / telemetry.FILE_NAME).write_bytes(b'{"event": "start"}\n\xff\xfe\n{"cut')
+    events = telemetry.read(tmp_path)
+    assert next(events) == {"event": "start"}
+    with pytest.raises(ConfigError, match="line 2 is not an event"):
+        next(events)
 
 
 def test_missing_checkpoint_is_one_line(tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ris_hpo.errors import ConfigError, GateError, ProofError, TrainingDivergedError
+from ris_hpo.learning.losses import TERMS
 from ris_hpo.physics.scene import simulate
 from ris_hpo.training import proof, telemetry
 from ris_hpo.training.config import RunConfig
@@ -72,6 +73,11 @@ def test_standard_curriculum_is_valid_and_its_shares_add_up():
         ([{"name": "a", "share": 0.5}], "must add up to 1"),
         ([{"name": "a", "share": 1, "loss": {"lam_cov": 1}}], "unknown loss term 'lam_cov'"),
         ([{"name": "a", "share": 1, "ramp_share": 0.5}], "less than or equal to 0.15"),
+        ([{"name": "a", "share": 1, "ramp": ["diagonal"]}], "unknown loss term 'diagonal'"),
+        ([{"name": "a", "share": 1, "ramp_share": 0.15, "ramp": list(TERMS[-7:])}], "7 terms"),
+        ([{"name": "a", "share": 1, "ramp": list(TERMS), "ramp_share": 0.05}], "no loss term has a weight"),
+        ([{"name": "a", "share": 1, "loss": {"count": -1}}], "count: input should be greater than or equal to 0"),
+        ([{"name": "a", "share": 1, "gates": [gate("k_ac", "up", 0)]}], "unknown metric 'k_ac'; did you mean 'k_acc'"),
     ],
 )
 def test_impossible_phases_are_refused(phases, message, tiny):
@@ -89,6 +95,12 @@ def test_proof_of_a_small_form_passes_and_is_found_again(tmp_path):
     assert proof.find_certificate(tmp_path, config) == certificate
     other = config.replaced({"network.front_end": "tokens", "network.factor_basis": "free"})
     assert proof.find_certificate(tmp_path, other) is None
+
+
+def test_a_proof_that_failed_says_the_same_when_asked_again(tiny, tmp_path):
+    for _ in range(2):
+        with pytest.raises(ProofError, match=r"NMSE 0\.\d+ after 1 epochs"):
+            proof.prove(tiny, tmp_path, scenes=16, epochs=1)
 
 
 def test_proof_catches_a_prediction_that_is_detached(tmp_path, monkeypatch):
@@ -126,7 +138,7 @@ def test_proof_switches_off_everything_that_could_hide_failure():
     plain = proof.proof_config(RunConfig(), 512, 10)
     weights = plain.loss.model_dump()
     assert weights["covariance_pred"] == 1
-    assert all(weights[name] == 0 for name in proof.TERMS if name != "covariance_pred")
+    assert all(weights[name] == 0 for name in TERMS if name != "covariance_pred")
     assert plain.optimizer.weight_decay == plain.optimizer.ema_decay == plain.network.dropout == 0
     assert plain.optimizer.precision == "fp32"
     assert plain.inference.hybrid.beta == 0

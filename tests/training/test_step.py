@@ -7,11 +7,13 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ris_hpo.errors import ConfigError, TrainingDivergedError
+from ris_hpo.errors import ConfigError, DeviceError, OutputError, TrainingDivergedError
 from ris_hpo.learning.inference import network_sources, predict
+from ris_hpo.learning.losses import TERMS
 from ris_hpo.learning.metrics import score
 from ris_hpo.physics.scene import simulate
 from ris_hpo.training import telemetry
@@ -19,6 +21,7 @@ from ris_hpo.training import trainer as trainer_module
 from ris_hpo.training.checkpoint import load_network
 from ris_hpo.training.stability import AveragedWeights, OptimizerSpec, StepGate
 from ris_hpo.training.trainer import Trainer
+from tests.properties import examples
 
 
 def run(config, directory) -> Trainer:
@@ -111,6 +114,25 @@ def test_rate_warms_up_from_a_floor_and_ends_low(tiny, tmp_path):
     assert all(rate > 0 for rate in rates)
 
 
+class Waits(TorchDispatchMode):
+    """Counts values read one at a time, each of which makes an accelerator's queue run dry."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("kind", ["fixed", "gradnorm"])
+def test_a_step_reads_its_figures_at_once(kind, tiny, tmp_path):
+    trainer = Trainer(tiny.replaced({"balance.kind": kind}), tmp_path)
+    with telemetry.Telemetry(tmp_path) as log, Waits() as waits:
+        trainer._step(log)
+    assert waits.count == 0
+    assert int(trainer.gate.steps_taken) == 1
+
+
 def test_zero_gradient_is_no_step(tiny, tmp_path):
     """A zero learning signal (detached prediction) is counted as vanishing, not as progress."""
     trainer = Trainer(tiny, tmp_path)
@@ -124,6 +146,26 @@ def test_zero_gradient_is_no_step(tiny, tmp_path):
 def test_zero_learning_rate_is_refused(tiny):
     with pytest.raises(ConfigError, match=r"optimizer.learning_rate: input should be greater than 0"):
         tiny.replaced({"optimizer.learning_rate": 0.0})
+
+
+def test_a_run_that_cannot_be_is_refused(tiny, tmp_path):
+    silent = {f"loss.{name}": 0.0 for name in TERMS} | {"loss.disturbance": 1.0}  # which a known noise power mutes
+    with pytest.raises(ConfigError, match="no loss term has a weight"):
+        tiny.replaced(silent)
+    with pytest.raises(DeviceError, match="device 'abacus'"):
+        Trainer(tiny, tmp_path, device="abacus")
+    with pytest.raises(ConfigError, match="no scenes to train on"):
+        Trainer(tiny, tmp_path, scenes=simulate(tiny.scene, 1, range(0)))
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot be made"):
+        Trainer(tiny, tmp_path / "file" / "run")
+    (tmp_path / telemetry.FILE_NAME).mkdir()
+    with pytest.raises(OutputError, match="cannot be written"):
+        list(Trainer(tiny, tmp_path).run())
+
+
+def test_the_largest_seed_shuffles_a_fixed_set(tiny, tmp_path):
+    run(tiny.replaced({"seed": 2**63 - 1, "budget.fixed_scenes": 16}), tmp_path)
 
 
 def test_everything_frozen_is_refused(tiny, tmp_path):
@@ -226,7 +268,14 @@ def test_balancing_moves_weights_but_not_the_anchor(kind, tiny, tmp_path):
     used = [balance.terms.index(name) for name in ("detection", "offset", "count", "auxiliary")]
     assert (moved[used] != 0).any()
     assert moved[balance.terms.index("covariance")] == 0
+    assert moved[balance.terms.index("gap")] == 0  # not at work: nothing may push it
     assert int(trainer.gate.steps_taken) == 12
+
+
+def test_balancing_survives_a_bad_start(tiny, tmp_path, monkeypatch):
+    poison(monkeypatch, "count", math.nan, {0})
+    trainer = run(tiny.replaced({"balance.kind": "gradnorm"}), tmp_path)
+    assert torch.isfinite(trainer.balance.first_loss).all()
 
 
 def test_ramped_term_ends_at_its_share(tiny, tmp_path):
@@ -239,7 +288,7 @@ def test_ramped_term_ends_at_its_share(tiny, tmp_path):
     assert 0.05 < shares[-1] <= 0.1
 
 
-@settings(max_examples=8, deadline=None)
+@examples(8)
 @given(batch=st.integers(1, 40), accumulate=st.integers(1, 5))
 def test_validations_fall_on_the_same_scenes_whatever_the_batch(batch, accumulate, tmp_path_factory):
     from ris_hpo.training.config import RunConfig
