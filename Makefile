@@ -21,7 +21,7 @@ test: $(VENV)/installed-test  ## environment, then every test but the long forms
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 test-long: $(VENV)/installed-test  ## every test, long forms included
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ""
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" --hypothesis-profile long --timeout 7200
 
 bench: $(VENV)/installed-test  ## the benchmark table, appended to benchmarks/LOG.md
 	$(BIN)/python -m benchmarks

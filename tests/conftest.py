@@ -3,8 +3,16 @@
 import os
 import shutil
 
-import hypothesis  # noqa: F401  (first: it looks for trio's random state, which selenium brings, when it is imported)
 import pytest
+from hypothesis import settings  # here first: when imported it looks for trio's random state, which selenium brings
+from hypothesis.internal.conjecture import providers
+
+# The same examples on every machine and in every order of tests; ``make test-long`` takes the long profile.
+settings.register_profile("short", derandomize=True, database=None, deadline=None, max_examples=100)
+settings.register_profile("long", settings.get_profile("short"), max_examples=2000)
+settings.load_profile("short")
+# drawn among others: constants of the modules that happen to be imported by then, and other tests import more of them
+providers._get_local_constants = lambda: providers._local_constants
 
 FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",

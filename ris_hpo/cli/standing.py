@@ -6,12 +6,15 @@ import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ris_hpo.cli import display
+import typer
+
+from ris_hpo.cli import display, options
 from ris_hpo.errors import StudyError
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
+    from ris_hpo.hpo.replay import ReplayReport
     from ris_hpo.hpo.space import Dimension
     from ris_hpo.hpo.store import Store
 
@@ -96,6 +99,22 @@ def show_outcome(store: Store, name: str, *, json_: bool) -> None:
         display.print_note(
             f"next: ris-hpo best {choice}    ris-hpo export {choice} --out best.toml    ris-hpo dashboard"
         )
+
+
+def end_of_replay(found: ReplayReport, *, json_: bool) -> None:
+    """A recorded curve beside its repetition, and the verdict as exit code.
+
+    Raises:
+        typer.Exit: a stop cut it short, or the curve came out differently.
+    """
+    if json_:
+        display.print_json(found.as_dict())
+    else:
+        display.comparison(found)
+    if found.stopped:
+        raise typer.Exit(options.INTERRUPTED)
+    if not found.identical:
+        raise typer.Exit(StudyError.exit_code)
 
 
 def _row(trial: FrozenTrial) -> tuple[object, ...]:

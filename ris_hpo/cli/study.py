@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from ris_hpo.hpo.space import StudySpec
 
 PANEL = "Studies"
-SHOWN_TRIALS = 12
 
 Space = Annotated[str, typer.Option(help="Name of a study file (see 'ris-hpo spaces') or its path.")]
 StudyName = Annotated[
@@ -324,14 +323,7 @@ def replay(
     title = standing.choose_study(store, study)
     with StopSignals() as stop:
         found = run_again(store, title, number, device=device, stop=stop)
-    if json_:
-        display.print_json(found.as_dict())
-    else:
-        display.comparison(found)
-    if found.stopped:
-        raise typer.Exit(options.INTERRUPTED)
-    if not found.identical:
-        raise typer.Exit(StudyError.exit_code)
+    standing.end_of_replay(found, json_=json_)
 
 
 def doctor(storage: Storage = None, json_: options.Json = False) -> None:

@@ -60,6 +60,7 @@ _ZOOM_TAG: Final = f'<script defer src="{_ZOOM_PATH}"></script>\n{_ZOOM_STYLE}\n
 _MAX_FORM_BYTES: Final = 4096
 _MAX_HEADER_BYTES: Final = 65_536
 _COMPRESS_ABOVE: Final = 16_384
+_THREADS: Final = 8  # requests answered at once
 _HOST: Final = re.compile(r"(?P<name>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
 _READING: Final = frozenset({"GET", "HEAD"})
 _LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -342,7 +343,6 @@ class Dashboard:
         port: 0 takes a free one.
         read_write: allow renaming, deleting and notes.
         allowed_hosts: further names for the Host header, for a proxy or a container.
-        threads: requests answered at once.
 
     Raises:
         ConfigError: a token too short, or an address that cannot be listened on.
@@ -358,7 +358,6 @@ class Dashboard:
         port: int = 8080,
         read_write: bool = False,
         allowed_hosts: Sequence[str] = (),
-        threads: int = 8,
     ) -> None:
         check_token(token)
         artifacts.mkdir(parents=True, exist_ok=True)
@@ -371,11 +370,12 @@ class Dashboard:
         app = optuna_dashboard.wsgi(storage, artifact_store=_Artifacts(str(artifacts)))
         gate = Gate(app, token=token, read_write=read_write, hosts=names, cookie=f"ris_hpo_{self._address[1]}")
         self._map: dict[int, Any] = {}
+        self._serving = threading.Lock()
         self._server = create_server(
             gate,
             map=self._map,
             sockets=[listener],
-            threads=threads,
+            threads=_THREADS,
             ident=None,
             clear_untrusted_proxy_headers=True,
             max_request_header_size=_MAX_HEADER_BYTES,
@@ -402,11 +402,20 @@ class Dashboard:
     def run(self) -> None:
         """Serve until Ctrl-C or :meth:`close`."""
         threading.Thread(target=self._read_ahead, name="read-ahead", daemon=True).start()
-        self._server.run()
+        with self._serving:
+            self._server.run()
 
     def close(self) -> None:
-        """Stop listening, drop connections and let :meth:`run` return."""
+        """Stop listening, drop connections and wait for :meth:`run` to return; called again, it does nothing."""
+        if not self._map:
+            return
         self._server.task_dispatcher.shutdown()
+        # in the thread that serves, which is asked: taken from under its select, a socket is an error there
+        self._server.trigger.pull_trigger(self._drop)
+        with self._serving:
+            self._drop()  # where nothing serves, or not any more
+
+    def _drop(self) -> None:
         self._server.close()
         for dispatcher in list(self._map.values()):
             dispatcher.close()

@@ -110,11 +110,10 @@ def _disk() -> Iterator[Finding]:
 
 
 def _studies() -> Iterator[Finding]:
-    known = list_studies()
-    if known:
-        yield Finding("study files", "ok", ", ".join(known))
-    else:
-        yield Finding("study files", "problem", "none", "run from the project's folder, or give --space a file")
+    try:
+        yield Finding("study files", "ok", ", ".join(list_studies()))
+    except RisHpoError as error:
+        yield Finding("study files", "problem", "none", str(error))
 
 
 def _store(url: str) -> Iterator[Finding]:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import optuna
-import torch
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import Field
 
@@ -24,8 +23,8 @@ from ris_hpo.config import Spec, read_toml, to_toml
 from ris_hpo.errors import ConfigError, StudyError
 from ris_hpo.hpo import attributes as names
 from ris_hpo.hpo.budget import best_trial
-from ris_hpo.hpo.replay import ReplayReport, ReplayStep
-from ris_hpo.hpo.samplers import finite_score, lineage_root
+from ris_hpo.hpo.replay import ReplayReport, repeated
+from ris_hpo.hpo.samplers import lineage_root
 from ris_hpo.hpo.space import StudySpec
 from ris_hpo.learning.bundle import save_bundle
 from ris_hpo.training.config import RunConfig
@@ -165,31 +164,16 @@ def replay_config(
             f"the configuration was changed after its export (fingerprint {found.config.fingerprint()}, exported as "
             f"{provenance.config_fingerprint}); its trial's curve cannot come out again"
         )
-    recorded = dict(provenance.curve)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(provenance.threads or threads)
-    try:
-        trainer = Trainer(found.config, directory, device=device or provenance.device or "cpu", resume=False)
-        steps: list[ReplayStep] = []
-        for validation in trainer.run(stop):
-            value = finite_score(validation.network.k_loc)
-            progress(validation.scenes_seen, value)
-            if validation.scenes_seen in recorded:
-                steps.append(ReplayStep(validation.scenes_seen, recorded[validation.scenes_seen], value))
-            if validation.scenes_seen >= max(recorded):
-                break
-    finally:
-        torch.set_num_threads(threads)
-    differences = [abs(step.recorded - step.replayed) for step in steps]
-    complete = len(steps) == len(recorded)
-    return ReplayReport(
+    where = device or provenance.device or "cpu"
+    return repeated(
+        lambda: Trainer(found.config, directory, device=where, resume=False),
+        dict(provenance.curve),
         study=provenance.study,
         number=provenance.trial,
-        identical=complete and all(difference == 0 for difference in differences),
-        max_difference=max(differences, default=float("inf")),
-        steps=steps,
+        threads=provenance.threads,
         fingerprint_agrees=True,
-        stopped=not complete and stop(),
+        stop=stop,
+        progress=progress,
     )
 
 

@@ -55,16 +55,16 @@ class _Scores(Protocol):
 
 class _Validation(Protocol):
     scenes_seen: int
-    network: Any
-    floor: Any
+    network: _Scores
+    floor: _Scores
 
 
 class _Trainer(Protocol):
-    history: list[Any]
+    history: list[_Validation]
     finished: bool
     scenes_seen: int
 
-    def run(self, stop: Callable[[], bool]) -> Iterator[Any]: ...
+    def run(self, stop: Callable[[], bool]) -> Iterator[_Validation]: ...
 
     def conclude(self) -> Any: ...
 
@@ -184,12 +184,13 @@ def run_trial(seat: Seat, trial_id: int, owner: str) -> Outcome:
             )
         except StoreError:
             raise
-        except Exception as error:
+        except Exception as error:  # whatever a trial dies of must be written down, or it would look lost and come back
             if _is_of_the_surroundings(error):
                 store.release(trial_id, owner, {})
                 raise UnfitHostError(f"trial {trial.number} was put back: {_one_line(error)}") from error
             cause = Cause.OUT_OF_MEMORY if is_out_of_memory(error) else Cause.BUG
-            marks = {names.SECONDS: time.monotonic() - begun, names.HOST: socket.gethostname()}
+            seconds = frozen.user_attrs.get(names.SECONDS, 0.0) + time.monotonic() - begun
+            marks = {names.SECONDS: seconds, names.HOST: socket.gethostname()}
             if cause is Cause.BUG:
                 marks[names.TRACEBACK] = redact("".join(traceback.format_exception(error))[-4000:])
             line = _one_line(error)
@@ -358,23 +359,27 @@ class _Attempt:
         return Outcome("complete", self.trial.number, value=value)
 
     def _diverged(self, error: TrainingDivergedError) -> Outcome:
-        marks = {names.DIVERGED: _one_line(error), names.SECONDS: time.monotonic() - self.begun}
+        marks = {names.DIVERGED: _one_line(error), names.SECONDS: self._spent()}
         self._finish(TrialState.COMPLETE, names.WORST_SCORE, marks)
         return Outcome("complete", self.trial.number, value=names.WORST_SCORE, error=_one_line(error))
 
     def _requeued(self) -> Outcome:
         before = self.trial.user_attrs.get(names.PREEMPTIONS, 0)
-        spent = self.trial.user_attrs.get(names.SECONDS, 0.0) + time.monotonic() - self.begun
-        marks = {names.PREEMPTIONS: before + 1, names.SECONDS: spent}
+        marks = {names.PREEMPTIONS: before + 1, names.SECONDS: self._spent()}
         back = self.seat.store.release(self.trial._trial_id, self.owner, marks)
         return Outcome("requeued" if back else "fenced", self.trial.number)
 
+    def _spent(self) -> float:
+        """Seconds of this trial so far, those before it was put back included."""
+        before: float = self.trial.user_attrs.get(names.SECONDS, 0.0)
+        return before + time.monotonic() - self.begun
+
     def _figures(self, trainer: _Trainer) -> dict[str, Any]:
-        seconds = time.monotonic() - self.begun
+        seconds = self._spent()
         return {
             names.FLOOR: self.floor,
             names.SCENES: trainer.scenes_seen,
-            names.SECONDS: self.trial.user_attrs.get(names.SECONDS, 0.0) + seconds,
+            names.SECONDS: seconds,
             names.SCENES_PER_SECOND: trainer.scenes_seen / max(seconds, 1e-9),
             names.PEAK_MEMORY: _memory(self.seat.device),
         }

@@ -29,7 +29,6 @@ from ris_hpo.hpo import attributes as names
 from ris_hpo.hpo import budget
 from ris_hpo.hpo.attributes import Cause
 from ris_hpo.hpo.devices import Slot, free_memory, plan_slots
-from ris_hpo.hpo.space import StopSpec
 from ris_hpo.hpo.store import HEARTBEAT_S, Store, storage_directory
 from ris_hpo.hpo.study import stored_spec
 from ris_hpo.hpo.workers import (
@@ -114,7 +113,6 @@ class LocalPool:
         gpus: GPUs to use, counted within this process's mask; None for all, empty for none.
         per_gpu: workers per GPU.
         threads: torch threads per worker; None divides the cores.
-        rules: stop rules; None for the study's own.
         trial_timeout_s: wall clock of one trial; None for the study's own.
         stall_timeout_s: longest wait for a validation; None for the study's own.
         program: module of the training program; None for the study kind's.
@@ -136,7 +134,6 @@ class LocalPool:
         gpus: list[str] | None = None,
         per_gpu: int = 1,
         threads: int | None = None,
-        rules: StopSpec | None = None,
         trial_timeout_s: float | None = None,
         stall_timeout_s: float | None = None,
         program: str | None = None,
@@ -149,7 +146,6 @@ class LocalPool:
         self._store = store
         self._study = study
         self._spec = spec
-        self._rules = rules if rules is not None else spec.stop
         self._trial_timeout = trial_timeout_s or spec.budget.trial_timeout_s
         self._stall_timeout = stall_timeout_s or spec.budget.stall_timeout_s
         self._program = program
@@ -436,7 +432,7 @@ class LocalPool:
                 self.ending = "finished"
             return
         self._settled = None
-        self.ending = budget.stop_reason(self._rules, trials, now - self._begun)
+        self.ending = budget.stop_reason(self._spec.stop, trials, now - self._begun)
         if counts.waiting > 0:
             for place in self._places:
                 place.finished = False  # a trial came back after this slot had found nothing more to do

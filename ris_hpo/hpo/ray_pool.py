@@ -21,7 +21,6 @@ from ris_hpo.errors import StoreError, WorkerError
 from ris_hpo.hpo import attributes as names
 from ris_hpo.hpo import budget
 from ris_hpo.hpo.pool import Ending, PoolSnapshot, WorkerView
-from ris_hpo.hpo.space import StopSpec
 from ris_hpo.hpo.store import HEARTBEAT_S, Store, storage_directory
 from ris_hpo.hpo.study import stored_spec
 from ris_hpo.hpo.workers import StopSignals, WorkerJob, run_worker
@@ -41,9 +40,6 @@ class _Actor:
     def ask_to_stop(self) -> None:
         self._stop = True
 
-    def ping(self) -> bool:
-        return True
-
 
 class RayPool:
     """Workers as actors of a Ray cluster.
@@ -56,7 +52,6 @@ class RayPool:
         gpus_per_worker: fraction of a GPU per actor; 0 for the CPU.
         cpus_per_worker: cores per actor.
         device: torch device of the actors; None for ``cuda`` where they have a share of a GPU, else ``cpu``.
-        rules: stop rules; None for the study's own.
         program: module of the training program; None for the study kind's.
         directory: folder of the trials, the same on all nodes where they share one.
         heartbeat: seconds between heartbeats; a trial of a lost node is found after about four of them.
@@ -76,7 +71,6 @@ class RayPool:
         gpus_per_worker: float = 0.0,
         cpus_per_worker: float = 1.0,
         device: str | None = None,
-        rules: StopSpec | None = None,
         program: str | None = None,
         directory: Path | None = None,
         heartbeat: int = HEARTBEAT_S,
@@ -92,7 +86,6 @@ class RayPool:
         self._store = store
         self._study = study
         self._spec = stored_spec(study)
-        self._rules = rules if rules is not None else self._spec.stop
         self._workers = workers
         self._address = address
         self._gpus = gpus_per_worker
@@ -164,7 +157,7 @@ class RayPool:
                     elif counts.open == 0:
                         self.ending = "finished"
                     else:
-                        self.ending = budget.stop_reason(self._rules, trials, time.monotonic() - self._begun)
+                        self.ending = budget.stop_reason(self._spec.stop, trials, time.monotonic() - self._begun)
                         self._lost.recover()
                         if all(finished):  # a trial came back after the last worker had left
                             work = [actor.work.remote(asdict(self._job)) for actor in actors]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,6 @@ def replay(
     number: int,
     *,
     device: str | None = None,
-    directory: Path | None = None,
     program: Program | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> ReplayReport:
@@ -69,7 +68,6 @@ def replay(
         study_name: the study.
         number: the trial; complete, pruned, or failed after at least one report.
         device: device to run on; the recorded one by default.
-        directory: where to work; a temporary one by default.
         program: the training program; the study kind's by default.
         stop: asked between training steps.
 
@@ -87,31 +85,66 @@ def replay(
     spec = stored_spec(study)
     program = program or load_program(spec.kind)
     config = spec.config(trial.params, lineage_root(trial), program.config)
-    torch: Any = sys.modules.get("torch")
-    if torch is not None and names.THREADS in trial.user_attrs:
-        torch.set_num_threads(trial.user_attrs[names.THREADS])
+    where = device or trial.user_attrs.get(names.DEVICE, "cpu")
     with tempfile.TemporaryDirectory(prefix="ris-hpo-replay-") as scratch:
-        trainer = program.trainer(
-            config,
-            directory or Path(scratch) / str(number),
-            device=device or trial.user_attrs.get(names.DEVICE, "cpu"),
-            resume=False,
+        return repeated(
+            lambda: program.trainer(config, Path(scratch) / str(number), device=where, resume=False),
+            recorded,
+            study=study_name,
+            number=number,
+            threads=trial.user_attrs.get(names.THREADS),
+            fingerprint_agrees=trial.user_attrs.get(names.CONFIG_FINGERPRINT) == config.fingerprint(),
+            stop=stop,
         )
-        steps: list[ReplayStep] = []
-        for validation in trainer.run(stop):
-            if validation.scenes_seen in recorded:
-                value = finite_score(validation.network.k_loc)
-                steps.append(ReplayStep(validation.scenes_seen, recorded[validation.scenes_seen], value))
-            if validation.scenes_seen >= max(recorded):
+
+
+def repeated(
+    trainer: Callable[[], Any],
+    recorded: Mapping[int, float],
+    *,
+    study: str,
+    number: int,
+    threads: int | None,
+    fingerprint_agrees: bool,
+    stop: Callable[[], bool],
+    progress: Callable[[int, float], None] = lambda scenes, k_loc: None,
+) -> ReplayReport:
+    """Train from the first scene, as far as a recorded curve goes, and compare.
+
+    Args:
+        trainer: makes the trainer, at its first scene.
+        recorded: ``k_loc`` by scenes seen, not empty.
+        study: the study of the record, for the report.
+        number: the trial of the record, for the report.
+        threads: torch threads of the record, in force meanwhile; None leaves those there are.
+        fingerprint_agrees: for the report.
+        stop: asked between training steps.
+        progress: called with (scenes seen, ``k_loc``) after each validation.
+    """
+    torch: Any = sys.modules.get("torch")  # not imported for a program that does without
+    before = torch.get_num_threads() if torch is not None else 1
+    steps: list[ReplayStep] = []
+    try:
+        if torch is not None:
+            torch.set_num_threads(threads or before)
+        for validation in trainer().run(stop):
+            scenes, value = validation.scenes_seen, finite_score(validation.network.k_loc)
+            progress(scenes, value)
+            if scenes in recorded:
+                steps.append(ReplayStep(scenes, recorded[scenes], value))
+            if scenes >= max(recorded):
                 break
+    finally:
+        if torch is not None:
+            torch.set_num_threads(before)
     differences = [abs(step.recorded - step.replayed) for step in steps]
     complete = len(steps) == len(recorded)
     return ReplayReport(
-        study=study_name,
+        study=study,
         number=number,
         identical=complete and all(difference == 0 for difference in differences),
         max_difference=max(differences, default=math.inf),
         steps=steps,
-        fingerprint_agrees=trial.user_attrs.get(names.CONFIG_FINGERPRINT) == config.fingerprint(),
+        fingerprint_agrees=fingerprint_agrees,
         stopped=not complete and stop(),
     )

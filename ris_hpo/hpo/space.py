@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
 Value = bool | int | float | str
 
-SAMPLERS = ("tpe", "gp", "cmaes", "random", "qmc", "nsga2")
-PRUNERS = ("asha", "hyperband", "median", "wilcoxon", "none")
-
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """What a study may be called: its trials' folders have that name, and must not lie elsewhere."""
 
@@ -54,6 +51,9 @@ class Dimension(Spec):
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:
+        for parent, values in self.when.items():
+            if not values:
+                raise ValueError(f"when waits for no value of '{parent}'")
         if self.choices is not None:
             if self.low is not None or self.high is not None or self.step is not None or self.log:
                 raise ValueError("choices exclude low, high, step and log")
@@ -353,11 +353,20 @@ def study_directories() -> list[Path]:
 
 
 def list_studies() -> dict[str, Path]:
-    """Return the known studies by name."""
+    """Return the known studies by name.
+
+    Raises:
+        SpaceError: none in any of the folders.
+    """
     found: dict[str, Path] = {}
     for directory in study_directories():
         for path in sorted(directory.glob("*.toml")):
             found.setdefault(path.stem, path)
+    if not found:
+        places = " or ".join(str(directory.absolute()) for directory in study_directories())
+        raise SpaceError(
+            f"no study files in {places}; work in a folder with studies/, or give the path of a study file"
+        )
     return found
 
 
@@ -365,8 +374,8 @@ def load_study(name_or_path: str | Path, *, config_type: type[Spec] | None = Non
     """Read and validate a study by name (``wide``) or file (``my/space.toml``).
 
     Raises:
-        SpaceError: unknown name (with a suggestion), unknown key, impossible bounds, or a value the run configuration
-            refuses.
+        SpaceError: unknown name (with a suggestion, or where names are looked for), unknown key, impossible bounds, or
+            a value the run configuration refuses.
         ConfigError: a file that is missing or not TOML.
     """
     text = str(name_or_path)

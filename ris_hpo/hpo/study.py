@@ -7,7 +7,6 @@ import re
 import time
 import warnings
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -23,15 +22,10 @@ from ris_hpo.hpo import budget
 from ris_hpo.hpo.credentials import redact
 from ris_hpo.hpo.objective import Program, load_program
 from ris_hpo.hpo.space import NAME, StudySpec
-from ris_hpo.hpo.store import Store, storage_directory, ticket
+from ris_hpo.hpo.store import Store, ticket
 
 _WARM_TRIALS = 5
 _SETTLING_S = 10.0  # how long a study may stand without attributes while another process is making it
-
-
-def trial_directory(study_name: str, number: int) -> Path:
-    """Return where trial ``number`` keeps its checkpoint and telemetry: ``<storage>/trials/<study>/<number>``."""
-    return storage_directory() / "trials" / study_name / str(number)
 
 
 def get_study(store: Store, name: str) -> Study:
@@ -185,9 +179,7 @@ def _difference(old: StudySpec, new: StudySpec) -> str:
     return "its objective differs"
 
 
-def fill_budget(
-    store: Store, study: Study, n_trials: int, *, spec: StudySpec | None = None, program: Program | None = None
-) -> int:
+def fill_budget(store: Store, study: Study, n_trials: int, *, program: Program | None = None) -> int:
     """Give the study its tickets, so that exactly ``n_trials`` of its trials will end.
 
     The base configuration is the first, the best of a warm start's trials come next, the rest is the sampler's.
@@ -196,7 +188,6 @@ def fill_budget(
         store: the store.
         study: the study.
         n_trials: trials of the study that shall end for good, those that already have included.
-        spec: its specification; the stored one by default.
         program: the training program; it defines the base values.
 
     Returns:
@@ -207,7 +198,7 @@ def fill_budget(
     """
     if n_trials < 1:
         raise StudyError(f"number of trials: {n_trials} is not above 0")
-    spec = spec or stored_spec(study)
+    spec = stored_spec(study)
 
     def first() -> list[FrozenTrial]:
         base = spec.base_params((program or load_program(spec.kind)).config)

@@ -57,11 +57,6 @@ class Comparison:
         """Whether the whole interval lies below zero."""
         return self.high < 0
 
-    @property
-    def worse(self) -> bool:
-        """Whether the whole interval lies above zero."""
-        return self.low > 0
-
 
 @dataclass(frozen=True, slots=True)
 class Verdict:

@@ -6,7 +6,6 @@ import errno
 import shlex
 import subprocess
 import sys
-import time
 
 import pytest
 import typer
@@ -48,19 +47,21 @@ def test_every_option_says_what_it_is_for(name: str) -> None:
 def test_help_is_quick_because_torch_and_optuna_wait() -> None:
     code = "import sys; from ris_hpo.cli import execute; execute(['--help']); "
     code += "print(sorted({'torch', 'optuna', 'matplotlib', 'scipy'} & set(sys.modules)))"
-    started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "[]"
-    assert time.perf_counter() - started < 10  # a hang, not a benchmark
 
 
 def test_wrong_usage_is_one_line_and_code_2(cli) -> None:
-    for arguments in (["simulat"], ["simulate"], ["simulate", "--num-scenes", "-1", "--out", "s.npz"], ["--nonsense"]):
+    for arguments in (
+        ["simulat"], ["simulate"], ["simulate", "--num-scenes", "-1", "--out", "s.npz"], ["--nonsense"],
+        ["status", "\udcff"], ["status", "\x1b[31m"],
+    ):  # fmt: skip
         outcome = cli(*arguments)
         assert outcome.code == 2
         assert outcome.out == ""
         assert outcome.err.startswith("error: ")
         assert outcome.err.count("\n") == 1
+        assert outcome.err.strip().isprintable()
 
 
 def test_every_error_has_an_exit_code_of_its_own() -> None:

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
 import warnings
@@ -21,6 +20,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 SERVICES: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
@@ -87,11 +88,13 @@ def test_the_dashboard_is_healthy_and_wants_its_token(database: str, tmp_path: P
         command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as server:
         try:
-            deadline = time.monotonic() + 60
             healthy = [sys.executable, "-c", check[3].replace("8080", str(port))]
-            while subprocess.run(healthy, capture_output=True, check=False).returncode != 0:
+
+            def is_healthy() -> bool:
                 assert server.poll() is None
-                assert time.monotonic() < deadline
+                return subprocess.run(healthy, capture_output=True, check=False).returncode == 0
+
+            until(is_healthy, "healthy dashboard")
             with pytest.raises(urllib.error.HTTPError) as refused:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/dashboard", timeout=10)
             refused.value.close()

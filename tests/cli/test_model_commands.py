@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 
 from ris_hpo.errors import CheckpointError, ConfigError, DeviceError, OutputError, ProofError, SceneFileError
 from ris_hpo.physics.files import load_estimates
+from tests.waiting import until
 
 SMALL = """
 [budget]
@@ -229,12 +229,14 @@ def test_training_told_to_stop_saves_and_goes_on_to_the_same_end(tmp_path: Path)
         [*command, "cut"], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as training:
         telemetry = tmp_path / "cut" / "telemetry.jsonl"
-        while training.poll() is None and (not telemetry.exists() or telemetry.read_text().count("\n") < 4):
-            time.sleep(0.01)
+
+        def is_under_way() -> bool:
+            return training.poll() is not None or (telemetry.exists() and telemetry.read_text().count("\n") >= 4)
+
+        until(is_under_way, "progress of the training")
         training.send_signal(signal.SIGTERM)
-        assert training.stderr is not None
-        said = training.stderr.read()
-        assert training.wait(timeout=60) == 130, said
+        said = training.communicate(timeout=60)[1]
+        assert training.returncode == 130, said
     assert "saved; the same command goes on" in said
     rest = subprocess.run([*command, "cut"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert "going on at" in rest.stderr

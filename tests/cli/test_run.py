@@ -7,12 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from ris_hpo.errors import ConfigError, DeviceError, ProofError, SpaceError, StoreError, StudyError
+from tests.waiting import until
 
 STUDY = """
 [study]
@@ -134,15 +134,10 @@ def test_ctrl_c_leaves_a_study_that_the_same_command_finishes(brief: Path, tmp_p
         command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as running:
         folder = tmp_path / "storage" / "trials" / "brief" / "0"
-        deadline = time.monotonic() + 120
-        while running.poll() is None and not (folder / "best.safetensors").exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
+        until(lambda: running.poll() is not None or (folder / "best.safetensors").exists(), "checkpoint")
         running.send_signal(signal.SIGINT)
-        started = time.monotonic()
-        assert running.stderr is not None
-        said = running.stderr.read()
-        assert running.wait(timeout=60) == 130, said
-        assert time.monotonic() - started < 30
+        said = running.communicate(timeout=60)[1]
+        assert running.returncode == 130, said
     assert "the same command goes on" in said
 
     def status() -> dict[str, dict[str, int]]:

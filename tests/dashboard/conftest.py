@@ -60,7 +60,7 @@ class Site:
 
     def close(self) -> None:
         self.dashboard.close()
-        self._thread.join(10)
+        self._thread.join(60)
         assert not self._thread.is_alive()
         self.store.close()
         self.dashboard.storage.close()

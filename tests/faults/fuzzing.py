@@ -6,27 +6,18 @@ import copy
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ris_hpo.errors import RisHpoError
+from tests.properties import examples
 
 T = TypeVar("T")
 
 
-def cases(few: int, many: int) -> pytest.MarkDecorator:
-    """Run a test with few cases by default and with many in the long form."""
-    long = pytest.param(many, id="long", marks=[pytest.mark.slow, pytest.mark.timeout(7200)])
-    return pytest.mark.parametrize("cases", [pytest.param(few, id="short"), long])
-
-
-def fuzz(cases: int, check: Callable[[Any], None], strategy: st.SearchStrategy[Any]) -> None:
-    """Check ``cases`` drawn values, the same ones each time."""
-    chosen = settings(
-        max_examples=cases, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-    )
-    chosen(given(strategy)(check))()
+def fuzz(check: Callable[[Any], None], strategy: st.SearchStrategy[Any]) -> None:
+    """Check 250 drawn values, or 5,000 in the long form."""
+    settings(examples(250), suppress_health_check=list(HealthCheck))(given(strategy)(check))()
 
 
 def outcome(call: Callable[[], Any]) -> Any:

@@ -35,7 +35,7 @@ from ris_hpo.training.config import RunConfig
 from ris_hpo.training.trainer import Trainer
 from tests.training.conftest import TINY
 
-from .fuzzing import cases, fuzz, outcome
+from .fuzzing import fuzz, outcome
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 SHORT = {"evaluate": ["--per-cell", "1", "--counts", "1", "--snr-db", "10"], "simulate": ["--num-scenes", "2"]}
@@ -191,11 +191,9 @@ def cut_short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     logging.captureWarnings(False)
 
 
-@cases(80, 2000)
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_any_command_line(
-    cases: int,
     template: Path,
     cut_short: None,
     tmp_path: Path,
@@ -223,5 +221,5 @@ def test_any_command_line(
         if made.exists() and line[0] in ("simulate", "localize"):
             assert outcome(lambda: load_scenes(made)) or outcome(lambda: load_estimates(made))
 
-    fuzz(cases, check, command_lines())
+    fuzz(check, command_lines())
     gc.collect()  # a command leaves its connections to the end of its process

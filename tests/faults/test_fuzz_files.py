@@ -28,7 +28,7 @@ from ris_hpo.training.config import RunConfig
 from ris_hpo.training.trainer import Trainer
 from tests.training.conftest import TINY
 
-from .fuzzing import Whole, cases, damaged_bytes, damaged_trees, fuzz, junk, numbers, outcome
+from .fuzzing import Whole, damaged_bytes, damaged_trees, fuzz, junk, numbers, outcome
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -82,8 +82,7 @@ def damaged_arrays(draw: st.DrawFn, whole: Whole[Arrays]) -> bytes:
     return stream.getvalue()
 
 
-@cases(80, 1500)
-def test_scene_files(cases: int, tmp_path: Path) -> None:
+def test_scene_files(tmp_path: Path) -> None:
     path = tmp_path / "scenes.npz"
     save_scenes(path, simulate(SMALL.replaced({"channel_error_db": (-10.0, -10.0)}), 1, range(3)))
     content, arrays = path.read_bytes(), arrays_of(path)
@@ -101,11 +100,10 @@ def test_scene_files(cases: int, tmp_path: Path) -> None:
         if scenes.truth is not None:
             assert np.isfinite(score(back.padded(scenes.truth.max_sources), scenes.truth).k_loc)
 
-    fuzz(cases, check, damaged_arrays(Whole(arrays)) | damaged_bytes(Whole(content)))
+    fuzz(check, damaged_arrays(Whole(arrays)) | damaged_bytes(Whole(content)))
 
 
-@cases(60, 1000)
-def test_estimate_files(cases: int, tmp_path: Path) -> None:
+def test_estimate_files(tmp_path: Path) -> None:
     scenes = simulate(SMALL, 1, range(4))
     path = tmp_path / "estimates.npz"
     truth = scenes.require_truth()
@@ -119,7 +117,7 @@ def test_estimate_files(cases: int, tmp_path: Path) -> None:
         if found is not None and len(found) == len(truth):
             assert np.isfinite(score(found.padded(truth.max_sources), truth).k_loc)
 
-    fuzz(cases, check, damaged_arrays(Whole(arrays)) | damaged_bytes(Whole(content)))
+    fuzz(check, damaged_arrays(Whole(arrays)) | damaged_bytes(Whole(content)))
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +128,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     return trainer
 
 
-@cases(40, 1000)
-def test_damaged_checkpoints(cases: int, run: Trainer, tmp_path: Path) -> None:
+def test_damaged_checkpoints(run: Trainer, tmp_path: Path) -> None:
     contents = [Whole((run.directory / name).read_bytes()) for name in (checkpoint.LAST, checkpoint.BEST)]
 
     def check(data: bytes) -> None:
@@ -140,7 +137,7 @@ def test_damaged_checkpoints(cases: int, run: Trainer, tmp_path: Path) -> None:
         outcome(lambda: checkpoint.load_network(tmp_path))
         outcome(lambda: Trainer(run.config, tmp_path))
 
-    fuzz(cases, check, st.one_of([damaged_bytes(content) for content in contents]))
+    fuzz(check, st.one_of([damaged_bytes(content) for content in contents]))
 
 
 @st.composite
@@ -170,8 +167,7 @@ def forged(draw: st.DrawFn, good: Whole[tuple[dict[str, torch.Tensor], dict[str,
     return write
 
 
-@cases(40, 1000)
-def test_forged_checkpoints(cases: int, run: Trainer, tmp_path: Path) -> None:
+def test_forged_checkpoints(run: Trainer, tmp_path: Path) -> None:
     good = [Whole(checkpoint.read(run.directory / name)) for name in (checkpoint.LAST, checkpoint.BEST)]
 
     def check(write: Callable[[Path], None]) -> None:
@@ -180,11 +176,10 @@ def test_forged_checkpoints(cases: int, run: Trainer, tmp_path: Path) -> None:
         outcome(lambda: checkpoint.load_network(tmp_path))
         outcome(lambda: Trainer(run.config, tmp_path))
 
-    fuzz(cases, check, st.one_of([forged(each) for each in good]))
+    fuzz(check, st.one_of([forged(each) for each in good]))
 
 
-@cases(30, 400)
-def test_bundles(cases: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundle, "_program", lambda *_: None)  # not read here, and slow to make
     monkeypatch.setattr(torch.export, "save", lambda program, path: path.write_bytes(b""))
     config = RunConfig().replaced(TINY)
@@ -198,4 +193,4 @@ def test_bundles(cases: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         outcome(lambda: load_bundle(folder, form="weights"))
 
     trees = damaged_trees(Whole(json.loads(content))).map(lambda tree: json.dumps(tree).encode())
-    fuzz(cases, check, damaged_bytes(Whole(content)) | trees)
+    fuzz(check, damaged_bytes(Whole(content)) | trees)

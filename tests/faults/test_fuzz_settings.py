@@ -18,7 +18,7 @@ from ris_hpo.hpo.space import StudySpec, load_study, study_directories
 from ris_hpo.training.config import RunConfig
 from ris_hpo.training.curriculum import with_curriculum
 
-from .fuzzing import Whole, cases, damaged_bytes, damaged_trees, fuzz, junk, outcome
+from .fuzzing import Whole, damaged_bytes, damaged_trees, fuzz, junk, outcome
 
 STUDIES = sorted(study_directories()[-1].glob("*.toml"))
 
@@ -36,8 +36,7 @@ def as_toml(tree: dict[str, Any]) -> bytes:
     return tomlkit.dumps(sayable(tree)).encode("utf-8", "surrogatepass")
 
 
-@cases(80, 1500)
-def test_study_files(cases: int, tmp_path: Path) -> None:
+def test_study_files(tmp_path: Path) -> None:
     path = tmp_path / "study.toml"
     contents = [file.read_bytes() for file in STUDIES]
 
@@ -50,11 +49,10 @@ def test_study_files(cases: int, tmp_path: Path) -> None:
             assert params is None or spec.config(params) == spec.config({})
 
     trees = [damaged_trees(Whole(tomllib.loads(content.decode()))).map(as_toml) for content in contents]
-    fuzz(cases, check, st.one_of([*trees, *trees, *(damaged_bytes(Whole(content)) for content in contents)]))
+    fuzz(check, st.one_of([*trees, *trees, *(damaged_bytes(Whole(content)) for content in contents)]))
 
 
-@cases(80, 1500)
-def test_run_configurations(cases: int, tmp_path: Path) -> None:
+def test_run_configurations(tmp_path: Path) -> None:
     trees = [RunConfig().model_dump(mode="json"), with_curriculum(RunConfig()).model_dump(mode="json")]
     write_config(Exported(config=RunConfig()), tmp_path / "whole.toml")
 
@@ -73,11 +71,10 @@ def test_run_configurations(cases: int, tmp_path: Path) -> None:
         *(damaged_trees(Whole(tree)).map(lambda t: ("json", json.dumps(t).encode())) for tree in trees),
         damaged_bytes(Whole((tmp_path / "whole.toml").read_bytes())).map(lambda data: ("toml", data)),
     )
-    fuzz(cases, check, files)
+    fuzz(check, files)
 
 
-@cases(40, 800)
-def test_changes_of_single_keys(cases: int) -> None:
+def test_changes_of_single_keys() -> None:
     keys = _leaves(RunConfig().model_dump(mode="json"))
 
     def check(change: tuple[str, Any]) -> None:
@@ -85,7 +82,7 @@ def test_changes_of_single_keys(cases: int) -> None:
         if found is not None:
             assert RunConfig.parse(tomllib.loads(to_toml(found.model_dump(mode="json")))) == found
 
-    fuzz(cases, check, st.tuples(st.sampled_from(keys) | st.text(max_size=20), junk))
+    fuzz(check, st.tuples(st.sampled_from(keys) | st.text(max_size=20), junk))
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> list[str]:

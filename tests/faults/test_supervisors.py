@@ -15,6 +15,9 @@ from ris_hpo.hpo import budget
 from ris_hpo.hpo.objective import Program
 from ris_hpo.hpo.store import open_store
 from tests.hpo.pools import Driver, slow_base, table
+from tests.waiting import until
+
+SOON_S = 30  # with every core taken by others; at rest it is less than one
 
 
 @pytest.mark.parametrize("signals", [(signal.SIGTERM,), (signal.SIGINT,)])
@@ -33,7 +36,7 @@ def test_a_stopped_supervisor_resumes_to_the_same_table(
             driver.process.send_signal(number)
         began = time.monotonic()
         assert driver.finish() == 0
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < SOON_S
     assert Driver(broken, tmp_path / "broken", 4, 1, **changes).finish() == 0
     assert whole.finish() == 0
     first, second = open_store(f"sqlite:///{tmp_path}/whole.db"), open_store(broken)
@@ -58,7 +61,7 @@ def test_stops_at_random_moments(seed: int, program: Program, tmp_path: Path) ->
         driver.process.send_signal(generator.choice([signal.SIGTERM, signal.SIGINT]))
         began = time.monotonic()
         driver.finish()
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < SOON_S
     assert Driver(broken, tmp_path / "broken", 10, workers, **changes).finish() == 0
     assert whole.finish() == 0
     first, second = open_store(f"sqlite:///{tmp_path}/whole.db"), open_store(broken)
@@ -73,13 +76,15 @@ def test_stops_at_random_moments(seed: int, program: Program, tmp_path: Path) ->
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     driver = Driver(f"sqlite:///{tmp_path}/a.db", tmp_path, 4, 1, base=slow_base(80_000, 0.02, fault="hang"))
     pids = driver.when_running()
-    time.sleep(0.5)  # the trial hangs now, where no question is asked
-    driver.process.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
-    began = time.monotonic()
-    driver.process.send_signal(signal.SIGTERM)
+    until((tmp_path / "trials" / "0" / "hung").exists, "trial that hangs, where no question is asked")
+
+    def told_again() -> bool:
+        driver.process.send_signal(signal.SIGTERM)
+        return driver.process.poll() is not None
+
+    until(told_again, "end of the supervisor")
+    # an end that waited for the worker would kill it and have another code
     assert driver.finish() == 128 + signal.SIGTERM
-    assert time.monotonic() - began < 2
     for pid in pids:  # a worker that hangs outlives it until someone ends it
         if psutil.pid_exists(pid):
             os.kill(pid, signal.SIGKILL)
@@ -91,10 +96,7 @@ def test_a_killed_supervisor_leaves_no_worker_and_no_loss(program: Program, tmp_
     pids = driver.when_running()
     driver.process.kill()
     driver.finish()
-    deadline = time.monotonic() + 8
-    while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(psutil.pid_exists(pid) for pid in pids)
+    until(lambda: not any(psutil.pid_exists(pid) for pid in pids), "end of the workers")
     store = open_store(url)
     assert budget.tally(store.get_all_trials(1)).running == 0  # checkpointed and put back, not abandoned
     assert Driver(url, tmp_path, 4, 2, base=slow_base(1600, 0.03)).finish() == 0

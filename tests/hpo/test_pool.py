@@ -74,8 +74,7 @@ def test_snapshots_tell_what_workers_do(sqlite_store: Store, program: Program, t
     assert view.trial is not None
     assert view.step is not None
     assert view.scenes_per_second is not None
-    assert view.memory_bytes is not None
-    assert view.memory_bytes > 1e7
+    assert max(each.memory_bytes or 0 for each in views) > 1e7  # none of one that is just leaving
     assert snapshots[-1].best is not None
     for snapshot in snapshots:
         assert snapshot.tally.ended + snapshot.tally.open == 3

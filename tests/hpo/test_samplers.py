@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import optuna
 import pytest
@@ -11,9 +11,12 @@ from optuna.trial import TrialState, create_trial
 
 from ris_hpo.hpo import attributes as names
 from ris_hpo.hpo.samplers import Judge, build_pruner, build_sampler, finite_score
-from ris_hpo.hpo.space import PRUNERS, SAMPLERS
+from ris_hpo.hpo.space import PrunerSpec, SamplerSpec
 
 from .conftest import make_spec
+
+SAMPLERS = get_args(SamplerSpec.model_fields["name"].annotation)
+PRUNERS = get_args(PrunerSpec.model_fields["name"].annotation)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -8,13 +8,16 @@ from typing import Any
 
 import optuna
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ris_hpo.config import to_toml
 from ris_hpo.errors import ConfigError, SpaceError
+from ris_hpo.hpo import space
+from ris_hpo.hpo.doctor import examine
 from ris_hpo.hpo.objective import Program
 from ris_hpo.hpo.space import Dimension, derived_seed, list_studies, load_study, parse_study
+from tests.properties import examples
 
 from .conftest import make_spec, study_tree
 
@@ -49,6 +52,7 @@ def refused(tree: dict[str, Any], words: str) -> None:
             "did you mean 'shape.kind'?",
         ),
         ({"space": {"shape.depth": {"low": 1, "high": 4, "when": {"shape.kind": ["odd"]}}}}, "not in its range"),
+        ({"space": {"shape.depth": {"low": 1, "high": 4, "when": {"shape.kind": []}}}}, "no value of 'shape.kind'"),
         ({"base": {"shape": {"y": 99}}}, "base value 99 of 'shape.y' lies outside its range"),
         ({"sampler": {"name": "nsga2"}}, "no pruner can judge"),
         ({"study": {"seed": -1}}, "seed"),
@@ -113,6 +117,21 @@ def test_names_are_looked_up_with_a_suggestion(monkeypatch: pytest.MonkeyPatch, 
     assert list_studies()["wide"] == Path("studies/wide.toml")  # the folder at hand comes first
 
 
+def test_where_studies_were_looked_for_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As for a package that is installed without its source tree, and used in another folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(space, "study_directories", lambda: [Path("studies"), tmp_path / "beside" / "studies"])
+    for look in (list_studies, lambda: load_study("smoke")):
+        with pytest.raises(SpaceError) as caught:
+            look()
+        for told in (str(tmp_path / "studies"), str(tmp_path / "beside" / "studies"), "the path of a study file"):
+            assert told in str(caught.value)
+        assert "\n" not in str(caught.value)
+    (finding,) = (each for each in examine() if each.name == "study files")
+    assert not finding.ok
+    assert finding.advice == str(caught.value)
+
+
 def test_conditional_dimensions_follow_their_parents(program: Program) -> None:
     spec = make_spec()
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
@@ -167,7 +186,7 @@ def test_epochs_are_scenes() -> None:
 numbers = st.floats(-1e6, 1e6, allow_nan=False) | st.integers(-1000, 1000)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(
     table=st.fixed_dictionaries(
         {},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,22 @@ def test_divergence_is_a_complete_trial_at_the_worst_score(
         assert "covariance" in trial.user_attrs[names.DIVERGED]
     assert budget.best_trial(study.get_trials()) is None
     assert status(sqlite_store, "unit").best is None
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause"), [("none", None), ("diverge", None), ("memory", Cause.OUT_OF_MEMORY), ("bug", Cause.BUG)]
+)
+def test_seconds_before_a_trial_was_put_back_count(
+    fault: str, cause: Cause | None, sqlite_store: Store, program: Program, tmp_path: Path
+) -> None:
+    study = begin(sqlite_store, make_spec(base={"fault": fault}), program, 1)
+    (waiting,) = study.get_trials()
+    sqlite_store.set_trial_user_attr(waiting._trial_id, names.SECONDS, 1000.0)
+    with suppress(WorkerError):
+        work(sqlite_store, study, tmp_path, max_bugs=1)
+    trial = study.get_trials()[0]
+    assert trial.user_attrs.get(names.CAUSE) == cause
+    assert 1000 < trial.user_attrs[names.SECONDS] < 1300
 
 
 def test_a_score_that_is_not_finite_counts_as_the_worst(sqlite_store: Store, program: Program, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_a_heat_map_covers_the_plane_and_stays_small():
 
 def test_a_chart_costs_milliseconds():
     curve = [(20_000.0 * i, 5 * math.exp(-i / 10)) for i in range(50)]
-    begun = time.perf_counter()
+    begun = time.process_time()  # whatever else the machine does
     for _ in range(20):
         charts.plot([Line(curve)], Axis("x", 0, 1e6), Axis("y", 0, 7), STANDALONE, [Level(1.0, "floor")])
-    assert (time.perf_counter() - begun) / 20 < 0.02
+    assert (time.process_time() - begun) / 20 < 0.02

