@@ -18,6 +18,7 @@ from rich.table import Table
 
 from ris_hpo.errors import one_line
 from ris_hpo.hpo.credentials import redact
+from ris_hpo.hpo.plain import finite
 
 if TYPE_CHECKING:
     from ris_hpo.hpo.replay import ReplayReport
@@ -68,18 +69,8 @@ def print_note(message: str) -> None:
 
 def print_json(value: Any) -> None:
     """JSON alone on stdout; a number that JSON does not have becomes null."""
-    sys.stdout.write(json.dumps(_finite(value), indent=2, allow_nan=False, default=str) + "\n")
+    sys.stdout.write(json.dumps(finite(value), indent=2, allow_nan=False, default=str) + "\n")
     sys.stdout.flush()  # a reader at the other end of a pipe may wait for it while the command goes on
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def print_result(line: str) -> None:
@@ -139,16 +130,6 @@ def comparison(report: ReplayReport) -> None:
     if not report.stopped:
         difference = f"different, by up to {report.max_difference:.3g}"
         print_result("identical" if report.identical else difference)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them: 8 s, 3 min 20 s, 2 h 05 min."""
-    if seconds < 60:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 Advance = Callable[[float, str], None]

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ris_hpo.cli import display
+from ris_hpo.hpo.plain import duration
 
 if TYPE_CHECKING:
     from ris_hpo.hpo.pool import PoolSnapshot
@@ -51,7 +52,7 @@ def tell(event: Mapping[str, Any]) -> None:
 def _headline(snapshot: PoolSnapshot, n_trials: int) -> str:
     tally, best = snapshot.tally, snapshot.best
     text = f"{tally.ended} of {n_trials} trials ({tally.complete} complete, {tally.pruned} pruned, {tally.fail} failed)"
-    text += f", {display.duration(snapshot.seconds)}"
+    text += f", {duration(snapshot.seconds)}"
     if best is not None:
         text += f" | best: trial {best.number}, k_loc {best.k_loc:.3f}"
         text += f", floor {best.floor:.3f}" if best.floor is not None else ""

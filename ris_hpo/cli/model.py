@@ -12,6 +12,7 @@ import typer
 from ris_hpo.cli import display, methods, options, plots, standing
 from ris_hpo.config import read_toml
 from ris_hpo.errors import SceneFileError
+from ris_hpo.hpo.plain import duration
 
 if TYPE_CHECKING:
     from ris_hpo.cli.methods import Method
@@ -50,6 +51,7 @@ def simulate(
     """Draw scenes with known truth into a file. Scene i depends on the seed and i alone."""
     import torch
 
+    from ris_hpo.physics.device import find_device
     from ris_hpo.physics.files import save_scenes
     from ris_hpo.physics.scene import Scenes, SceneSpec
     from ris_hpo.physics.scene import simulate as draw
@@ -57,7 +59,7 @@ def simulate(
     path = options.check_output(out, suffix=".npz")
     tree = read_toml(config).get("scene", {}) if config else {}
     spec = options.changed(SceneSpec.parse(tree, source=str(config)), set_)
-    options.check_device(device)
+    find_device(device)
     started = time.perf_counter()
     parts = []
     with display.progress(num_scenes, "scenes") as advance:
@@ -104,6 +106,7 @@ def train(
     """Train one configuration at its full budget; Ctrl-C saves, the same command goes on."""
     from ris_hpo.hpo.budget import efficiency
     from ris_hpo.hpo.workers import StopSignals
+    from ris_hpo.physics.device import find_device
     from ris_hpo.physics.files import load_scenes
     from ris_hpo.training.curriculum import with_curriculum
     from ris_hpo.training.trainer import Trainer
@@ -111,7 +114,7 @@ def train(
     options.check_folder(out)
     if plot is not None:
         options.check_output(plot, suffix=plots.SUFFIXES)
-    options.check_device(device)
+    find_device(device)
     if replay:
         if config is None or set_ or num_scenes is not None or scenes is not None or curriculum:
             raise options.UsageError("--replay needs --config alone: the exported trial, unchanged")
@@ -215,12 +218,13 @@ def evaluate(
 ) -> None:
     """Score a network or an estimator per SNR and per source count, each figure beside its floor."""
     from ris_hpo.learning.evaluate import evaluate as table_of
+    from ris_hpo.physics.device import find_device
     from ris_hpo.physics.files import load_estimates, load_scenes
     from ris_hpo.physics.scene import grid_of_cells
 
     if plot is not None:
         options.check_output(plot, suffix=plots.SUFFIXES)
-    options.check_device(device)
+    find_device(device)
     if estimates is not None:
         if scenes is None or checkpoint is not None or estimator is not None:
             raise options.UsageError("--estimates needs --scenes, and excludes --checkpoint and --estimator")
@@ -332,9 +336,10 @@ def prove(
     """Phase 0: certify that this network form and this trainer can learn at all, by memorising a few scenes."""
     from ris_hpo.hpo.store import storage_directory
     from ris_hpo.learning.network import large
+    from ris_hpo.physics.device import find_device
     from ris_hpo.training.proof import prove as certify
 
-    options.check_device(device)
+    find_device(device)
     spec = methods.run_config(config)
     if config is None and preset == "large":
         spec = spec.replaced({"network": large().model_dump(mode="json")})
@@ -357,7 +362,7 @@ def prove(
     rows.append((f"NMSE after {found.epochs} epochs of {found.scenes} scenes", f"{found.nmse:.4f}"))
     rows += [(f"parameters, {group}", f"{count:,}") for group, count in found.parameters.items()]
     display.table(f"certificate for code {found.code}, form {found.form}", ["check", "figure"], rows)
-    display.print_result(f"passed in {display.duration(found.seconds)}")
+    display.print_result(f"passed in {duration(found.seconds)}")
 
 
 def localize(
@@ -372,10 +377,11 @@ def localize(
     json_: options.Json = False,
 ) -> None:
     """Find the sources of every scene in a file, by a trained network or a classical estimator."""
+    from ris_hpo.physics.device import find_device
     from ris_hpo.physics.files import load_scenes, save_estimates
 
     target = options.check_output(out, suffix=".npz")
-    options.check_device(device)
+    find_device(device)
     method = methods.choose(checkpoint, weights, estimator, set_, device)
     batch = load_scenes(scenes, method.geometry)
     found, seconds = _located(method, batch, num_sources, device)

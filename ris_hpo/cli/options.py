@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from typer.exceptions import TyperException
 
-from ris_hpo.errors import ConfigError, DeviceError, OutputError
+from ris_hpo.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
     from ris_hpo.config import Spec
@@ -56,22 +56,6 @@ def changed(spec: S, pairs: Sequence[str] | None) -> S:
     """The specification with ``--set`` applied."""
     wanted = changes(pairs)
     return spec.replaced(wanted) if wanted else spec
-
-
-def check_device(name: str) -> str:
-    """The device, where this machine has it.
-
-    Raises:
-        DeviceError: not a device, or not here.
-    """
-    import torch
-
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).split("\n", 1)[0]
-        raise DeviceError(f"device '{name}' cannot be used: {reason}") from None
-    return name
 
 
 def numbers(option: str, text: str, kind: Callable[[str], float]) -> list[float]:

@@ -10,6 +10,7 @@ import typer
 
 from ris_hpo.cli import display, options
 from ris_hpo.errors import StudyError
+from ris_hpo.hpo.plain import duration
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -51,7 +52,7 @@ def show_status(store: Store, name: str, *, json_: bool) -> None:
         pairs |= best_line(found.best.number, found.best.k_loc, found.best.floor, found.best.efficiency)
     if found.causes:
         pairs["failures"] = ", ".join(f"{count} {cause}" for cause, count in found.causes.items())
-    pairs["device time"] = display.duration(3600 * found.device_hours)
+    pairs["device time"] = duration(3600 * found.device_hours)
     display.facts("", pairs)
     if found.running:
         rows = [(each.number, each.step, each.k_loc, each.seconds, each.owner) for each in found.running]
@@ -136,7 +137,7 @@ def _row(trial: FrozenTrial) -> tuple[object, ...]:
         scores.get("k_acc"),
         scores.get("success"),
         marks.get(names.SCENES) or trial.last_step,
-        None if seconds is None else display.duration(seconds),
+        None if seconds is None else duration(seconds),
         note,
     )
 

@@ -156,9 +156,10 @@ def worker(
     from ris_hpo.hpo.store import default_url, open_store
     from ris_hpo.hpo.study import get_study, stored_spec
     from ris_hpo.hpo.workers import StopSignals, WorkerJob, run_worker
+    from ris_hpo.physics.device import find_device
 
     if device != "cpu":
-        options.check_device(device)
+        find_device(device)
     store = open_store(storage, create=False)
     title = standing.choose_study(store, study)
     rules = stored_spec(get_study(store, title)).stop
@@ -190,16 +191,20 @@ def best(
     no_confirm: Annotated[
         bool, typer.Option("--no-confirm", help="Show the best trial as searched; train nothing.")
     ] = False,
+    device: options.Device = "cpu",
     json_: options.Json = False,
 ) -> None:
     """Name the winner honestly: train the best trials again on fresh seeds, paired with the base configuration."""
     from dataclasses import asdict
+    from functools import partial
 
     from ris_hpo.hpo import winner
     from ris_hpo.hpo.store import open_store, storage_directory
     from ris_hpo.hpo.study import get_study, stored_spec
     from ris_hpo.hpo.study import status as status_of
+    from ris_hpo.physics.device import find_device
 
+    find_device(device)
     store = open_store(storage, create=False)
     title = standing.choose_study(store, study)
     chosen = get_study(store, title)
@@ -213,7 +218,7 @@ def best(
             found = winner.confirm(
                 chosen,
                 spec,
-                winner.fresh_score,
+                partial(winner.fresh_score, device=device),
                 directory,
                 top=top,
                 seeds=seeds,
@@ -316,9 +321,10 @@ def replay(
     from ris_hpo.hpo.replay import replay as run_again
     from ris_hpo.hpo.store import open_store
     from ris_hpo.hpo.workers import StopSignals
+    from ris_hpo.physics.device import find_device
 
     if device is not None:
-        options.check_device(device)
+        find_device(device)
     store = open_store(storage, create=False)
     title = standing.choose_study(store, study)
     with StopSignals() as stop:

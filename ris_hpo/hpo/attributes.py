@@ -95,7 +95,6 @@ class Cause(StrEnum):
     """Why a trial is FAIL."""
 
     LOST_WORKER = "lost_worker"
-    PREEMPTED = "preempted"
     TIMEOUT = "timeout"
     OUT_OF_MEMORY = "out_of_memory"
     BUG = "bug"
@@ -103,7 +102,7 @@ class Cause(StrEnum):
     """A ticket taken out of the queue by a smaller ``--n-trials``; it never ran and is counted nowhere."""
 
 
-RETRIED_CAUSES: Final = frozenset({Cause.LOST_WORKER, Cause.PREEMPTED, Cause.TIMEOUT, Cause.OUT_OF_MEMORY})
+RETRIED_CAUSES: Final = frozenset({Cause.LOST_WORKER, Cause.TIMEOUT, Cause.OUT_OF_MEMORY})
 """The surroundings' faults: a successor continues the trial. A bug would only happen again."""
 
 WORST_SCORE: Final = 7.0

@@ -148,7 +148,7 @@ def successor_of(trial: FrozenTrial, cause: Cause, retries: RetrySpec) -> Frozen
         return None
     struck = {**trial.user_attrs.get(names.RETRIES, {})}
     inherited, reached = trial.user_attrs.get(names.INHERITED_STEP, 0), trial.last_step or 0
-    if reached > inherited and cause in (Cause.LOST_WORKER, Cause.PREEMPTED):
+    if reached > inherited and cause is Cause.LOST_WORKER:
         struck[cause.value] = 0  # it got on before it was lost: however often that happens, it ends some day
     struck[cause.value] = struck.get(cause.value, 0) + 1
     allowed: dict[str, int] = retries.model_dump()

@@ -33,6 +33,7 @@ from ris_hpo.hpo import charts
 from ris_hpo.hpo.budget import ranked, tally
 from ris_hpo.hpo.charts import Axis, Canvas, Dots, Level, Line
 from ris_hpo.hpo.credentials import redact
+from ris_hpo.hpo.plain import duration, finite
 
 MAX_CURVES: Final = 120
 MAX_COORDINATES: Final = 300
@@ -180,7 +181,7 @@ def collect(study: optuna.Study) -> Report:
 
 def as_json(report: Report) -> dict[str, Any]:
     """The report as JSON types; a number that is not finite becomes None."""
-    tree: dict[str, Any] = _finite(dataclasses.asdict(report))
+    tree: dict[str, Any] = finite(dataclasses.asdict(report))
     return tree
 
 
@@ -188,7 +189,7 @@ def as_html(report: Report) -> str:
     """The report as one page without script, network access or further files."""
     templates = Environment(loader=PackageLoader("ris_hpo.hpo"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     templates.filters.update(
-        figure=_figure, duration=_duration, count="{:,}".format, percent="{:.0%}".format, choices=choices
+        figure=_figure, duration=duration, count="{:,}".format, percent="{:.0%}".format, choices=choices
     )
     page: str = templates.get_template("report.html.j2").render(
         report=report,
@@ -553,27 +554,8 @@ def _winner(report: Report, canvas: Canvas) -> str:
     return charts.intervals(rows, label, sized)
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
 def _figure(value: float | None, digits: int = 3) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def choices(dimension: Mapping[str, Any]) -> str:

@@ -170,7 +170,6 @@ class RetrySpec(Spec):
     """How often the surroundings' faults are forgiven, per line of trials without progress; a bug is never retried."""
 
     lost_worker: int = Field(default=5, ge=0)
-    preempted: int = Field(default=20, ge=0)
     out_of_memory: int = Field(default=1, ge=0)
     timeout: int = Field(default=1, ge=0)
     bugs: int = Field(default=3, ge=1, description="bug failures in one run after which the study stops")

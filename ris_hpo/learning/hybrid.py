@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from pydantic import Field
@@ -21,7 +21,6 @@ class HybridSpec(Spec):
     beta_ramp: float = Field(0.0, ge=0, le=1, description="share of the budget over which beta rises from 0")
     beta_jitter: float = Field(0.0, ge=0, le=0.2, description="half width of beta's uniform jitter in training")
     shrinkage: float = Field(0.02, ge=0, lt=1, description="share of the identity at 0 dB, falling with the SNR")
-    sample: Literal["least_squares"] = "least_squares"
     sharpening: int = Field(
         0, ge=0, le=50, description="inference alone: Levenberg-Marquardt steps on the slots before they span R_pred"
     )

@@ -136,7 +136,9 @@ def sharpened(
     A cell tells a range beyond 4 m to a metre at best, half of what the snapshots know; the steps bring the rest.
     """
     slots = network_sources(outputs, spec, num_sources)
-    moved = refine(scenes, slots, spec.hybrid.sharpening, region=network.spec.grid.region, double=False)
+    moved = refine(
+        _as_seen(network, scenes, outputs), slots, spec.hybrid.sharpening, region=network.spec.grid.region, double=False
+    )
     share = moved.power * moved.mask
     share = share / share.sum(-1, keepdim=True).clamp(min=1e-30)
     columns = steering(network.spec.geometry, moved.azimuth, moved.elevation, moved.range_m).mT
@@ -157,10 +159,15 @@ def refinement(
             "channel_error_db": spec.channel_error_db,
         }
     )
-    if not network.spec.noise_known:
-        received = scenes.y.abs().square().mean((1, 2))
-        direct, scattered = split_channel(scenes.bs_ris_channel)
-        channel = direct + outputs.channel_gain[:, None, None] * scattered
-        noise = (outputs.disturbance * received).clamp(min=1e-30)  # also where nothing was received
-        scenes = dataclasses.replace(scenes, bs_ris_channel=channel, noise_power=noise)
-    return scenes, outputs.cosines(spec.proposals), likelihood
+    return _as_seen(network, scenes, outputs), outputs.cosines(spec.proposals), likelihood
+
+
+def _as_seen(network: Network, scenes: Scenes, outputs: Outputs) -> Scenes:
+    """The scenes with noise power and channel as a network says them that is told neither."""
+    if network.spec.noise_known:
+        return scenes
+    received = scenes.y.abs().square().mean((1, 2))
+    direct, scattered = split_channel(scenes.bs_ris_channel)
+    channel = direct + outputs.channel_gain[:, None, None] * scattered
+    noise = (outputs.disturbance * received).clamp(min=1e-30)  # also where nothing was received
+    return dataclasses.replace(scenes, bs_ris_channel=channel, noise_power=noise)

@@ -22,6 +22,7 @@ from ris_hpo.atomic import make_folder, replacing
 from ris_hpo.errors import CheckpointError, OutputError
 from ris_hpo.learning.network import Network
 from ris_hpo.learning.weights import load_weights
+from ris_hpo.physics.device import find_device
 from ris_hpo.training.config import RunConfig
 
 FORMAT = "ris-hpo checkpoint 1"
@@ -91,6 +92,7 @@ def load_network(path: Path, device: str = "cpu") -> tuple[Network, RunConfig]:
 
     Raises:
         CheckpointError: missing, damaged, or weights that do not fit their own configuration.
+        DeviceError: the device is not there.
     """
     path = Path(path)
     file = path / BEST if path.is_dir() else path
@@ -101,7 +103,7 @@ def load_network(path: Path, device: str = "cpu") -> tuple[Network, RunConfig]:
     network = Network(config.network)
     weights = {name.removeprefix("network."): value for name, value in tensors.items()}
     load_weights(network, weights, str(file))
-    return network.to(device).eval(), config
+    return network.to(find_device(device)).eval(), config
 
 
 def _digest(tensors: Mapping[str, Tensor], text: str) -> str:

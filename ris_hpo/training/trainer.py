@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ris_hpo.atomic import make_folder
-from ris_hpo.errors import CheckpointError, ConfigError, DeviceError, GateError, TrainingDivergedError
+from ris_hpo.errors import CheckpointError, ConfigError, GateError, TrainingDivergedError
 from ris_hpo.learning.calibration import fit_count_mixing
 from ris_hpo.learning.features import Features
 from ris_hpo.learning.hybrid import covariances
@@ -26,6 +26,7 @@ from ris_hpo.learning.inference import localize, network_sources
 from ris_hpo.learning.losses import TERMS, LossSpec, label_factor, loss_terms, nmse
 from ris_hpo.learning.metrics import SCORE_VERSION, Scores, floor_scores, score
 from ris_hpo.learning.network import Network, Outputs
+from ris_hpo.physics.device import find_device
 from ris_hpo.physics.scene import Scenes, simulate
 from ris_hpo.training import checkpoint, telemetry
 from ris_hpo.training.balance import Balance
@@ -67,12 +68,7 @@ class Trainer:
         resume: bool = True,
         scenes: Scenes | None = None,
     ) -> None:
-        try:
-            self.device = torch.device(device)
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).split("\n", 1)[0]
-            raise DeviceError(f"device '{device}' was asked for, but cannot be used: {reason}") from None
+        self.device = find_device(device)
         self.config = config
         self.directory = Path(directory)
         self.history: list[Validation] = []

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from ris_hpo.cli import display, live
 from ris_hpo.hpo.budget import BestTrial, Tally
+from ris_hpo.hpo.plain import duration
 from ris_hpo.hpo.pool import PoolSnapshot, WorkerView
 
 
@@ -69,7 +70,7 @@ def test_cells(value: object, text: str) -> None:
     ("seconds", "text"), [(1.26, "1.3 s"), (59.0, "59 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")]
 )
 def test_durations(seconds: float, text: str) -> None:
-    assert display.duration(seconds) == text
+    assert duration(seconds) == text
 
 
 def test_json_has_no_numbers_that_json_does_not_have(capsys: pytest.CaptureFixture[str]) -> None:
