@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -103,6 +104,13 @@ class RunConfig(Spec):
             raise ValueError(
                 f"network.max_sources {self.network.max_sources} must equal scene.max_sources {self.scene.max_sources}"
             )
+        grids = {"network.grid": self.network.grid, "inference.likelihood.grid": self.inference.likelihood.grid}
+        for owner, name in itertools.product(grids, ("azimuth_deg", "elevation_deg", "range_m")):
+            drawn, searched = getattr(self.scene, name), getattr(grids[owner].region, name)
+            if drawn[0] < searched[0] or drawn[1] > searched[1]:
+                raise ValueError(
+                    f"scene.{name} {drawn} reaches beyond {owner}.region.{name} {searched}, where nothing is found"
+                )
         if self.budget.validate_every > self.budget.scenes:
             raise ValueError(
                 f"budget.validate_every {self.budget.validate_every} is above budget.scenes {self.budget.scenes}"

@@ -313,3 +313,13 @@ def test_dataclasses_are_plain_values(tiny, tmp_path):
     validation = run(tiny, tmp_path).history[0]
     assert type(validation).from_dict(validation.as_dict()) == validation
     assert dataclasses.is_dataclass(validation)
+
+
+def test_sources_drawn_where_nothing_is_searched_are_refused(tiny):
+    wider = {"scene.azimuth_deg": [-60, 61]}
+    with pytest.raises(ConfigError, match=r"azimuth_deg \(-60.0, 61.0\) reaches beyond network.grid"):
+        tiny.replaced(wider)
+    wider["network.grid.region.azimuth_deg"] = [-70, 70]
+    with pytest.raises(ConfigError, match=r"beyond inference\.likelihood\.grid"):
+        tiny.replaced(wider)
+    tiny.replaced(wider | {"inference.likelihood.grid.region.azimuth_deg": [-65, 65]})
