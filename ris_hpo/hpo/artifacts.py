@@ -35,7 +35,7 @@ from ris_hpo.config import Spec, to_toml
 from ris_hpo.errors import OutputError
 from ris_hpo.hpo import attributes as names
 from ris_hpo.hpo import charts
-from ris_hpo.hpo.charts import Axis, Canvas, Cells, Level, Line, Ring
+from ris_hpo.hpo.charts import Axis, Canvas, Cells, Level, Line, Marks
 from ris_hpo.learning.features import back_projection, noise_loading, whiten
 from ris_hpo.learning.metrics import SceneErrors, Scores, floor_errors, scene_errors
 from ris_hpo.physics.array import steering
@@ -177,7 +177,7 @@ def curve(history: Sequence[Validation], number: int, reference: float | None = 
     best = min(points, key=lambda point: point[1], default=None)
     series: list[charts.Series] = [Line(points, label="network path")]
     if best is not None:
-        series.append(Ring([best], "good", f"best {best[1]:.3f}"))
+        series.append(Marks([best], "good", f"best {best[1]:.3f}"))
     x = Axis("scenes seen", 0, 1.02 * max((step for step, _ in points), default=1.0))
     canvas = Canvas(720, 340, f"k_loc of trial {number} (lower is better)", standalone=True)
     return charts.plot(series, x, Axis("k_loc", low, high), canvas, levels)
@@ -236,9 +236,7 @@ def scene(findings: Findings) -> str:
     among = len(findings.pipeline) or len(findings.scenes)
     index = chosen_scene(findings.scenes[:among])
     one = findings.scenes[index : index + 1].to("cpu")
-    found: dict[str, tuple[Sources, str]] = {"network": (findings.network[index : index + 1], "bad")}
-    if len(findings.pipeline):
-        found["pipeline"] = (findings.pipeline[index : index + 1], "warn")
+    network, pipeline = findings.network[index : index + 1], findings.pipeline[index : index + 1]
     truth = one.require_truth()
     (azimuth, elevation, range_m), power = spectrum_of(_Frozen(one))
     drawn = []
@@ -249,8 +247,10 @@ def scene(findings: Findings) -> str:
     )
     ends = (float(azimuth[0].rad2deg()), float(azimuth[-1].rad2deg()))
     for axis, values, name in planes:
-        marks: list[charts.Series] = [Cells(values.tolist()), Ring(_places(truth, name), "good", "truth")]
-        marks += [Ring(_places(s, name), colour, path, cross=True) for path, (s, colour) in found.items()]
+        marks: list[charts.Series] = [Cells(values.tolist()), Marks(_places(truth, name), "good", "truth")]
+        marks.append(Marks(_places(network, name), "bad", "network", "cross"))
+        if len(pipeline):
+            marks.append(Marks(_places(pipeline, name), "mark", "pipeline", "plus"))
         drawn.append(charts.plot(marks, Axis("azimuth, deg", *ends), axis, Canvas(520, 360)))
     snr = f", {float(one.snr_db[0]):.0f} dB" if one.snr_db is not None else ""
     title = f"Spectrum of scene {index}: {int(truth.num_sources[0])} sources{snr}"

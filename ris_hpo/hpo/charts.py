@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from typing import Final
+from typing import Final, Literal
 
 Point = tuple[float, float]
 
@@ -123,13 +123,13 @@ class Level:
 
 
 @dataclass(frozen=True, slots=True)
-class Ring:
-    """Points drawn as open circles or crosses, for truth and estimates."""
+class Marks:
+    """Points drawn as open circles, crosses or upright crosses, for truth and estimates: told by shape as by colour."""
 
     points: Sequence[Point]
     colour: str
     label: str = ""
-    cross: bool = False
+    shape: Literal["ring", "cross", "plus"] = "ring"
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +139,7 @@ class Cells:
     values: Sequence[Sequence[float]]
 
 
-Series = Line | Dots | Ring | Cells
+Series = Line | Dots | Marks | Cells
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +180,8 @@ def plot(series: Sequence[Series], x: Axis, y: Axis, canvas: Canvas, levels: Seq
             path = "".join(f"M{frame.x(a):.1f} {frame.y(b):.1f}h0" for a, b in item.points if math.isfinite(b))
             style = f"stroke:var(--{item.colour});stroke-width:{2 * item.radius:g}"
             body.append(f'<path class="dots" style="{style}" d="{path}"/>')
-        elif isinstance(item, Ring):
-            body += [_ring(item, frame.x(a), frame.y(b)) for a, b in item.points]
+        elif isinstance(item, Marks):
+            body += [_mark(item.shape, item.colour, frame.x(a), frame.y(b)) for a, b in item.points]
     body += frame.level_labels(levels)
     return _svg(canvas, body)
 
@@ -411,10 +411,12 @@ def _line(item: Line, frame: _Frame) -> str:
     return f'<path class="line {item.style}" style="stroke:var(--{item.colour})" d="{"".join(path)}"/>'
 
 
-def _ring(item: Ring, x: float, y: float) -> str:
-    style = f'style="stroke:var(--{item.colour});stroke-width:2;fill:none"'
-    if item.cross:
+def _mark(shape: str, colour: str, x: float, y: float) -> str:
+    style = f'style="stroke:var(--{colour});stroke-width:2;fill:none"'
+    if shape == "cross":
         return f'<path {style} d="M{x - 5:.1f} {y - 5:.1f}l10 10m0 -10l-10 10"/>'
+    if shape == "plus":
+        return f'<path {style} d="M{x - 6:.1f} {y:.1f}h12m-6 -6v12"/>'
     return f'<circle {style} cx="{x:.1f}" cy="{y:.1f}" r="7"/>'
 
 
@@ -451,11 +453,12 @@ def _legend_rows(series: Sequence[Series], canvas: Canvas) -> list[list[tuple[st
     for item in series:
         if isinstance(item, Cells) or not item.label:
             continue
-        shape = "dots" if isinstance(item, Dots) else "line" if isinstance(item, Line) else "ring"
-        if isinstance(item, Line) and "dash" in item.style:
-            shape = "dash"
-        if isinstance(item, Ring) and item.cross:
-            shape = "cross"
+        if isinstance(item, Marks):
+            shape: str = item.shape
+        elif isinstance(item, Dots):
+            shape = "dots"
+        else:
+            shape = "dash" if "dash" in item.style else "line"
         width = 34 + len(item.label) * _CHARACTER
         if used + width > canvas.width - 60:
             rows.append([])
@@ -469,8 +472,9 @@ _SWATCHES: Final[Mapping[str, Callable[[float, float, str], str]]] = {
     "dots": lambda x, y, style: f'<circle cx="{x + 8:.1f}" cy="{y:.1f}" r="4" style="fill:var(--{style})"/>',
     "line": lambda x, y, style: f'<path class="line" style="stroke:var(--{style})" d="M{x:.1f} {y:.1f}h16"/>',
     "dash": lambda x, y, style: f'<path class="line dash" style="stroke:var(--{style})" d="M{x:.1f} {y:.1f}h16"/>',
-    "ring": lambda x, y, style: _ring(Ring((), style), x + 8, y),
-    "cross": lambda x, y, style: _ring(Ring((), style, cross=True), x + 8, y),
+    "ring": lambda x, y, style: _mark("ring", style, x + 8, y),
+    "cross": lambda x, y, style: _mark("cross", style, x + 8, y),
+    "plus": lambda x, y, style: _mark("plus", style, x + 8, y),
 }
 
 

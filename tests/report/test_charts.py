@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ris_hpo.hpo import charts
-from ris_hpo.hpo.charts import Axis, Canvas, Cells, Dots, Level, Line, Ring
+from ris_hpo.hpo.charts import Axis, Canvas, Cells, Dots, Level, Line, Marks
 
 STANDALONE = Canvas(standalone=True, title="Error & <noise>")
 VALUES = st.floats(-1e6, 1e6)
@@ -27,7 +27,7 @@ def parsed(svg):
 
 @given(st.lists(st.tuples(VALUES, VALUES), max_size=30), st.booleans())
 def test_any_points_make_well_formed_text(points, log):
-    series = [Line(points, label="a"), Dots(points, "good", "b"), Ring(points[:2], "bad", "c", cross=True)]
+    series = [Line(points, label="a"), Dots(points, "good", "b"), Marks(points[:2], "bad", "c", "cross")]
     x = Axis.over("x", [a for a, _ in points], log=log)
     y = Axis("y", *charts.robust([b for _, b in points]))
     parsed(charts.plot(series, x, y, STANDALONE, [Level(0.0, "zero")]))
