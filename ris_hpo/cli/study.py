@@ -115,6 +115,8 @@ def run(
     store = open_store(storage)
     if engine == "ray" and store.is_sqlite:
         raise options.UsageError("--engine ray needs a store that every node reaches: --storage postgresql://...")
+    if engine == "ray" and chosen:
+        raise options.UsageError("--gpus LIST counts the GPUs of one machine; with --engine ray leave it out, or none")
     if engine == "local":
         plan_slots(workers, chosen, per_gpu)  # a device that is not there is told before a study is made
     proof = "no-proof" if no_proof else _proof(spec)
@@ -128,9 +130,7 @@ def run(
     if engine == "ray":
         from ris_hpo.hpo.ray_pool import RayPool
 
-        pool: Any = RayPool(
-            store, made, workers=workers or 1, address=address, gpus_per_worker=1 / per_gpu if chosen else 0
-        )
+        pool: Any = RayPool(store, made, workers=workers, address=address, gpus=chosen is None, per_gpu=per_gpu)
     else:
         pool = LocalPool(store, made, workers=workers, gpus=chosen, per_gpu=per_gpu)
     live.follow(kept_current(made, pool.run()), spec.budget.n_trials)

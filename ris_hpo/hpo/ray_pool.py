@@ -10,7 +10,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,10 @@ class RayPool:
     Args:
         store: the store; PostgreSQL, since the nodes are several machines.
         study: the study, with its tickets filled.
-        workers: number of actors.
+        workers: number of actors; None for one a GPU slot of the cluster, or one where it has no GPU.
         address: the cluster, ``auto`` for the one this machine belongs to.
-        gpus_per_worker: fraction of a GPU per actor; 0 for the CPU.
+        gpus: whether to use the cluster's GPUs.
+        per_gpu: actors that share a GPU.
         cpus_per_worker: cores per actor.
         device: torch device of the actors; None for ``cuda`` where they have a share of a GPU, else ``cpu``.
         program: module of the training program; None for the study kind's.
@@ -58,6 +59,7 @@ class RayPool:
         environment: variables of the actors' processes.
 
     Attributes:
+        workers: the number of actors, once the cluster is known.
         ending: after ``run()``: ``finished``, ``interrupted``, or the stop rule that struck.
     """
 
@@ -66,9 +68,10 @@ class RayPool:
         store: Store,
         study: Study,
         *,
-        workers: int,
+        workers: int | None = None,
         address: str = "auto",
-        gpus_per_worker: float = 0.0,
+        gpus: bool = True,
+        per_gpu: int = 1,
         cpus_per_worker: float = 1.0,
         device: str | None = None,
         program: str | None = None,
@@ -86,9 +89,10 @@ class RayPool:
         self._store = store
         self._study = study
         self._spec = stored_spec(study)
-        self._workers = workers
+        self.workers = workers
         self._address = address
-        self._gpus = gpus_per_worker
+        self._gpus = gpus
+        self._per_gpu = per_gpu
         self._cpus = cpus_per_worker
         self._environment = dict(environment or {})
         self._stop = StopSignals()
@@ -97,7 +101,7 @@ class RayPool:
         self._job = WorkerJob(
             address=store.address,
             study=study.study_name,
-            device=device or ("cuda" if gpus_per_worker > 0 else "cpu"),
+            device=device or "cpu",
             threads=max(1, int(cpus_per_worker)),
             directory=str(directory or storage_directory().absolute() / "trials" / study.study_name),
             program=program,
@@ -105,6 +109,7 @@ class RayPool:
             heartbeat=heartbeat,
             max_bugs=self._spec.retries.bugs,
         )
+        self._device = device
         self.ending: Ending | None = None
 
     def run(self, *, interval: float = 0.5) -> Iterator[PoolSnapshot]:
@@ -122,15 +127,18 @@ class RayPool:
                 ray.init(address=self._address, log_to_driver=False, logging_level="ERROR")
             except ConnectionError as error:
                 raise WorkerError(f"no Ray cluster at '{self._address}' ({' '.join(str(error).split())})") from None
+        gpus = int(ray.cluster_resources().get("GPU", 0)) if self._gpus else 0
+        workers = self.workers = self.workers or max(1, gpus * self._per_gpu)
+        self._job = replace(self._job, device=self._device or ("cuda" if gpus else "cpu"))
         remote = ray.remote(
             num_cpus=self._cpus,
-            num_gpus=self._gpus,
+            num_gpus=1 / self._per_gpu if gpus else 0,
             max_restarts=-1,
             max_task_retries=-1,
             max_concurrency=2,
             runtime_env={"env_vars": {**self._environment}},
         )(_Actor)
-        actors = [remote.remote() for _ in range(self._workers)]
+        actors = [remote.remote() for _ in range(workers)]
         work = [actor.work.remote(asdict(self._job)) for actor in actors]
         finished: list[bool] = [False] * len(work)
         messages: list[str] = []

@@ -101,9 +101,10 @@ def test_a_small_cluster_runs_the_exact_budget(
     cluster.add(num_cpus=2, num_gpus=1)
     store = open_store(postgres.url())
     study = begin(store, program, 9, base=slow_base(800, 0.01))
-    pool = pool_of(store, study, cluster, tmp_path, workers=2, gpus_per_worker=0.5, cpus_per_worker=0.5)
+    pool = pool_of(store, study, cluster, tmp_path, per_gpu=2, cpus_per_worker=0.5)
     last = list(pool.run(interval=0.2))[-1]
     assert pool.ending == "finished"
+    assert pool.workers == 2  # the slots of the one GPU
     assert (last.tally.ended, last.tally.open, last.tally.retried) == (9, 0, 0)
     owners = {trial.user_attrs[names.OWNER].split(":")[1] for trial in study.get_trials()}
     assert 1 <= len(owners) <= 2
@@ -135,7 +136,7 @@ def test_a_removed_node_loses_nothing(
     cluster.add(num_cpus=2, num_gpus=1)
     store = open_store(postgres.url(), heartbeat=1)
     study = begin(store, program, 20, base=slow_base(1600, 0.1), pruner={"name": "none"})
-    pool = pool_of(store, study, cluster, tmp_path, workers=4, gpus_per_worker=0.5, cpus_per_worker=0.5, heartbeat=1)
+    pool = pool_of(store, study, cluster, tmp_path, workers=4, per_gpu=2, cpus_per_worker=0.5, heartbeat=1)
     removed = False
     for snapshot in pool.run(interval=0.3):
         if not removed and snapshot.tally.running == 4 and snapshot.tally.ended >= 2:
