@@ -40,6 +40,12 @@ class InferenceSpec(Spec):
         0.0, ge=0, le=1, description="below it the network path counts existing slots instead of trusting the head"
     )
     channel_error_db: float | None = Field(None, ge=-100, le=20, description="stated error of the known channel")
+    covariance_scale: float = Field(
+        1.0,
+        gt=0,
+        le=100,
+        description="what the position covariances of polish are multiplied with",
+    )
     likelihood: LikelihoodSpec = LikelihoodSpec(
         num_sources=(1, 5),
         double=False,
@@ -125,7 +131,9 @@ def localize(
     observed, candidates, likelihood = refinement(network, scenes, spec, outputs)
     weights = None if outputs.count_mixing is None else count_weights(outputs.count_mixing)
     prior = outputs.log_count
-    return ols(observed, candidates, likelihood, num_sources=num_sources, log_prior=prior, weights=weights)
+    found = ols(observed, candidates, likelihood, num_sources=num_sources, log_prior=prior, weights=weights)
+    assert found.covariance_m2 is not None
+    return dataclasses.replace(found, covariance_m2=spec.covariance_scale * found.covariance_m2)
 
 
 def sharpened(

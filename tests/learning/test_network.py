@@ -83,6 +83,14 @@ def test_covariance_localizers_run_on_the_effective_covariance(localizer, scenes
     assert torch.equal(found.num_sources, scenes.truth.num_sources)
 
 
+def test_covariances_are_widened_and_nothing_else(scenes):
+    torch.manual_seed(0)
+    network = Network(NetworkSpec(**SMALL, residual_passes=1))
+    plain, wide = (localize(network, scenes, InferenceSpec(covariance_scale=scale)) for scale in (1.0, 2.0))
+    assert torch.equal(wide.covariance_m2, 2 * plain.covariance_m2)
+    assert torch.equal(wide.range_m, plain.range_m)
+
+
 @pytest.mark.parametrize("most", [1, 2])
 @pytest.mark.parametrize("localizer", ["polish", "music"])
 def test_fewer_sources_than_the_settings_allow(most, localizer):
