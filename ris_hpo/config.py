@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import tomlkit
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from ris_hpo.errors import ConfigError
 
@@ -29,6 +29,18 @@ class Spec(BaseModel):
     model_config: ClassVar[ConfigDict] = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _beside_defaults(cls, tree: Any) -> Any:
+        """A table with some keys of a nested specification leaves its others as the owner of the field has them."""
+        if not isinstance(tree, Mapping):
+            return tree
+        fields = {name: field.default for name, field in cls.model_fields.items() if isinstance(field.default, Spec)}
+        return {
+            name: _filled(fields[name], value) if name in fields and isinstance(value, Mapping) else value
+            for name, value in tree.items()
+        }
 
     def replaced(self, changes: Mapping[str, Any]) -> Self:
         """Return a copy with dotted paths set, validated as a whole.
@@ -66,6 +78,14 @@ class Spec(BaseModel):
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that change exactly when a setting does."""
         return fingerprint(self.model_dump(mode="json"))
+
+
+def _filled(default: Spec, given: Mapping[str, Any]) -> dict[str, Any]:
+    tree = default.model_dump(mode="json")
+    for name, value in given.items():
+        inner = getattr(default, name, None) if name in tree else None
+        tree[name] = _filled(inner, value) if isinstance(inner, Spec) and isinstance(value, Mapping) else value
+    return tree
 
 
 def fingerprint(value: Any) -> str:
