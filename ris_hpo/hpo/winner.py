@@ -36,6 +36,7 @@ from ris_hpo.hpo.space import StudySpec, derived_seed
 TOP: Final = 3
 SEEDS: Final = 5
 CONFIDENCE: Final = 0.95
+FRESH_SHARE: Final = 4  # fresh scenes over those of a trial's own pipeline score: here they are most of what scatters
 FRESH_FAMILY: Final = 1 << 41  # seeds of the scenes of the re-evaluation, far from training's and validation's
 
 Evaluate = Callable[[Spec, Path], float]
@@ -239,7 +240,7 @@ def fresh_score(config: Spec, directory: Path, *, device: str = "cpu") -> float:
         if trainer.best is None:
             return names.WORST_SCORE
     network, _ = load_network(directory, device)
-    count = run.budget.pipeline_scenes or run.budget.validation_scenes
+    count = FRESH_SHARE * (run.budget.pipeline_scenes or run.budget.validation_scenes)
     scenes = simulate(run.scene, FRESH_FAMILY + run.seed, range(count), device=device)
     return finite_score(score(localize(network, scenes, run.inference), scenes.require_truth()).k_loc)
 
