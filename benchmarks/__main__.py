@@ -141,7 +141,8 @@ def table(rates: dict[str, float], served: dict[str, float], minutes: float | No
     if minutes is not None:
         ratios["minutes from clone to the first finished trial"] = f"{minutes:.1f}"
     now = datetime.now().astimezone().isoformat(timespec="minutes")
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {device}"
+    threads = torch.get_num_threads()
+    machine = f"{platform.machine()}, {threads} {'thread' if threads == 1 else 'threads'}, {device}"
     lines = [f"## {now}: speed", "", f"{machine}; ris-hpo {version('ris-hpo')}, torch {torch.__version__}.", ""]
     lines += ["| Ratio | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in ratios.items()]
