@@ -66,7 +66,9 @@ def test_the_other_commands_are_understood(line: str) -> None:
 @pytest.mark.parametrize("target", ["run", "test"])
 def test_the_two_commands_are_targets_of_the_makefile(target: str) -> None:
     assert f"make {target}" in commands(section("## Two commands"))
-    done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["make", "--no-print-directory", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     recipe = done.stdout.splitlines()[-1]
     if target == "run":
         assert "run --space wide --n-trials 8" in recipe

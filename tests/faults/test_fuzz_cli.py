@@ -178,7 +178,7 @@ def cut_short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(pool.LocalPool, "run", finished)
     monkeypatch.setattr(workers, "run_worker", lambda *_, **__: workers.WorkerReport(0, 0, 0, "done"))
     monkeypatch.setattr(dashboard.Dashboard, "run", lambda self: None)
-    monkeypatch.setattr(winner, "fresh_score", lambda config, folder: 2.0 + config.seed % 7)
+    monkeypatch.setattr(winner, "fresh_score", lambda config, folder, device: 2.0 + config.seed % 7)
     monkeypatch.setattr(proof, "prove", refused(ProofError("cut short")))
     monkeypatch.setattr(reference, "measure", refused(StudyError("cut short")))
     monkeypatch.setattr(Trainer, "run", lambda self, stop=None: iter(()))

@@ -187,7 +187,7 @@ def test_figures_of_a_trial(searched):
 
 def test_fresh_score_is_repeatable_resumable_and_on_scenes_of_its_own(searched, tmp_path, monkeypatch):
     from ris_hpo.errors import TrainingDivergedError
-    from ris_hpo.hpo.winner import FRESH_FAMILY, fresh_score
+    from ris_hpo.hpo.winner import FRESH_FAMILY, FRESH_SHARE, fresh_score
     from ris_hpo.learning.inference import localize
     from ris_hpo.learning.metrics import score
     from ris_hpo.physics.scene import simulate
@@ -199,7 +199,7 @@ def test_fresh_score_is_repeatable_resumable_and_on_scenes_of_its_own(searched, 
     assert fresh_score(config, tmp_path / "b") == value
     assert fresh_score(config, tmp_path / "a") == value  # finished already: scored again, not trained again
     network, _ = load_network(tmp_path / "a")
-    scenes = simulate(config.scene, FRESH_FAMILY + 77, range(config.budget.pipeline_scenes))
+    scenes = simulate(config.scene, FRESH_FAMILY + 77, range(FRESH_SHARE * config.budget.pipeline_scenes))
     assert value == score(localize(network, scenes, config.inference), scenes.require_truth()).k_loc
 
     def diverge(trainer, *_):
