@@ -112,11 +112,11 @@ def run(
         spec = spec.with_epochs(epochs_per_trial)
     spec.check()
     chosen = _gpus(gpus)
+    if engine == "ray" and chosen:
+        raise options.UsageError("--gpus LIST counts the GPUs of one machine; with --engine ray leave it out, or none")
     store = open_store(storage)
     if engine == "ray" and store.is_sqlite:
         raise options.UsageError("--engine ray needs a store that every node reaches: --storage postgresql://...")
-    if engine == "ray" and chosen:
-        raise options.UsageError("--gpus LIST counts the GPUs of one machine; with --engine ray leave it out, or none")
     if engine == "local":
         plan_slots(workers, chosen, per_gpu)  # a device that is not there is told before a study is made
     proof = "no-proof" if no_proof else _proof(spec)

@@ -41,10 +41,7 @@ class InferenceSpec(Spec):
     )
     channel_error_db: float | None = Field(None, ge=-100, le=20, description="stated error of the known channel")
     covariance_scale: float = Field(
-        1.0,
-        gt=0,
-        le=100,
-        description="what the position covariances of polish are multiplied with",
+        1.0, gt=0, le=100, description="what the position covariances of polish are multiplied with"
     )
     likelihood: LikelihoodSpec = LikelihoodSpec(
         num_sources=(1, 5),

@@ -155,6 +155,9 @@ def test_ctrl_c_leaves_a_study_that_the_same_command_finishes(brief: Path, tmp_p
 def test_devices_and_engines_are_checked_before_a_study_is_made(cli, brief: Path, tmp_path: Path) -> None:
     assert cli("run", "--space", brief, "--gpus", "97").code == DeviceError.exit_code
     assert cli("run", "--space", brief, "--engine", "ray").code == 2
+    counted = cli("run", "--space", brief, "--engine", "ray", "--gpus", "0,1")
+    assert counted.code == 2
+    assert "with --engine ray leave it out" in counted.err
     assert cli("run", "--space", brief, "--sampler", "tp").code == ConfigError.exit_code
     unknown = cli("run", "--space", brief, "--set", "budgt.scenes=3")
     assert unknown.code == SpaceError.exit_code
