@@ -26,15 +26,15 @@ from benchmarks import bench_service, pruning
 from benchmarks.weights import find
 from ris_hpo import RunConfig, Scenes, SceneSpec, Trainer, estimate, localize, simulate
 from ris_hpo.estimators import ols, spectrum_maxima
-from ris_hpo.hpo.store import open_store
-from ris_hpo.hpo.study import quiet_optuna
-from ris_hpo.hpo.workers import WorkerJob, run_worker
 from ris_hpo.learning.inference import network_sources, predict
-from ris_hpo.learning.metrics import floor_scores, score
 from ris_hpo.learning.network import large
 from ris_hpo.physics.bounds import deterministic_crb
 from ris_hpo.physics.files import load_scenes, save_scenes
+from ris_hpo.scoring.metrics import floor_scores, score
+from ris_hpo.search.lifecycle import quiet_optuna
+from ris_hpo.store.open import open_store
 from ris_hpo.training.trainer import load_network
+from ris_hpo.workers.worker import WorkerJob, run_worker
 
 HERE = Path(__file__).parent
 LOG = HERE / "LOG.md"

@@ -25,12 +25,12 @@ import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
-from ris_hpo.hpo import attributes as names
-from ris_hpo.hpo.dashboard import Dashboard
-from ris_hpo.hpo.page import write_page
-from ris_hpo.hpo.report import write_report
-from ris_hpo.hpo.store import open_store
-from ris_hpo.hpo.winner import judge
+from ris_hpo.dashboard.server import Dashboard
+from ris_hpo.report.html import write_report
+from ris_hpo.report.study_page import write_page
+from ris_hpo.results.winner import judge
+from ris_hpo.store import attributes as names
+from ris_hpo.store.open import open_store
 
 TOKEN = "benchmark-of-the-dashboard"
 SPACE = {
@@ -160,8 +160,8 @@ def poll(site: Dashboard, study: optuna.Study, trials: int) -> None:
 
 def figures(arguments: argparse.Namespace) -> None:
     """What the figures of a trial cost beside the trial itself, in processor time."""
-    from ris_hpo.hpo.artifacts import TrialFigures
-    from ris_hpo.hpo.space import load_study
+    from ris_hpo.report.trial_figures import TrialFigures
+    from ris_hpo.search.files import load_study
     from ris_hpo.training.trainer import Trainer
 
     spec = load_study(arguments.space)

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from ris_hpo.estimators import EstimatorSpec, estimate, refine
 from ris_hpo.estimators.covariance import count_from_snapshots
-from ris_hpo.learning.metrics import floor_scores, score
 from ris_hpo.physics.bounds import deterministic_crb, stochastic_crb
 from ris_hpo.physics.scene import Scenes, SceneSpec, grid_of_cells, simulate
 from ris_hpo.physics.sources import Sources
+from ris_hpo.scoring.metrics import floor_scores, score
 
 SNR_DB = [0.0, 5.0, 10.0, 15.0, 20.0]
 COUNTS = [1, 2, 3, 4, 5]

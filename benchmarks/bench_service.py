@@ -26,13 +26,16 @@ import optuna
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
-from ris_hpo.hpo import budget
-from ris_hpo.hpo.objective import load_program
-from ris_hpo.hpo.pool import LocalPool
-from ris_hpo.hpo.space import StudySpec, parse_study
-from ris_hpo.hpo.store import Store, open_store, ticket
-from ris_hpo.hpo.study import create_or_resume_study, fill_budget, quiet_optuna
-from ris_hpo.hpo.workers import WorkerJob, run_worker
+from ris_hpo.programs.program import load_program
+from ris_hpo.search import counting
+from ris_hpo.search.files import parse_study
+from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget, quiet_optuna
+from ris_hpo.search.spec import StudySpec
+from ris_hpo.store.cache import Store, ticket
+from ris_hpo.store.open import open_store
+from ris_hpo.store.owner import owner_name
+from ris_hpo.workers.local import LocalPool
+from ris_hpo.workers.worker import WorkerJob, run_worker
 
 HERE = Path(__file__).parent
 PROGRAM = "idle_program"
@@ -154,7 +157,7 @@ def _pop(url: str, study_id: int, ours: bool, start: float, results: Any) -> Non
     time.sleep(max(0.0, start - time.time()))
     while True:
         if ours:
-            trial_id = store.claim(study_id, budget.owner_name(len(taken)))
+            trial_id = store.claim(study_id, owner_name(len(taken)))
         else:
             trial_id = study._pop_waiting_trial_id()
         if trial_id is None:
@@ -207,7 +210,7 @@ def crowd(folder: Path, processes: int, trials: int, reports: int) -> None:
     seconds = time.perf_counter() - began
     for process in crew:
         process.join()
-    counts = budget.tally(study.get_trials())
+    counts = counting.tally(study.get_trials())
     errors = [error for _, error in found if error is not None]
     reported = sum(len(trial.intermediate_values) for trial in study.get_trials())
     complete = sum(trial.state == TrialState.COMPLETE for trial in study.get_trials())

@@ -19,11 +19,11 @@ from pathlib import Path
 import optuna
 from optuna.trial import TrialState
 
-from ris_hpo.hpo.pool import LocalPool
-from ris_hpo.hpo.samplers import build_pruner
-from ris_hpo.hpo.space import load_study
-from ris_hpo.hpo.store import open_store
-from ris_hpo.hpo.study import create_or_resume_study, fill_budget, quiet_optuna
+from ris_hpo.search.files import load_study
+from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget, quiet_optuna
+from ris_hpo.search.pruners import build_pruner
+from ris_hpo.store.open import open_store
+from ris_hpo.workers.local import LocalPool
 
 CURVES = Path(__file__).with_name("curves.json")
 SCENES, EVERY = 1536, 128

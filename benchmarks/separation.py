@@ -21,8 +21,8 @@ import optuna
 import torch
 from scipy.stats import f_oneway, spearmanr
 
-from ris_hpo.hpo.space import load_study
-from ris_hpo.hpo.study import quiet_optuna
+from ris_hpo.search.files import load_study
+from ris_hpo.search.lifecycle import quiet_optuna
 from ris_hpo.training.config import RunConfig
 from ris_hpo.training.trainer import Trainer
 

@@ -28,10 +28,10 @@ from pathlib import Path
 import psutil
 
 from benchmarks.bench_service import HERE, PROGRAM, begin, spec_of
-from ris_hpo.hpo.page import kept_current
-from ris_hpo.hpo.pool import LocalPool
-from ris_hpo.hpo.store import open_store
-from ris_hpo.hpo.study import quiet_optuna
+from ris_hpo.report.study_page import kept_current
+from ris_hpo.search.lifecycle import quiet_optuna
+from ris_hpo.store.open import open_store
+from ris_hpo.workers.local import LocalPool
 
 TOKEN = "token-of-the-soak-benchmark"
 POLL_S = 2.0

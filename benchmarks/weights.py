@@ -31,11 +31,11 @@ from ris_hpo.estimators.spectrum import localize_covariance
 from ris_hpo.learning.hybrid import HybridSpec, covariances
 from ris_hpo.learning.inference import InferenceSpec, localize, network_sources, predict, sharpened
 from ris_hpo.learning.losses import label_factor, nmse
-from ris_hpo.learning.matching import match
-from ris_hpo.learning.metrics import CAP, Scores, floor_scores, score
 from ris_hpo.learning.network import Network
 from ris_hpo.physics.scene import Scenes, SceneSpec, grid_of_cells
 from ris_hpo.physics.sources import TOLERANCE, Sources
+from ris_hpo.scoring.matching import match
+from ris_hpo.scoring.metrics import CAP, Scores, floor_scores, score
 from ris_hpo.training import checkpoint
 from ris_hpo.training.trainer import load_network
 

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ris_hpo.estimators.estimate import estimate as estimate
     from ris_hpo.learning.inference import localize as localize
-    from ris_hpo.learning.metrics import score as score
     from ris_hpo.physics.files import load_scenes as load_scenes
     from ris_hpo.physics.files import save_scenes as save_scenes
     from ris_hpo.physics.scene import Scenes as Scenes
     from ris_hpo.physics.scene import SceneSpec as SceneSpec
     from ris_hpo.physics.scene import simulate as simulate
     from ris_hpo.physics.sources import Sources as Sources
+    from ris_hpo.scoring.metrics import score as score
     from ris_hpo.training.config import RunConfig as RunConfig
     from ris_hpo.training.trainer import Trainer as Trainer
     from ris_hpo.training.trainer import load_network as load_network

@@ -17,11 +17,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ris_hpo.errors import one_line
-from ris_hpo.hpo.credentials import redact
-from ris_hpo.hpo.plain import finite
+from ris_hpo.store.credentials import redact
+from ris_hpo.text import finite
 
 if TYPE_CHECKING:
-    from ris_hpo.hpo.replay import ReplayReport
+    from ris_hpo.results.replay import ReplayReport
 
 PLAIN_WIDTH = 120
 PLAIN_SECONDS = 10.0

@@ -14,10 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ris_hpo.cli import display
-from ris_hpo.hpo.plain import duration
+from ris_hpo.text import duration
 
 if TYPE_CHECKING:
-    from ris_hpo.hpo.pool import PoolSnapshot
+    from ris_hpo.workers.local import PoolSnapshot
 
 PLAIN_SECONDS = 15.0
 

@@ -27,8 +27,8 @@ def run_config(path: Path | None) -> RunConfig:
     Raises:
         ConfigError: no such file, not TOML, an unknown key or a value out of bounds.
     """
-    from ris_hpo.hpo.export import load_config
     from ris_hpo.training.config import RunConfig
+    from ris_hpo.training.files import load_config
 
     return RunConfig() if path is None else load_config(path).config
 

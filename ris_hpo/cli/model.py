@@ -12,13 +12,13 @@ import typer
 from ris_hpo.cli import display, methods, options, plots, standing
 from ris_hpo.config import read_toml
 from ris_hpo.errors import SceneFileError
-from ris_hpo.hpo.plain import duration
+from ris_hpo.text import duration
 
 if TYPE_CHECKING:
     from ris_hpo.cli.methods import Method
-    from ris_hpo.learning.evaluate import Evaluation, Row
     from ris_hpo.physics.scene import Scenes
     from ris_hpo.physics.sources import Sources
+    from ris_hpo.scoring.evaluate import Evaluation, Row
 
 PANEL = "Scenes and networks"
 CHUNK = 512
@@ -104,10 +104,10 @@ def train(
     json_: options.Json = False,
 ) -> None:
     """Train one configuration at its full budget; Ctrl-C saves, the same command goes on."""
-    from ris_hpo.hpo.budget import efficiency
-    from ris_hpo.hpo.workers import StopSignals
     from ris_hpo.physics.device import find_device
     from ris_hpo.physics.files import load_scenes
+    from ris_hpo.process import StopSignals
+    from ris_hpo.scoring.k_loc import efficiency
     from ris_hpo.training.curriculum import with_curriculum
     from ris_hpo.training.trainer import Trainer
 
@@ -181,8 +181,9 @@ def _tell_gates(directory: Path, told: int) -> int:
 
 
 def _replay(config: Path, out: Path, device: str, *, json_: bool) -> None:
-    from ris_hpo.hpo.export import load_config, replay_config
-    from ris_hpo.hpo.workers import StopSignals
+    from ris_hpo.process import StopSignals
+    from ris_hpo.results.export import replay_config
+    from ris_hpo.training.files import load_config
 
     found = load_config(config)
     with StopSignals() as stop, display.progress(found.config.budget.scenes, "scenes") as advance:
@@ -217,10 +218,10 @@ def evaluate(
     json_: options.Json = False,
 ) -> None:
     """Score a network or an estimator per SNR and per source count, each figure beside its floor."""
-    from ris_hpo.learning.evaluate import evaluate as table_of
     from ris_hpo.physics.device import find_device
     from ris_hpo.physics.files import load_estimates, load_scenes
     from ris_hpo.physics.scene import grid_of_cells
+    from ris_hpo.scoring.evaluate import evaluate as table_of
 
     if plot is not None:
         options.check_output(plot, suffix=plots.SUFFIXES)
@@ -334,9 +335,9 @@ def prove(
     json_: options.Json = False,
 ) -> None:
     """Phase 0: certify that this network form and this trainer can learn at all, by memorising a few scenes."""
-    from ris_hpo.hpo.store import storage_directory
     from ris_hpo.learning.network import large
     from ris_hpo.physics.device import find_device
+    from ris_hpo.process import storage_directory
     from ris_hpo.training.proof import prove as certify
 
     find_device(device)
@@ -407,7 +408,7 @@ def package(
     json_: options.Json = False,
 ) -> None:
     """Make an inference bundle that loads without the training code: weights, configuration, exported program."""
-    from ris_hpo.hpo.export import package as make
+    from ris_hpo.results.export import package as make
 
     if checkpoint is not None and weights is not None:
         raise options.UsageError("--checkpoint and --weights exclude each other")

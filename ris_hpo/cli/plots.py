@@ -12,7 +12,7 @@ from ris_hpo.errors import ConfigError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ris_hpo.learning.evaluate import Evaluation
+    from ris_hpo.scoring.evaluate import Evaluation
     from ris_hpo.training.results import Validation
 
 SUFFIXES = {".png", ".svg", ".pdf"}

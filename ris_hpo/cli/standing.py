@@ -10,14 +10,14 @@ import typer
 
 from ris_hpo.cli import display, options
 from ris_hpo.errors import StudyError
-from ris_hpo.hpo.plain import duration
+from ris_hpo.text import duration
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-    from ris_hpo.hpo.replay import ReplayReport
-    from ris_hpo.hpo.space import Dimension
-    from ris_hpo.hpo.store import Store
+    from ris_hpo.results.replay import ReplayReport
+    from ris_hpo.search.spec import Dimension
+    from ris_hpo.store.cache import Store
 
 SHOWN_TRIALS = 12
 
@@ -40,7 +40,7 @@ def choose_study(store: Store, name: str | None) -> str:
 
 def show_status(store: Store, name: str, *, json_: bool) -> None:
     """Trials by state, the best one, failures by cause, what runs now."""
-    from ris_hpo.hpo.study import status as status_of
+    from ris_hpo.search.lifecycle import status as status_of
 
     found = status_of(store, name)
     if json_:
@@ -69,8 +69,8 @@ def best_line(number: int, k_loc: float, floor: float | None, efficiency: float 
 
 def show_outcome(store: Store, name: str, *, json_: bool) -> None:
     """What a run ends with: the table of trials, the best one, its floor, and the next command."""
-    from ris_hpo.hpo.budget import live_trials, ranked
-    from ris_hpo.hpo.study import get_study
+    from ris_hpo.search.counting import live_trials, ranked
+    from ris_hpo.search.lifecycle import get_study
 
     if json_:
         show_status(store, name, json_=True)
@@ -119,7 +119,7 @@ def end_of_replay(found: ReplayReport, *, json_: bool) -> None:
 
 
 def _row(trial: FrozenTrial) -> tuple[object, ...]:
-    from ris_hpo.hpo import attributes as names
+    from ris_hpo.store import attributes as names
 
     marks: Mapping[str, Any] = trial.user_attrs
     scores, pipeline = marks.get(names.COMPONENTS, {}), marks.get(names.PIPELINE, {})

@@ -15,7 +15,7 @@ from ris_hpo.cli import display, live, options, standing
 from ris_hpo.errors import StudyError
 
 if TYPE_CHECKING:
-    from ris_hpo.hpo.space import StudySpec
+    from ris_hpo.search.spec import StudySpec
 
 PANEL = "Studies"
 
@@ -85,13 +85,13 @@ def run(
     json_: options.Json = False,
 ) -> None:
     """Run a study: train, prune, keep. The same command resumes it, and adds nothing to a finished one."""
-    from ris_hpo.hpo.credentials import redact
-    from ris_hpo.hpo.devices import plan_slots
-    from ris_hpo.hpo.page import kept_current
-    from ris_hpo.hpo.pool import LocalPool
-    from ris_hpo.hpo.space import load_study
-    from ris_hpo.hpo.store import open_store
-    from ris_hpo.hpo.study import create_or_resume_study, fill_budget
+    from ris_hpo.report.study_page import kept_current
+    from ris_hpo.search.files import load_study
+    from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget
+    from ris_hpo.store.credentials import redact
+    from ris_hpo.store.open import open_store
+    from ris_hpo.workers.devices import plan_slots
+    from ris_hpo.workers.local import LocalPool
 
     changes: dict[str, Any] = {
         "sampler.name": sampler,
@@ -128,7 +128,7 @@ def run(
     added = fill_budget(store, made, spec.budget.n_trials)
     display.print_note(f"study '{name}' in {store.redacted}: {spec.budget.n_trials} trials, {added} to add")
     if engine == "ray":
-        from ris_hpo.hpo.ray_pool import RayPool
+        from ris_hpo.workers.ray import RayPool
 
         pool: Any = RayPool(store, made, workers=workers, address=address, gpus=chosen is None, per_gpu=per_gpu)
     else:
@@ -153,10 +153,11 @@ def worker(
     """Join a study as one more worker, from any host that reaches its store."""
     from dataclasses import asdict
 
-    from ris_hpo.hpo.store import default_url, open_store
-    from ris_hpo.hpo.study import get_study, stored_spec
-    from ris_hpo.hpo.workers import StopSignals, WorkerJob, run_worker
     from ris_hpo.physics.device import find_device
+    from ris_hpo.process import StopSignals
+    from ris_hpo.search.lifecycle import get_study, stored_spec
+    from ris_hpo.store.open import default_url, open_store
+    from ris_hpo.workers.worker import WorkerJob, run_worker
 
     if device != "cpu":
         find_device(device)
@@ -177,7 +178,7 @@ def worker(
 
 def status(study: StudyName = None, storage: Storage = None, json_: options.Json = False) -> None:
     """Say where a study stands: its trials by state, the best one, what runs now."""
-    from ris_hpo.hpo.store import open_store
+    from ris_hpo.store.open import open_store
 
     store = open_store(storage, create=False)
     standing.show_status(store, standing.choose_study(store, study), json_=json_)
@@ -198,11 +199,12 @@ def best(
     from dataclasses import asdict
     from functools import partial
 
-    from ris_hpo.hpo import winner
-    from ris_hpo.hpo.store import open_store, storage_directory
-    from ris_hpo.hpo.study import get_study, stored_spec
-    from ris_hpo.hpo.study import status as status_of
     from ris_hpo.physics.device import find_device
+    from ris_hpo.process import storage_directory
+    from ris_hpo.results import winner
+    from ris_hpo.search.lifecycle import get_study, stored_spec
+    from ris_hpo.search.lifecycle import status as status_of
+    from ris_hpo.store.open import open_store
 
     find_device(device)
     store = open_store(storage, create=False)
@@ -252,27 +254,29 @@ def report(
     json_: options.Json = False,
 ) -> None:
     """Write a study as one page that needs nothing else, or print its figures."""
-    from ris_hpo.hpo import report as reports
-    from ris_hpo.hpo.store import open_store, storage_directory
-    from ris_hpo.hpo.study import get_study
+    from ris_hpo.process import storage_directory
+    from ris_hpo.report.collect import collect
+    from ris_hpo.report.html import as_json, headline, write_report
+    from ris_hpo.search.lifecycle import get_study
+    from ris_hpo.store.open import open_store
 
     if out is not None:
         options.check_output(out)
     store = open_store(storage, create=False)
     chosen = get_study(store, standing.choose_study(store, study))
     if reference:
-        from ris_hpo.hpo.reference import attach
-        from ris_hpo.hpo.study import stored_spec
+        from ris_hpo.report.reference import attach
+        from ris_hpo.search.lifecycle import stored_spec
 
         spec = stored_spec(chosen)
         with display.progress(spec.config({}).budget.pipeline_scenes, "scenes") as advance:
             folder = storage_directory() / "reference"
             attach(chosen, spec, folder, progress=lambda done, total: advance(done, "ml reference"))
-    made = reports.collect(chosen) if out is None else reports.write_report(chosen, out)
+    made = collect(chosen) if out is None else write_report(chosen, out)
     if json_:
-        display.print_json(reports.as_json(made))
+        display.print_json(as_json(made))
         return
-    for sentence in reports.headline(made):
+    for sentence in headline(made):
         display.print_result(sentence)
     if out is not None:
         display.print_note(f"written: {out}")
@@ -289,9 +293,10 @@ def export(
     json_: options.Json = False,
 ) -> None:
     """Write a trial's configuration with its provenance, for 'train --config'."""
-    from ris_hpo.hpo.export import exported, write_config
-    from ris_hpo.hpo.store import open_store
-    from ris_hpo.hpo.study import get_study, stored_spec
+    from ris_hpo.results.export import exported
+    from ris_hpo.search.lifecycle import get_study, stored_spec
+    from ris_hpo.store.open import open_store
+    from ris_hpo.training.files import write_config
 
     options.check_output(out)
     store = open_store(storage, create=False)
@@ -318,10 +323,10 @@ def replay(
     json_: options.Json = False,
 ) -> None:
     """Run a trial again from its parameters and seed, and compare the curves digit for digit."""
-    from ris_hpo.hpo.replay import replay as run_again
-    from ris_hpo.hpo.store import open_store
-    from ris_hpo.hpo.workers import StopSignals
     from ris_hpo.physics.device import find_device
+    from ris_hpo.process import StopSignals
+    from ris_hpo.results.replay import replay as run_again
+    from ris_hpo.store.open import open_store
 
     if device is not None:
         find_device(device)
@@ -334,7 +339,7 @@ def replay(
 
 def doctor(storage: Storage = None, json_: options.Json = False) -> None:
     """Look at the store, disk, devices and versions, and say what to do."""
-    from ris_hpo.hpo.doctor import examine
+    from ris_hpo.results.doctor import examine
 
     findings = examine(storage)
     if json_:
@@ -351,7 +356,7 @@ def spaces(
     json_: options.Json = False,
 ) -> None:
     """List the studies that can be run, or the search space of one."""
-    from ris_hpo.hpo.space import list_studies, load_study
+    from ris_hpo.search.files import list_studies, load_study
 
     if name is None:
         known = {found: load_study(path) for found, path in list_studies().items()}
@@ -395,8 +400,10 @@ def dashboard(
     json_: options.Json = False,
 ) -> None:
     """Watch studies in the browser, on this machine alone unless told otherwise."""
-    from ris_hpo.hpo.dashboard import TOKEN_VARIABLE, Dashboard, make_token
-    from ris_hpo.hpo.store import open_store, storage_directory
+    from ris_hpo.dashboard.gate import make_token
+    from ris_hpo.dashboard.server import TOKEN_VARIABLE, Dashboard
+    from ris_hpo.process import storage_directory
+    from ris_hpo.store.open import open_store
 
     secret = token or os.environ.get(TOKEN_VARIABLE) or make_token()
     store = open_store(storage)
@@ -425,7 +432,7 @@ def dashboard(
 
 def _proof(spec: StudySpec) -> str | None:
     """The phase-0 certificate this study stands on, for the form of its base network; made at small size if missing."""
-    from ris_hpo.hpo.store import storage_directory
+    from ris_hpo.process import storage_directory
     from ris_hpo.training.proof import SMALL_SCENES, find_certificate, prove, small_form
 
     if spec.kind != "training":

@@ -16,12 +16,12 @@ from ris_hpo.errors import ConfigError
 from ris_hpo.estimators.channel import LEAST_GAIN, split_channel
 from ris_hpo.learning.features import GAIN_EDGE
 from ris_hpo.learning.hybrid import Covariances
-from ris_hpo.learning.matching import match
 from ris_hpo.learning.network import Network, Outputs, slot_geometry
 from ris_hpo.physics.array import Geometry, cosine_steering, steering, to_cosines
 from ris_hpo.physics.grid import GridSpec, dictionary
 from ris_hpo.physics.scene import Scenes
 from ris_hpo.physics.sources import Sources
+from ris_hpo.scoring.matching import match
 
 SUBSPACE_LOADING = 3e-4
 

@@ -11,9 +11,9 @@ from pydantic import Field, model_validator
 from ris_hpo.config import Spec, suggestion
 from ris_hpo.learning.inference import InferenceSpec
 from ris_hpo.learning.losses import TERMS, LossSpec
-from ris_hpo.learning.metrics import Scores
 from ris_hpo.learning.network import NetworkSpec
 from ris_hpo.physics.scene import SceneSpec
+from ris_hpo.scoring.metrics import Scores
 from ris_hpo.training.stability import OptimizerSpec
 
 VALIDATION_SEED, CALIBRATION_SEED = 7_001, 7_002

@@ -59,10 +59,10 @@ class Certificate:
 
 
 def code_fingerprint() -> str:
-    """Sixteen hexadecimal digits over the source of physics, estimators, learning and training."""
+    """Sixteen hexadecimal digits over the source of physics, estimators, scoring, learning and training."""
     digest = hashlib.sha256()
     root = Path(ris_hpo.__file__).parent
-    for part in ("physics", "estimators", "learning", "training"):
+    for part in ("physics", "estimators", "scoring", "learning", "training"):
         for file in sorted((root / part).glob("*.py")):
             digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:16]

@@ -6,9 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from ris_hpo.learning.metrics import Scores
 from ris_hpo.physics.scene import Scenes
 from ris_hpo.physics.sources import Sources
+from ris_hpo.scoring.metrics import Scores
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,10 +24,11 @@ from ris_hpo.learning.features import Features
 from ris_hpo.learning.hybrid import covariances
 from ris_hpo.learning.inference import localize, network_sources
 from ris_hpo.learning.losses import TERMS, LossSpec, label_factor, loss_terms, nmse
-from ris_hpo.learning.metrics import SCORE_VERSION, Scores, floor_scores, score
 from ris_hpo.learning.network import Network, Outputs
 from ris_hpo.physics.device import find_device
 from ris_hpo.physics.scene import Scenes, simulate
+from ris_hpo.scoring.k_loc import SCORE_VERSION
+from ris_hpo.scoring.metrics import Scores, floor_scores, score
 from ris_hpo.training import checkpoint, telemetry
 from ris_hpo.training.balance import Balance
 from ris_hpo.training.checkpoint import BEST, LAST, load_network

@@ -56,10 +56,11 @@ def made_study(cli: Cli, tmp_path: Path) -> str:
     from optuna.distributions import FloatDistribution
     from optuna.trial import TrialState, create_trial
 
-    from ris_hpo.hpo import attributes as names
-    from ris_hpo.hpo.space import Dimension, StudySpec
-    from ris_hpo.hpo.store import open_store, ticket
-    from ris_hpo.hpo.study import create_or_resume_study
+    from ris_hpo.search.lifecycle import create_or_resume_study
+    from ris_hpo.search.spec import Dimension, StudySpec
+    from ris_hpo.store import attributes as names
+    from ris_hpo.store.cache import ticket
+    from ris_hpo.store.open import open_store
 
     spec = StudySpec(name="made", space={"optimizer.learning_rate": Dimension(low=1e-4, high=1e-2, log=True)})
     store = open_store(f"sqlite:///{tmp_path}/storage/studies.db")

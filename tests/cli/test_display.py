@@ -10,9 +10,10 @@ import pytest
 from rich.console import Console
 
 from ris_hpo.cli import display, live
-from ris_hpo.hpo.budget import BestTrial, Tally
-from ris_hpo.hpo.plain import duration
-from ris_hpo.hpo.pool import PoolSnapshot, WorkerView
+from ris_hpo.search.counting import Tally
+from ris_hpo.search.status import BestTrial
+from ris_hpo.text import duration
+from ris_hpo.workers.local import PoolSnapshot, WorkerView
 
 
 def snapshot(ended: int = 3, messages: tuple[str, ...] = ()) -> PoolSnapshot:

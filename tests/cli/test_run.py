@@ -80,7 +80,9 @@ def test_a_run_ends_with_its_table_and_adds_nothing_when_repeated(cli, brief: Pa
 def test_a_run_stands_on_a_proof_or_says_that_it_does_not(
     cli, brief: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from ris_hpo.hpo import attributes, store, study
+    from ris_hpo.search import lifecycle as study
+    from ris_hpo.store import attributes
+    from ris_hpo.store import open as store
     from ris_hpo.training import proof
 
     def refused(*_: object, **__: object) -> None:
@@ -98,9 +100,9 @@ def test_a_run_stands_on_a_proof_or_says_that_it_does_not(
 
 
 def test_a_worker_joins_a_study_and_leaves_when_nothing_is_left(cli, brief: Path) -> None:
-    from ris_hpo.hpo.space import load_study
-    from ris_hpo.hpo.store import open_store
-    from ris_hpo.hpo.study import create_or_resume_study, fill_budget
+    from ris_hpo.search.files import load_study
+    from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget
+    from ris_hpo.store.open import open_store
 
     store = open_store()
     fill_budget(store, create_or_resume_study(store, load_study(brief)), 1)

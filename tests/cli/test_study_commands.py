@@ -64,7 +64,7 @@ def test_without_a_store_nothing_is_made(cli, tmp_path: Path) -> None:
 
 
 def test_an_empty_store_says_how_to_start(cli) -> None:
-    from ris_hpo.hpo.store import open_store
+    from ris_hpo.store.open import open_store
 
     open_store().close()
     outcome = cli("status")
@@ -73,9 +73,9 @@ def test_an_empty_store_says_how_to_start(cli) -> None:
 
 
 def test_several_studies_need_a_choice(cli, made_study: str) -> None:
-    from ris_hpo.hpo.space import Dimension, StudySpec
-    from ris_hpo.hpo.store import open_store
-    from ris_hpo.hpo.study import create_or_resume_study
+    from ris_hpo.search.lifecycle import create_or_resume_study
+    from ris_hpo.search.spec import Dimension, StudySpec
+    from ris_hpo.store.open import open_store
 
     store = open_store()
     create_or_resume_study(store, StudySpec(name="other", space={"a": Dimension(low=0, high=1)}), score_version=1)

@@ -7,10 +7,10 @@ import pytest
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.exceptions import ExperimentalWarning
 
-from ris_hpo.hpo import attributes as names
-from ris_hpo.hpo.charts import Axis, Canvas, Level, Line, plot
-from ris_hpo.hpo.dashboard import Dashboard
-from ris_hpo.hpo.store import open_store
+from ris_hpo.dashboard.server import Dashboard
+from ris_hpo.report.charts import Axis, Canvas, Level, Line, plot
+from ris_hpo.store import attributes as names
+from ris_hpo.store.open import open_store
 
 TOKEN = "correct-horse-battery"
 

@@ -8,9 +8,9 @@ from collections import Counter
 
 import pytest
 
+from ris_hpo.dashboard import gate
+from ris_hpo.dashboard.gate import ATTEMPT_WINDOW_S, ATTEMPTS, ATTEMPTS_PER_ADDRESS, Gate, check_token, make_token
 from ris_hpo.errors import ConfigError
-from ris_hpo.hpo import dashboard
-from ris_hpo.hpo.dashboard import ATTEMPT_WINDOW_S, ATTEMPTS, ATTEMPTS_PER_ADDRESS, Gate, check_token, make_token
 
 TOKEN = "correct-horse-battery"
 HOST = "127.0.0.1:8080"
@@ -138,7 +138,7 @@ def test_secrets_are_compared_in_constant_time_whatever_way_they_come(monkeypatc
         compared.append((guess, secret))
         return hmac.compare_digest(guess, secret)
 
-    monkeypatch.setattr(dashboard, "hmac", types.SimpleNamespace(compare_digest=spy))
+    monkeypatch.setattr(gate, "hmac", types.SimpleNamespace(compare_digest=spy))
     visitor = Visitor()
     visitor.log_in("wrong-by-form")
     visitor.ask(query="token=wrong-by-link")

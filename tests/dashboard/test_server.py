@@ -14,8 +14,8 @@ from pathlib import Path
 import optuna
 import pytest
 
+from ris_hpo.dashboard.server import Dashboard
 from ris_hpo.errors import ConfigError
-from ris_hpo.hpo.dashboard import Dashboard
 from tests.waiting import until
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hpo.conftest import HERE, postgres, program, sqlite_store, store, url
+from tests.service.conftest import HERE, postgres, program, sqlite_store, store, url
 
 __all__ = ["postgres", "program", "sqlite_store", "store", "url"]
 

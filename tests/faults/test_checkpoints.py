@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from optuna.trial import TrialState
 
-from ris_hpo.hpo.replay import replay
-from ris_hpo.hpo.store import Store
-from ris_hpo.hpo.workers import WorkerJob, run_worker
+from ris_hpo.results.replay import replay
+from ris_hpo.store.cache import Store
 from ris_hpo.training import checkpoint
+from ris_hpo.workers.worker import WorkerJob, run_worker
 
 from .test_disk import tiny_study
 

@@ -13,12 +13,15 @@ import sqlalchemy
 from optuna.storages._rdb import models
 from optuna.trial import TrialState
 
-from ris_hpo.hpo import attributes as names
-from ris_hpo.hpo import budget
-from ris_hpo.hpo.objective import Program
-from ris_hpo.hpo.store import Store
-from tests.hpo.conftest import make_spec
-from tests.hpo.pools import begin, pool_of, same_curves, slow_base
+from ris_hpo.programs.program import Program
+from ris_hpo.search import counting
+from ris_hpo.store import attributes as names
+from ris_hpo.store.cache import Store
+from ris_hpo.store.owner import is_dead_here, owner_name
+from ris_hpo.workers import lost as lost_module
+from ris_hpo.workers.lost import LostTrials
+from tests.service.conftest import make_spec
+from tests.service.pools import begin, pool_of, same_curves, slow_base
 
 
 def set_clock(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
@@ -31,12 +34,12 @@ def set_clock(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs the kernel's own ticks")
 @pytest.mark.parametrize("seconds", [-86400, -2, 2, 3600])
 def test_a_process_keeps_its_name_when_the_clock_is_set(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    owner = budget.owner_name(0)
+    owner = owner_name(0)
     began = psutil.Process().create_time()
     set_clock(monkeypatch, seconds)
     assert psutil.Process().create_time() == pytest.approx(began + seconds)  # what the name must not be made of
-    assert not budget.is_dead_here(owner)
-    assert budget.owner_name(0) == owner
+    assert not is_dead_here(owner)
+    assert owner_name(0) == owner
 
 
 def test_workers_of_a_run_survive_a_set_clock(
@@ -50,7 +53,7 @@ def test_workers_of_a_run_survive_a_set_clock(
             with monkeypatch.context() as patch:
                 set_clock(patch, generator.uniform(-1e6, 1e6))
                 running._look_at_store(0.0)
-    counts = budget.tally(study.get_trials())
+    counts = counting.tally(study.get_trials())
     assert (counts.complete, counts.retried, counts.open) == (4, 0, 0)
     same_curves(sqlite_store, study, program)
 
@@ -71,8 +74,8 @@ def test_the_databases_clock_is_set_by_hours(
         for beat in session.query(models.TrialHeartbeatModel):
             beat.heartbeat -= shift
     clock = [1000.0]
-    monkeypatch.setattr(budget.time, "monotonic", lambda: clock[0])
-    lost = budget.LostTrials(store, study._study_id, make_spec().retries)
+    monkeypatch.setattr(lost_module.time, "monotonic", lambda: clock[0])
+    lost = LostTrials(store, study._study_id, make_spec().retries)
     found: list[int] = []
     for _ in range(8):
         clock[0] += 5

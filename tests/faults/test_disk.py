@@ -13,21 +13,24 @@ from optuna.trial import TrialState
 
 from ris_hpo.cli import execute
 from ris_hpo.errors import OutputError, StoreError, WorkerError
-from ris_hpo.hpo import budget, pool
-from ris_hpo.hpo.export import Exported, write_config
-from ris_hpo.hpo.objective import Program, UnfitHostError
-from ris_hpo.hpo.pool import LocalPool
-from ris_hpo.hpo.replay import replay
-from ris_hpo.hpo.report import write_report
-from ris_hpo.hpo.space import parse_study
-from ris_hpo.hpo.store import Store, open_store
-from ris_hpo.hpo.study import create_or_resume_study, fill_budget, get_study
-from ris_hpo.hpo.workers import Event, WorkerJob, run_worker
 from ris_hpo.physics.files import save_scenes
 from ris_hpo.physics.scene import SceneSpec, simulate
+from ris_hpo.programs.program import Program
+from ris_hpo.report.html import write_report
+from ris_hpo.results.replay import replay
+from ris_hpo.search import counting
+from ris_hpo.search.files import parse_study
+from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget, get_study
+from ris_hpo.store.cache import Store
+from ris_hpo.store.open import open_store
 from ris_hpo.training import checkpoint
 from ris_hpo.training.config import RunConfig
-from tests.hpo.pools import begin, pool_of, same_curves, slow_base
+from ris_hpo.training.files import Exported, write_config
+from ris_hpo.trials.run import UnfitHostError
+from ris_hpo.workers import local as pool
+from ris_hpo.workers.local import LocalPool
+from ris_hpo.workers.worker import Event, WorkerJob, run_worker
+from tests.service.pools import begin, pool_of, same_curves, slow_base
 from tests.training.conftest import TINY
 
 from .conftest import Disk
@@ -120,13 +123,13 @@ def test_workers_on_a_full_disk_give_up_and_lose_nothing(
     study = begin(sqlite_store, program, 3, base=slow_base(), pruner={"name": "none"})
     with pytest.raises(WorkerError, match=r"died 2 times .*trial 0 was put back: OSError: .*No space left"):
         fill_once_running(pool_of(sqlite_store, study, disk.folder, 1), disk)
-    counts = budget.tally(study.get_trials())
+    counts = counting.tally(study.get_trials())
     assert (counts.waiting, counts.running, counts.fail) == (3, 0, 0)
     assert 100 in study.get_trials()[0].intermediate_values
     disk.empty()
     for _ in pool_of(sqlite_store, study, disk.folder, 1).run():
         pass
-    assert budget.tally(study.get_trials()).complete == 3
+    assert counting.tally(study.get_trials()).complete == 3
     same_curves(sqlite_store, study, program)
 
 
@@ -143,7 +146,7 @@ def test_a_store_on_a_full_disk_keeps_every_acknowledged_report(disk: Disk, prog
     assert 100 in study.get_trials()[0].intermediate_values
     for _ in pool_of(again, study, tmp_path, 1).run():
         pass
-    counts = budget.tally(study.get_trials())
+    counts = counting.tally(study.get_trials())
     assert (counts.complete, counts.open, counts.fail) == (3, 0, 0)
     same_curves(again, study, program)
     again.close()
@@ -179,5 +182,5 @@ def test_a_store_that_turns_read_only_says_so_and_goes_on_later(
         sqlite_store.claim(study._study_id, "here:1:0:0")
     sqlalchemy.event.remove(engine, "connect", refuse_writes)
     engine.dispose()
-    assert budget.tally(study.get_trials()).waiting == 2
+    assert counting.tally(study.get_trials()).waiting == 2
     assert sqlite_store.claim(study._study_id, "here:1:0:0") is not None

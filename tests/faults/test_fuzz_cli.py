@@ -20,19 +20,25 @@ from hypothesis import strategies as st
 from optuna.trial import TrialState, create_trial
 
 from ris_hpo.cli import app, execute, options
+from ris_hpo.dashboard import server as dashboard
 from ris_hpo.errors import ProofError, RisHpoError, StudyError
-from ris_hpo.hpo import attributes, dashboard, pool, reference, winner, workers
-from ris_hpo.hpo.export import Exported, write_config
-from ris_hpo.hpo.space import parse_study
-from ris_hpo.hpo.store import open_store, ticket
-from ris_hpo.hpo.study import create_or_resume_study
 from ris_hpo.learning import bundle
 from ris_hpo.physics.array import Geometry
 from ris_hpo.physics.files import load_estimates, load_scenes, save_estimates, save_scenes
 from ris_hpo.physics.scene import SceneSpec, simulate
+from ris_hpo.report import reference
+from ris_hpo.results import winner
+from ris_hpo.search.files import parse_study
+from ris_hpo.search.lifecycle import create_or_resume_study
+from ris_hpo.store import attributes
+from ris_hpo.store.cache import ticket
+from ris_hpo.store.open import open_store
 from ris_hpo.training import proof
 from ris_hpo.training.config import RunConfig
+from ris_hpo.training.files import Exported, write_config
 from ris_hpo.training.trainer import Trainer
+from ris_hpo.workers import local as pool
+from ris_hpo.workers import worker as workers
 from tests.training.conftest import TINY
 
 from .fuzzing import fuzz, outcome

@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from ris_hpo.estimators.estimate import estimate
 from ris_hpo.learning import bundle
 from ris_hpo.learning.bundle import MANIFEST, load_bundle, save_bundle
-from ris_hpo.learning.metrics import score
 from ris_hpo.learning.network import Network
 from ris_hpo.physics.array import Geometry
 from ris_hpo.physics.files import load_estimates, load_scenes, save_estimates, save_scenes
 from ris_hpo.physics.scene import SceneSpec, simulate
+from ris_hpo.scoring.metrics import score
 from ris_hpo.training import checkpoint
 from ris_hpo.training.config import RunConfig
 from ris_hpo.training.trainer import Trainer

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from ris_hpo.config import to_toml
 from ris_hpo.errors import ConfigError
-from ris_hpo.hpo.export import Exported, load_config, write_config
-from ris_hpo.hpo.space import StudySpec, load_study, study_directories
+from ris_hpo.search.files import load_study, study_directories
+from ris_hpo.search.spec import StudySpec
 from ris_hpo.training.config import RunConfig
 from ris_hpo.training.curriculum import with_curriculum
+from ris_hpo.training.files import Exported, load_config, write_config
 
 from .fuzzing import Whole, damaged_bytes, damaged_trees, fuzz, junk, outcome
 

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 
 from ris_hpo.errors import StoreError
-from ris_hpo.hpo import budget, patience
-from ris_hpo.hpo.objective import Program
-from ris_hpo.hpo.pool import LocalPool
-from ris_hpo.hpo.store import open_store
-from ris_hpo.hpo.study import create_or_resume_study, fill_budget
-from tests.hpo.conftest import DOUBLE, HERE, Postgres, make_spec
-from tests.hpo.pools import same_curves, slow_base
+from ris_hpo.programs.program import Program
+from ris_hpo.search import counting
+from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget
+from ris_hpo.store import patience
+from ris_hpo.store.open import open_store
+from ris_hpo.workers.local import LocalPool
+from tests.service.conftest import DOUBLE, HERE, Postgres, make_spec
+from tests.service.pools import same_curves, slow_base
 
 pytestmark = pytest.mark.postgres
 
@@ -68,7 +69,7 @@ def run_through(
                 server.restart(lambda: time.sleep(1.0))
             next_one = time.monotonic() + 0.3 + generator.random()
     assert waiting == []
-    counts = budget.tally(study.get_trials())
+    counts = counting.tally(study.get_trials())
     lost = [trial.user_attrs for trial in study.get_trials() if trial.state.name == "FAIL"]
     assert lost == []
     assert (counts.complete, counts.open, counts.fail, counts.retried) == (n_trials, 0, 0, 0)

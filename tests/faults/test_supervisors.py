@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ris_hpo.hpo import budget
-from ris_hpo.hpo.objective import Program
-from ris_hpo.hpo.store import open_store
-from tests.hpo.pools import Driver, slow_base, table
+from ris_hpo.programs.program import Program
+from ris_hpo.search import counting
+from ris_hpo.store.open import open_store
+from tests.service.pools import Driver, slow_base, table
 from tests.waiting import until
 
 SOON_S = 30  # with every core taken by others; at rest it is less than one
@@ -67,7 +67,7 @@ def test_stops_at_random_moments(seed: int, program: Program, tmp_path: Path) ->
     first, second = open_store(f"sqlite:///{tmp_path}/whole.db"), open_store(broken)
     if workers == 1:
         assert table(first) == table(second)
-    counts = budget.tally(second.get_all_trials(1))
+    counts = counting.tally(second.get_all_trials(1))
     assert (counts.ended, counts.open) == (10, 0)
     first.close()
     second.close()
@@ -98,9 +98,9 @@ def test_a_killed_supervisor_leaves_no_worker_and_no_loss(program: Program, tmp_
     driver.finish()
     until(lambda: not any(psutil.pid_exists(pid) for pid in pids), "end of the workers")
     store = open_store(url)
-    assert budget.tally(store.get_all_trials(1)).running == 0  # checkpointed and put back, not abandoned
+    assert counting.tally(store.get_all_trials(1)).running == 0  # checkpointed and put back, not abandoned
     assert Driver(url, tmp_path, 4, 2, base=slow_base(1600, 0.03)).finish() == 0
-    counts = budget.tally(store.get_all_trials(1))
+    counts = counting.tally(store.get_all_trials(1))
     assert (counts.ended, counts.open) == (4, 0)
     store.close()
 
@@ -110,6 +110,6 @@ def test_two_supervisors_share_one_budget(program: Program, tmp_path: Path) -> N
     pair = [Driver(url, tmp_path, 10, 1) for _ in range(2)]
     assert [driver.finish() for driver in pair] == [0, 0]
     store = open_store(url)
-    counts = budget.tally(store.get_all_trials(1))
+    counts = counting.tally(store.get_all_trials(1))
     assert (counts.ended, counts.open, counts.retried) == (10, 0, 0)
     store.close()

@@ -13,17 +13,19 @@ import pytest
 from optuna.study import Study
 from optuna.trial import TrialState
 
-from ris_hpo.hpo import attributes as names
-from ris_hpo.hpo import budget
-from ris_hpo.hpo import pool as pool_module
-from ris_hpo.hpo.attributes import Cause
-from ris_hpo.hpo.objective import Program
-from ris_hpo.hpo.pool import LocalPool
-from ris_hpo.hpo.replay import replay
-from ris_hpo.hpo.space import load_study
-from ris_hpo.hpo.store import Store, open_store
-from ris_hpo.hpo.study import create_or_resume_study, fill_budget
-from tests.hpo.pools import begin, drain, pool_of, same_curves, slow_base
+from ris_hpo.programs.program import Program
+from ris_hpo.results.replay import replay
+from ris_hpo.search import counting
+from ris_hpo.search.files import load_study
+from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget
+from ris_hpo.store import attributes as names
+from ris_hpo.store.attributes import Cause
+from ris_hpo.store.cache import Store
+from ris_hpo.store.open import open_store
+from ris_hpo.workers import local as pool_module
+from ris_hpo.workers import lost as lost_module
+from ris_hpo.workers.local import LocalPool
+from tests.service.pools import begin, drain, pool_of, same_curves, slow_base
 
 
 def kill_some(pool: LocalPool, kills: int, generator: random.Random, journal: Path) -> int:
@@ -44,8 +46,8 @@ def kill_some(pool: LocalPool, kills: int, generator: random.Random, journal: Pa
 
 def check_campaign(store: Store, study: Study, program: Program, n_trials: int, kills: int, journal: Path) -> None:
     trials = study.get_trials()
-    counts = budget.tally(trials)
-    final = [trial for trial in budget.live_trials(trials) if trial.state == TrialState.FAIL]
+    counts = counting.tally(trials)
+    final = [trial for trial in counting.live_trials(trials) if trial.state == TrialState.FAIL]
     assert final == [], [trial.user_attrs for trial in final]
     assert (counts.ended, counts.open) == (n_trials, 0)
     assert len(trials) == n_trials + counts.retried
@@ -89,12 +91,12 @@ def test_killed_workers_of_the_real_trainer(sqlite_store: Store, tmp_path: Path)
         if kills < 4 and view.pid is not None and view.step is not None and view.step >= 64 and here != killed_at:
             os.kill(view.pid, signal.SIGKILL)
             kills, killed_at = kills + 1, here
-    counts = budget.tally(study.get_trials())
+    counts = counting.tally(study.get_trials())
     assert (counts.complete, counts.open, counts.fail) == (4, 0, 0)
     assert counts.retried == kills == 4
     torch = pytest.importorskip("torch")
     torch.set_num_threads(1)
-    for trial in budget.live_trials(study.get_trials()):
+    for trial in counting.live_trials(study.get_trials()):
         report = replay(sqlite_store, study.study_name, trial.number)
         assert report.identical, (trial.number, report.steps)
 
@@ -116,7 +118,7 @@ def test_a_stopped_worker_counts_as_hung(sqlite_store: Store, program: Program, 
         if not stopped and view.state == "training" and view.pid is not None and view.step is not None:
             os.kill(view.pid, signal.SIGSTOP)
             stopped = True
-    counts = budget.tally(study.get_trials())
+    counts = counting.tally(study.get_trials())
     assert (counts.complete, counts.retried) == (2, 1)
     same_curves(sqlite_store, study, program)
 
@@ -124,7 +126,7 @@ def test_a_stopped_worker_counts_as_hung(sqlite_store: Store, program: Program, 
 def test_a_stopped_worker_is_missed_without_any_clock_of_the_study(
     sqlite_store: Store, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(budget, "LONGEST_PAUSE_S", 1.0)
+    monkeypatch.setattr(lost_module, "LONGEST_PAUSE_S", 1.0)
     store = open_store(sqlite_store.address, heartbeat=1)
     study = begin(store, program, 2, base=slow_base(1600), pruner={"name": "none"})
     running = pool_of(store, study, tmp_path, 1, heartbeat=1)
@@ -134,7 +136,7 @@ def test_a_stopped_worker_is_missed_without_any_clock_of_the_study(
         if not stopped and view.state == "training" and view.pid is not None and view.step is not None:
             stopped = view.pid
             os.kill(stopped, signal.SIGSTOP)
-    counts = budget.tally(study.get_trials())
+    counts = counting.tally(study.get_trials())
     assert (counts.complete, counts.retried, counts.open) == (2, 1, 0)
     assert not psutil.pid_exists(stopped)  # it would have held the slot for ever
     same_curves(store, study, program)
@@ -144,7 +146,7 @@ def test_a_stopped_worker_is_missed_without_any_clock_of_the_study(
 def test_a_worker_stopped_within_a_write_does_not_hold_the_others_up(
     program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(budget, "LONGEST_PAUSE_S", 1.0)
+    monkeypatch.setattr(lost_module, "LONGEST_PAUSE_S", 1.0)
     monkeypatch.setenv("DOUBLE_STORE", str(tmp_path / "studies.db"))
     store = open_store(str(tmp_path / "studies.db"), heartbeat=1)
     study = begin(store, program, 2, base={"fault": "lock"}, pruner={"name": "none"})
@@ -170,7 +172,7 @@ def test_a_worker_stopped_with_nothing_to_do_does_not_hold_the_run_up(
     assert stopped
     assert running.ending == "finished"
     assert not psutil.pid_exists(stopped)
-    assert budget.tally(study.get_trials()).complete == 1
+    assert counting.tally(study.get_trials()).complete == 1
 
 
 def test_memory_that_runs_out_costs_one_fresh_process_and_then_the_trial(
@@ -186,5 +188,5 @@ def test_memory_that_runs_out_costs_one_fresh_process_and_then_the_trial(
 def test_trials_that_kill_their_worker_end_as_lost(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
     study = begin(sqlite_store, program, 1, base={"fault": "die"}, retries={"lost_worker": 1})
     drain(pool_of(sqlite_store, study, tmp_path, 1))
-    counts = budget.tally(study.get_trials())
+    counts = counting.tally(study.get_trials())
     assert (counts.fail, counts.retried, counts.open) == (1, 1, 0)

@@ -11,11 +11,11 @@ from ris_hpo.estimators.maximum_likelihood import ols, order_evidence
 from ris_hpo.learning.calibration import fit_count_mixing
 from ris_hpo.learning.hybrid import HybridSpec, covariances
 from ris_hpo.learning.inference import InferenceSpec, localize, network_sources, predict, refinement
-from ris_hpo.learning.metrics import score
 from ris_hpo.learning.network import Network, NetworkSpec, count_weights, large
 from ris_hpo.physics.array import Cosines, Geometry, to_cosines
 from ris_hpo.physics.grid import GridSpec
 from ris_hpo.physics.scene import SceneSpec, grid_of_cells, simulate
+from ris_hpo.scoring.metrics import score
 
 SMALL = {"width": 16, "depth": 2, "heads": 2, "cell_width": 16}
 FORMS = [

@@ -9,7 +9,7 @@ import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
-from ris_hpo.hpo import attributes as names
+from ris_hpo.store import attributes as names
 
 DISTRIBUTIONS = {
     "optimizer.learning_rate": FloatDistribution(1e-5, 1e-2, log=True),

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from ris_hpo.config import Spec
-from ris_hpo.hpo import artifacts
-from ris_hpo.hpo import attributes as names
-from ris_hpo.hpo.artifacts import MAX_STEPS, SHARE_OF_TIME, TrialFigures
-from ris_hpo.learning.metrics import Scores
 from ris_hpo.physics.scene import SceneSpec, simulate
+from ris_hpo.report import trial_figures as artifacts
+from ris_hpo.report.trial_figures import MAX_STEPS, SHARE_OF_TIME, TrialFigures
+from ris_hpo.scoring.metrics import Scores
+from ris_hpo.store import attributes as names
 from ris_hpo.training import telemetry
 from ris_hpo.training.telemetry import Telemetry
 from tests.report.synthetic import scores

@@ -72,7 +72,7 @@ def test_it_loads_and_locates_without_the_training_code(made, tmp_path):
     save_scenes(tmp_path / "scenes.npz", SCENES)
     program = f"""
 import sys
-for name in ("ris_hpo.training", "ris_hpo.hpo", "ris_hpo.cli", "optuna", "sqlalchemy", "matplotlib"):
+for name in ("ris_hpo.training", "ris_hpo.search", "ris_hpo.cli", "optuna", "sqlalchemy", "matplotlib"):
     sys.modules[name] = None
 from pathlib import Path
 from ris_hpo.learning.bundle import load_bundle

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ris_hpo.hpo import charts
-from ris_hpo.hpo.charts import Axis, Canvas, Cells, Dots, Level, Line, Marks
+from ris_hpo.report import charts
+from ris_hpo.report.charts import Axis, Canvas, Cells, Dots, Level, Line, Marks
 
 STANDALONE = Canvas(standalone=True, title="Error & <noise>")
 VALUES = st.floats(-1e6, 1e6)

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from ris_hpo.errors import CheckpointError, ConfigError, OutputError, StudyError
-from ris_hpo.hpo import attributes as names
-from ris_hpo.hpo.artifacts import TrialFigures
-from ris_hpo.hpo.export import exported, is_unchanged, load_config, package, replay_config, write_config
-from ris_hpo.hpo.samplers import finite_score
-from ris_hpo.hpo.space import load_study
+from ris_hpo.report.trial_figures import TrialFigures
+from ris_hpo.results.export import exported, package, replay_config
+from ris_hpo.scoring.k_loc import WORST_K_LOC, finite_score
+from ris_hpo.search.files import load_study
+from ris_hpo.store import attributes as names
+from ris_hpo.training.files import is_unchanged, load_config, write_config
 from ris_hpo.training.trainer import Trainer
 
 SMALL = {"budget.scenes": 48, "budget.validate_every": 16, "budget.validation_scenes": 12, "budget.pipeline_scenes": 4}
@@ -187,10 +188,10 @@ def test_figures_of_a_trial(searched):
 
 def test_fresh_score_is_repeatable_resumable_and_on_scenes_of_its_own(searched, tmp_path, monkeypatch):
     from ris_hpo.errors import TrainingDivergedError
-    from ris_hpo.hpo.winner import FRESH_FAMILY, FRESH_SHARE, fresh_score
     from ris_hpo.learning.inference import localize
-    from ris_hpo.learning.metrics import score
     from ris_hpo.physics.scene import simulate
+    from ris_hpo.results.winner import FRESH_FAMILY, FRESH_SHARE, fresh_score
+    from ris_hpo.scoring.metrics import score
     from ris_hpo.training.trainer import load_network
 
     _, spec, _ = searched
@@ -207,12 +208,12 @@ def test_fresh_score_is_repeatable_resumable_and_on_scenes_of_its_own(searched, 
         yield
 
     monkeypatch.setattr(Trainer, "run", diverge)
-    assert fresh_score(config, tmp_path / "c") == names.WORST_SCORE
+    assert fresh_score(config, tmp_path / "c") == WORST_K_LOC
 
 
 def test_an_inference_study_exports_the_network_with_its_settings(searched, tmp_path):
-    from ris_hpo.hpo.inference_program import RunConfig as InferenceConfig
-    from ris_hpo.hpo.winner import fresh_score
+    from ris_hpo.programs.inference import RunConfig as InferenceConfig
+    from ris_hpo.results.winner import fresh_score
     from ris_hpo.training.trainer import load_network
 
     _, _, folder = searched

@@ -6,13 +6,13 @@ import optuna
 from optuna_dashboard import get_note
 from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
 
-from ris_hpo.hpo import attributes as names
-from ris_hpo.hpo import reference
-from ris_hpo.hpo.page import kept_current, note, write_page
-from ris_hpo.hpo.report import collect
-from ris_hpo.hpo.space import load_study
-from ris_hpo.learning.metrics import floor_scores
 from ris_hpo.physics.scene import simulate
+from ris_hpo.report import reference
+from ris_hpo.report.collect import collect
+from ris_hpo.report.study_page import kept_current, note, write_page
+from ris_hpo.scoring.metrics import floor_scores
+from ris_hpo.search.files import load_study
+from ris_hpo.store import attributes as names
 from tests.report.synthetic import fill, make_study
 
 CANARY = "canary-Pa55word"

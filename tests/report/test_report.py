@@ -10,8 +10,9 @@ import pytest
 from optuna.trial import TrialState
 
 from ris_hpo.errors import OutputError
-from ris_hpo.hpo import attributes as names
-from ris_hpo.hpo.report import as_html, as_json, collect, headline, write_report
+from ris_hpo.report.collect import collect
+from ris_hpo.report.html import as_html, as_json, headline, write_report
+from ris_hpo.store import attributes as names
 from tests.report.synthetic import FLOOR, fill, make_study, scores
 
 CANARY = "canary-Pa55word"

@@ -4,8 +4,8 @@ import base64
 
 import pytest
 
-from ris_hpo.hpo import attributes as names
-from ris_hpo.hpo.report import write_report
+from ris_hpo.report.html import write_report
+from ris_hpo.store import attributes as names
 from tests.report.synthetic import make_study
 
 pytestmark = pytest.mark.browser

@@ -10,9 +10,9 @@ from optuna.trial import TrialState, create_trial
 
 from ris_hpo.config import Spec
 from ris_hpo.errors import StudyError
-from ris_hpo.hpo import attributes as names
-from ris_hpo.hpo.space import StudySpec, derived_seed
-from ris_hpo.hpo.winner import confirm, judge
+from ris_hpo.results.winner import confirm, judge
+from ris_hpo.search.spec import StudySpec, derived_seed
+from ris_hpo.store import attributes as names
 
 
 class Knobs(Spec):

@@ -1,5 +1,5 @@
 """The real PostgreSQL of the service's tests."""
 
-from tests.hpo.conftest import postgres
+from tests.service.conftest import postgres
 
 __all__ = ["postgres"]

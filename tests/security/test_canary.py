@@ -17,13 +17,13 @@ import pytest
 import sqlalchemy
 
 from ris_hpo.cli import execute, live
+from ris_hpo.dashboard.server import Dashboard
 from ris_hpo.errors import StoreError, StudyError
-from ris_hpo.hpo import credentials
-from ris_hpo.hpo.dashboard import Dashboard
-from ris_hpo.hpo.patience import reason
-from ris_hpo.hpo.pool import PoolSnapshot
-from ris_hpo.hpo.store import URL_VARIABLE, open_store
-from tests.hpo.conftest import Postgres
+from ris_hpo.store import credentials
+from ris_hpo.store.open import URL_VARIABLE, open_store
+from ris_hpo.store.patience import reason
+from ris_hpo.workers.local import PoolSnapshot
+from tests.service.conftest import Postgres
 
 CANARY = "cAnArY5e9f2"
 PASSWORD = f"{CANARY}/@: ?&{CANARY}%"
@@ -80,7 +80,7 @@ def said(
     root.handlers[:] = handlers
     logging.captureWarnings(False)
     heard += [*capfd.readouterr(), caplog.text]
-    assert any("ris_hpo.hpo.workers" in line for line in heard)
+    assert any("ris_hpo.workers.worker" in line for line in heard)
     assert [line[:300] for line in heard if CANARY in line] == []
 
 

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ris_hpo.errors import ConfigError, DeviceError, OutputError, TrainingDivergedError
 from ris_hpo.learning.inference import network_sources, predict
 from ris_hpo.learning.losses import TERMS
-from ris_hpo.learning.metrics import score
 from ris_hpo.physics.scene import simulate
+from ris_hpo.scoring.metrics import score
 from ris_hpo.training import telemetry
 from ris_hpo.training import trainer as trainer_module
 from ris_hpo.training.checkpoint import load_network

@@ -1,0 +1,1 @@
+"""The dashboard: optuna-dashboard behind a token and a production server."""

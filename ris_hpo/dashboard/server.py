@@ -1,0 +1,180 @@
+"""The dashboard: optuna-dashboard behind a production server, with a lock on the door.
+
+optuna-dashboard has neither login nor read-only form: its bare application answers an unauthenticated DELETE with 204.
+``Gate`` stands in front of it and lets through whoever shows the token, and then only requests that read, unless
+writing was asked for. On top of it: the Host header is checked (DNS rebinding), guesses are limited, artifacts cannot
+run scripts, and large JSON is compressed for those who look through a tunnel.
+"""
+
+from __future__ import annotations
+
+import gc
+import ipaddress
+import logging
+import socket
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Self
+from urllib.parse import urlencode
+
+import bottle
+import optuna_dashboard
+from optuna.artifacts import FileSystemArtifactStore
+from optuna.artifacts.exceptions import ArtifactNotFound
+from optuna.exceptions import StorageInternalError
+from optuna.storages import BaseStorage
+from waitress import create_server
+
+from ris_hpo.dashboard.gate import LOOPBACK, Gate, check_token
+from ris_hpo.errors import ConfigError, StoreError
+
+if TYPE_CHECKING:
+    pass
+
+log = logging.getLogger(__name__)
+
+TOKEN_VARIABLE: Final = "RIS_HPO_DASHBOARD_TOKEN"
+
+
+_MAX_HEADER_BYTES: Final = 65_536
+_THREADS: Final = 8  # requests answered at once
+
+
+class _Artifacts(FileSystemArtifactStore):
+    """The figures in a folder of this machine; those of workers elsewhere are not found rather than an error."""
+
+    def open_reader(self, artifact_id: str) -> BinaryIO:
+        try:
+            return super().open_reader(artifact_id)
+        except ArtifactNotFound:
+            raise bottle.HTTPError(404, "This artifact lies on the machine that ran the trial.") from None
+
+
+class Dashboard:
+    """The dashboard as a server; a context manager that closes its socket.
+
+    Args:
+        storage: an Optuna storage; a cached one (``optuna.storages.get_storage``), or each request reads every trial.
+        artifacts: the folder of the artifact store.
+        token: what a visitor must show.
+        host: address to listen on; anything but loopback should stand behind a proxy that speaks TLS.
+        port: 0 takes a free one.
+        read_write: allow renaming, deleting and notes.
+        allowed_hosts: further names for the Host header, for a proxy or a container.
+
+    Raises:
+        ConfigError: a token too short, or an address that cannot be listened on.
+    """
+
+    def __init__(
+        self,
+        storage: BaseStorage,
+        artifacts: Path,
+        *,
+        token: str,
+        host: str = "127.0.0.1",
+        port: int = 8080,
+        read_write: bool = False,
+        allowed_hosts: Sequence[str] = (),
+    ) -> None:
+        check_token(token)
+        artifacts.mkdir(parents=True, exist_ok=True)
+        self.storage = storage
+        self._token = token
+        listener = _listen(host, port)
+        self._address = listener.getsockname()[:2]
+        wildcard = ipaddress.ip_address(self._address[0]).is_unspecified
+        names = None if wildcard and not allowed_hosts else LOOPBACK | {host.lower(), *map(str.lower, allowed_hosts)}
+        app = optuna_dashboard.wsgi(storage, artifact_store=_Artifacts(str(artifacts)))
+        gate = Gate(app, token=token, read_write=read_write, hosts=names, cookie=f"ris_hpo_{self._address[1]}")
+        self._map: dict[int, Any] = {}
+        self._serving = threading.Lock()
+        self._server = create_server(
+            gate,
+            map=self._map,
+            sockets=[listener],
+            threads=_THREADS,
+            ident=None,
+            clear_untrusted_proxy_headers=True,
+            max_request_header_size=_MAX_HEADER_BYTES,
+        )
+
+    @property
+    def url(self) -> str:
+        """Address of the first page, without the token."""
+        host, port = self._address
+        address = ipaddress.ip_address(host)
+        name = "127.0.0.1" if address.is_unspecified else f"[{host}]" if address.version == 6 else host
+        return f"http://{name}:{port}/dashboard"
+
+    @property
+    def login_url(self) -> str:
+        """The same with the token: opens a session and leads to the first page."""
+        return f"{self.url}?{urlencode({'token': self._token})}"
+
+    @property
+    def exposed(self) -> bool:
+        """Whether machines other than this one can connect, with the token going over the wire unencrypted."""
+        return not ipaddress.ip_address(self._address[0]).is_loopback
+
+    def run(self) -> None:
+        """Serve until Ctrl-C or :meth:`close`."""
+        threading.Thread(target=self._read_ahead, name="read-ahead", daemon=True).start()
+        with self._serving:
+            self._server.run()
+
+    def close(self) -> None:
+        """Stop listening, drop connections and wait for :meth:`run` to return; called again, it does nothing."""
+        if not self._map:
+            return
+        self._server.task_dispatcher.shutdown()
+        # in the thread that serves, which is asked: taken from under its select, a socket is an error there
+        self._server.trigger.pull_trigger(self._drop)
+        with self._serving:
+            self._drop()  # where nothing serves, or not any more
+
+    def _drop(self) -> None:
+        self._server.close()
+        for dispatcher in list(self._map.values()):
+            dispatcher.close()
+
+    def __enter__(self) -> Self:
+        """Nothing to do: the socket listens already."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+        self.close()
+
+    def _read_ahead(self) -> None:
+        """Fill the storage's cache, so that the first page does not wait for a thousand trials.
+
+        Nothing of it is ever garbage, and looking for garbage in it again and again takes three times as long as
+        reading it: the collector rests meanwhile, and leaves what was read alone from then on.
+        """
+        gc.disable()
+        try:
+            for study in self.storage.get_all_studies():
+                self.storage.get_all_trials(study._study_id, deepcopy=False)
+        except (StorageInternalError, StoreError, KeyError) as error:  # a study deleted meanwhile, a store that is away
+            log.info("reading ahead stopped: %s", type(error).__name__)
+        finally:
+            gc.enable()
+            gc.freeze()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError) as error:  # the latter for what is no name in any script
+        raise ConfigError(f"cannot listen on {host}: {error}") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; --port 0 takes a free port") from None
+    return listener

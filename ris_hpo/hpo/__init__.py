@@ -1,1 +1,0 @@
-"""The search service: studies, stores, exact budgets, workers, and what is shown of them."""

@@ -1,0 +1,47 @@
+"""This process: the signals that ask it to stop, and the folder where it leaves its files."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+STORAGE_VARIABLE: Final = "RIS_HPO_STORAGE_DIR"
+
+
+def storage_directory() -> Path:
+    """Return where runs leave their database, checkpoints and artifacts: ``$RIS_HPO_STORAGE_DIR`` or ``./storage``."""
+    return Path(os.environ.get(STORAGE_VARIABLE) or "storage")
+
+
+class StopSignals:
+    """SIGTERM and SIGINT as a question: the first asks to stop, the second ends the process at once."""
+
+    def __init__(self) -> None:
+        self._asked = threading.Event()
+        self._previous: dict[int, Any] = {}
+
+    def __call__(self) -> bool:
+        """Say whether a stop was asked for."""
+        return self._asked.is_set()
+
+    def ask(self) -> None:
+        """Ask to stop, as the first signal does."""
+        self._asked.set()
+
+    def __enter__(self) -> StopSignals:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._asked.is_set():
+            os._exit(128 + number)
+        self._asked.set()

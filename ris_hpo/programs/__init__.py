@@ -1,0 +1,1 @@
+"""What a trial trains: the contract, and the programs that come with it."""

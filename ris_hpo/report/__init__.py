@@ -1,0 +1,1 @@
+"""What is shown of a study: figures of a trial, the report, the study page."""

@@ -1,0 +1,268 @@
+"""The report of a study: everything a reader needs in one HTML file, and the same figures as JSON.
+
+``collect`` reads a study into plain values, ``as_json`` and ``as_html`` write them. The page holds its charts as SVG
+and no script at all, so it opens anywhere, prints as it looks, and stays at a few hundred kilobytes.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import statistics
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Final
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+from optuna.trial import FrozenTrial, TrialState
+
+from ris_hpo.report import charts
+from ris_hpo.search.counting import ranked, tally
+from ris_hpo.store import attributes as names
+from ris_hpo.store.credentials import redact
+
+_PACKAGES: Final = ("ris-hpo", "torch", "optuna", "optuna-dashboard", "sqlalchemy", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One trial as the report sees it."""
+
+    number: int
+    state: str
+    value: float | None
+    last_value: float | None
+    params: dict[str, Any]
+    scores: dict[str, float | None]
+    pipeline: dict[str, float | None]
+    floor: float | None
+    efficiency: float | None
+    scenes: int
+    seconds: float
+    core_seconds: float
+    gpu_seconds: float
+    origin: str | None
+    cause: str | None
+    error: str | None
+    diverged: str | None
+    lineage: int | None
+    config_fingerprint: str | None
+    host: str | None
+    device: str | None
+    started: str | None
+    ended: str | None
+    curve: list[tuple[int, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Pruning:
+    """What pruning saved, in scenes and in seconds, against running every pruned trial to the end."""
+
+    pruned: int
+    spent_scenes: int
+    saved_scenes: int
+    saved_seconds: float
+    saved_share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A study, ready to be written."""
+
+    study: str
+    description: str
+    command: str | None
+    made: str
+    started: str | None
+    ended: str | None
+    objective: str
+    sampler: str | None
+    pruner: str | None
+    proof: str | None
+    space_fingerprint: str | None
+    score_version: int | None
+    counts: dict[str, int]
+    causes: dict[str, int]
+    best: Trial | None
+    base: Trial | None
+    floor: float | None
+    reference: dict[str, dict[str, float | None]]
+    importances: dict[str, float]
+    importances_note: str | None
+    space: dict[str, dict[str, Any]]
+    pruning: Pruning
+    cost: dict[str, float]
+    winner: dict[str, Any] | None
+    environment: dict[str, Any]
+    trials: list[Trial]
+
+
+def collect(study: optuna.Study) -> Report:
+    """Read a study, finished or not."""
+    stored = study.get_trials(deepcopy=False)
+    frozen = [trial for trial in stored if trial.state is not TrialState.WAITING and not _withdrawn(trial)]
+    attributes = study.user_attrs
+    spec = attributes.get(names.SPEC, {})
+    trials = [_trial(trial) for trial in frozen]
+    order = ranked(frozen)
+    by_number = {trial.number: trial for trial in trials}
+    best = by_number[order[0].number] if order else None
+    base = next((trial for trial in trials if trial.origin == "base" and trial.value is not None), None)
+    importances, note = _importances(study, order)
+    counts = tally(stored).as_dict()
+    counts["diverged"] = sum(trial.diverged is not None for trial in trials)
+    causes = Counter(trial.cause or "unknown" for trial in trials if trial.state == "fail")
+    starts = [trial.datetime_start for trial in frozen if trial.datetime_start is not None]
+    ends = [trial.datetime_complete for trial in frozen if trial.datetime_complete is not None]
+    return Report(
+        study=study.study_name,
+        description=spec.get("description", ""),
+        command=redact(attributes[names.COMMAND]) if names.COMMAND in attributes else None,
+        made=datetime.now().astimezone().isoformat(timespec="seconds"),
+        started=min(starts).isoformat(timespec="seconds") if starts else None,
+        ended=max(ends).isoformat(timespec="seconds") if ends else None,
+        objective=spec.get("objective", "network"),
+        sampler=spec.get("sampler", {}).get("name"),
+        pruner=spec.get("pruner", {}).get("name"),
+        proof=attributes.get(names.PROOF),
+        space_fingerprint=attributes.get(names.SPACE_FINGERPRINT),
+        score_version=attributes.get(names.SCORE_VERSION),
+        counts=counts,
+        causes=dict(causes.most_common()),
+        best=best,
+        base=base,
+        floor=next((trial.floor for trial in (best, base, *trials) if trial and trial.floor is not None), None),
+        reference=attributes.get(names.REFERENCE, {}),
+        importances=importances,
+        importances_note=note,
+        space={name: _dimension(distribution) for name, distribution in _distributions(frozen).items()},
+        pruning=_pruning(trials),
+        cost={
+            "gpu_seconds": sum(trial.gpu_seconds for trial in trials),
+            "core_seconds": sum(trial.core_seconds for trial in trials),
+            "trial_seconds": sum(trial.seconds for trial in trials),
+            "wall_seconds": (max(ends) - min(starts)).total_seconds() if starts and ends else 0.0,
+            "failed_seconds": sum(trial.seconds for trial in trials if trial.state == "fail"),
+        },
+        winner=attributes.get(names.WINNER),
+        environment=environment(trials, attributes.get(names.VERSIONS, {})),
+        trials=trials,
+    )
+
+
+def _trial(trial: FrozenTrial) -> Trial:
+    read = trial.user_attrs.get
+    curve = sorted((step, value) for step, value in trial.intermediate_values.items())
+    seconds = float(read(names.SECONDS) or 0.0)
+    device = read(names.DEVICE)
+    on_gpu = str(device or "").startswith("cuda")
+    return Trial(
+        number=trial.number,
+        state=trial.state.name.lower(),
+        value=trial.values[0] if trial.state is TrialState.COMPLETE else None,
+        last_value=next((value for _, value in reversed(curve) if math.isfinite(value)), None),
+        params=dict(trial.params),
+        scores=read(names.COMPONENTS) or {},
+        pipeline=read(names.PIPELINE) or {},
+        floor=read(names.FLOOR),
+        efficiency=read(names.EFFICIENCY),
+        scenes=int(read(names.SCENES) or (curve[-1][0] if curve else 0)),
+        seconds=seconds,
+        core_seconds=0.0 if on_gpu else seconds * int(read(names.THREADS) or 1),
+        gpu_seconds=seconds if on_gpu else 0.0,
+        origin=read(names.ORIGIN),
+        cause=read(names.CAUSE) if trial.state is TrialState.FAIL else None,
+        error=redact(str(read(names.ERROR))) if trial.state is TrialState.FAIL and read(names.ERROR) else None,
+        diverged=read(names.DIVERGED) if trial.state is TrialState.COMPLETE else None,
+        lineage=read(names.LINEAGE),
+        config_fingerprint=read(names.CONFIG_FINGERPRINT),
+        host=read(names.HOST),
+        device=device,
+        started=trial.datetime_start.isoformat(timespec="seconds") if trial.datetime_start else None,
+        ended=trial.datetime_complete.isoformat(timespec="seconds") if trial.datetime_complete else None,
+        curve=curve,
+    )
+
+
+def _withdrawn(trial: FrozenTrial) -> bool:
+    return trial.state is TrialState.FAIL and trial.user_attrs.get(names.CAUSE) == names.Cause.WITHDRAWN
+
+
+def _distributions(trials: Sequence[FrozenTrial]) -> dict[str, BaseDistribution]:
+    """Every dimension any trial had; of the widest range where ranges were widened."""
+    found: dict[str, BaseDistribution] = {}
+    for trial in trials:
+        found.update(trial.distributions)
+    return found
+
+
+def _dimension(distribution: BaseDistribution) -> dict[str, Any]:
+    tree = {name: value for name, value in distribution._asdict().items() if value is not None}
+    return {"kind": type(distribution).__name__.removesuffix("Distribution").lower(), **tree}
+
+
+def _importances(study: optuna.Study, order: Sequence[FrozenTrial]) -> tuple[dict[str, float], str | None]:
+    if len(order) < 4:
+        return {}, f"Importances need at least 4 completed trials; there are {len(order)}."
+    values = [trial.values[0] for trial in order]
+    if max(values) - min(values) < 1e-12:
+        return {}, "All completed trials score alike, so nothing can be said to matter."
+    target = (lambda trial: float(trial.values[0])) if len(study.directions) > 1 else None
+    with warnings.catch_warnings():  # few trials in a regime, or an explicit target: hints for an interactive user
+        warnings.simplefilter("ignore", UserWarning)
+        found = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(), target=target)
+    return {name: float(share) for name, share in found.items()}, None
+
+
+def _pruning(trials: Sequence[Trial]) -> Pruning:
+    complete = [trial for trial in trials if trial.state == "complete" and trial.diverged is None]
+    pruned = [trial for trial in trials if trial.state == "pruned"]
+    whole = statistics.median(trial.scenes for trial in complete) if complete else 0
+    spent = sum(trial.scenes for trial in trials)
+    saved = [max(0, round(whole - trial.scenes)) for trial in pruned]
+    rates = [trial.seconds / trial.scenes for trial in trials if trial.scenes and trial.seconds]
+    rate = statistics.median(rates) if rates else 0.0
+    seconds = sum(
+        missing * (trial.seconds / trial.scenes if trial.scenes else rate)
+        for missing, trial in zip(saved, pruned, strict=True)
+    )
+    total = spent + sum(saved)
+    return Pruning(len(pruned), spent, sum(saved), seconds, sum(saved) / total if total else 0.0)
+
+
+def ranks(trial: Trial) -> bool:
+    """Whether a trial takes part in a ranking: complete, and not diverged."""
+    return trial.value is not None and trial.diverged is None
+
+
+def choices(dimension: Mapping[str, Any]) -> str:
+    """A dimension of the space in words: ``1e-05 to 0.01, log``."""
+    if dimension["kind"] == "categorical":
+        return ", ".join(str(choice) for choice in dimension["choices"])
+    text = f"{charts.number(dimension['low'])} to {charts.number(dimension['high'])}"
+    if dimension.get("step") not in (None, 1):
+        text += f", step {dimension['step']:g}"
+    return text + (", log" if dimension.get("log") else "")
+
+
+def environment(trials: Sequence[Trial], versions: Mapping[str, str]) -> dict[str, Any]:
+    """Versions, hosts and devices the study ran on; versions of this process where the study has none."""
+    found = dict(versions)
+    for package in _PACKAGES:
+        if package not in found:
+            try:
+                found[package] = version(package)
+            except PackageNotFoundError:
+                continue
+    found.setdefault("python", platform.python_version())
+    return {
+        "versions": found,
+        "hosts": dict(Counter(trial.host for trial in trials if trial.host).most_common()),
+        "devices": dict(Counter(trial.device for trial in trials if trial.device).most_common()),
+    }

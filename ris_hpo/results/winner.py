@@ -1,0 +1,302 @@
+"""Is the best trial really better? Fresh seeds, fresh scenes, the base configuration beside it, and an interval.
+
+The best of two hundred noisy scores is a flattering number. The leading configurations are trained again, each with
+the same fresh seeds as the base configuration and scored on scenes nobody has selected on; seed s makes a pair:
+
+    d_is = k_loc(candidate i, seed s) - k_loc(base, seed s),      mean_i +- t_{n-1, 1 - a/(2k)} sd_i / sqrt(n)
+
+With k candidates looked at, each interval is widened (Bonferroni), so that all of them hold at once with probability
+1 - a and picking the best of k costs nothing in honesty. ``judge`` is just this, a pure function of a table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import optuna
+from numpy.typing import ArrayLike
+from scipy import stats
+
+from ris_hpo.atomic import make_folder, write_text
+from ris_hpo.config import Spec
+from ris_hpo.errors import GateError, StudyError, TrainingDivergedError
+from ris_hpo.scoring.k_loc import WORST_K_LOC, finite_score
+from ris_hpo.search.counting import ranked
+from ris_hpo.search.spec import StudySpec, derived_seed
+from ris_hpo.store import attributes as names
+
+TOP: Final = 3
+SEEDS: Final = 5
+CONFIDENCE: Final = 0.95
+FRESH_SHARE: Final = 4  # fresh scenes over those of a trial's own pipeline score: here they are most of what scatters
+FRESH_FAMILY: Final = 1 << 41  # seeds of the scenes of the re-evaluation, far from training's and validation's
+
+Evaluate = Callable[[Spec, Path], float]
+"""Train a configuration in a folder (and go on where it was left), score it on fresh scenes; lower is better."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One candidate beside the base: mean score, mean paired difference, simultaneous interval of it."""
+
+    name: str
+    mean: float
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def better(self) -> bool:
+        """Whether the whole interval lies below zero."""
+        return self.high < 0
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the table says.
+
+    Attributes:
+        winner: name of the candidate with the lowest mean, or of the base where no candidate's mean is below it.
+        distinguishable: whether the winner's lead over the base is more than seeds and scenes explain.
+        peers: further candidates that this table cannot tell from the winner.
+        base_mean: mean score of the base.
+        candidates: every candidate, best mean first.
+        seeds: pairs.
+        confidence: of all intervals together.
+        sentence: the same in words.
+    """
+
+    winner: str
+    distinguishable: bool
+    peers: tuple[str, ...]
+    base_mean: float
+    candidates: tuple[Comparison, ...]
+    seeds: int
+    confidence: float
+    sentence: str
+
+
+def judge(candidates: Sequence[str], scores: ArrayLike, *, confidence: float = CONFIDENCE) -> Verdict:
+    """Compare candidates with a base over paired seeds.
+
+    Args:
+        candidates: names of rows 1, 2, ...
+        scores: [1 + k, n] scores, lower is better; row 0 is the base, column s shares one seed and its scenes.
+        confidence: probability that all k intervals hold.
+
+    Returns:
+        The verdict; with one seed nothing is distinguishable.
+
+    Raises:
+        StudyError: a table of another shape, or with values that are not finite.
+    """
+    table = np.asarray(scores, dtype=np.float64)
+    if table.ndim != 2 or table.shape[0] != 1 + len(candidates) or len(candidates) == 0 or table.shape[1] == 0:
+        raise StudyError(f"scores of shape {table.shape} do not fit a base and {len(candidates)} candidates")
+    if not np.isfinite(table).all():
+        raise StudyError("scores that are not finite cannot be compared; a failed run has no score")
+    base, others = table[0], table[1:]
+    alpha = 1 - confidence
+    compared = [
+        Comparison(name, float(row.mean()), *_interval(row - base, alpha / len(candidates)))
+        for name, row in zip(candidates, others, strict=True)
+    ]
+    order = sorted(range(len(candidates)), key=lambda index: (compared[index].mean, index))
+    first = order[0]
+    pairs = len(candidates) * (len(candidates) - 1) // 2
+    peers = tuple(
+        candidates[index]
+        for index in order[1:]
+        if not _interval(others[first] - others[index], alpha / max(1, pairs))[2] < 0
+    )
+    leader = compared[first]
+    behind = leader.difference >= 0
+    verdict = Verdict(
+        winner="base" if behind else leader.name,
+        distinguishable=leader.better,
+        peers=peers,
+        base_mean=float(base.mean()),
+        candidates=tuple(compared[index] for index in order),
+        seeds=table.shape[1],
+        confidence=confidence,
+        sentence="",
+    )
+    return dataclasses.replace(verdict, sentence=_sentence(verdict, leader))
+
+
+def confirm(
+    study: optuna.Study,
+    spec: StudySpec,
+    evaluate: Evaluate,
+    directory: Path,
+    *,
+    top: int = TOP,
+    seeds: int = SEEDS,
+    confidence: float = CONFIDENCE,
+    config_type: type[Spec] | None = None,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> Verdict:
+    """Re-evaluate the best configurations of a study, write the verdict into the study, and return it.
+
+    Finished runs are kept in ``directory``, so that an interrupted call goes on where it was.
+
+    Args:
+        study: the study.
+        spec: its specification.
+        evaluate: trains and scores one configuration; ``fresh_score`` for networks.
+        directory: where runs are kept.
+        top: candidates.
+        seeds: fresh seeds for each of them and for the base.
+        confidence: probability that all intervals hold.
+        config_type: configuration class, for tests.
+        progress: called with (runs done, runs in all, what is next).
+
+    Raises:
+        StudyError: no completed trial other than the base configuration.
+    """
+    base = spec.config({}, config_type=config_type)
+    candidates: dict[str, tuple[optuna.trial.FrozenTrial, Spec]] = {}
+    taken = {_same(base)}
+    for trial in ranked(study.get_trials(deepcopy=False)):
+        config = spec.config(trial.params, config_type=config_type)
+        if _same(config) not in taken and len(candidates) < top:
+            taken.add(_same(config))
+            candidates[f"trial {trial.number}"] = (trial, config)
+    if not candidates:
+        raise StudyError(
+            f"study '{study.study_name}' has no completed trial besides the base configuration; nothing to confirm"
+        )
+    configs: dict[str, Spec] = {"base": base, **{name: config for name, (_, config) in candidates.items()}}
+    fresh = [derived_seed(spec.seed, index, "winner") for index in range(seeds)]
+    table = np.empty((len(configs), seeds))
+    runs = list(itertools.product(enumerate(fresh), enumerate(configs.items())))  # seed by seed: whole pairs early
+    for done, ((column, seed), (row, (name, chosen))) in enumerate(runs):
+        progress(done, len(runs), f"{name}, seed {column + 1} of {seeds}")
+        table[row, column] = _kept(evaluate, chosen.replaced({"seed": seed}), directory)
+    progress(len(runs), len(runs), "done")
+    verdict = judge(list(candidates), table, confidence=confidence)
+    searched = {name: trial.values[0] for name, (trial, _) in candidates.items()}
+    study.set_user_attr(names.WINNER, as_attribute(verdict, searched))
+    return verdict
+
+
+def as_attribute(verdict: Verdict, searched: dict[str, float]) -> dict[str, Any]:
+    """The verdict as it stands in the study's attributes: JSON types, None for an unbounded end."""
+    rows = []
+    for item in verdict.candidates:
+        ends = {"low": _bounded(item.low), "high": _bounded(item.high)}
+        rows.append({**dataclasses.asdict(item), **ends, "searched": searched.get(item.name)})
+    return {
+        "winner": verdict.winner,
+        "distinguishable": verdict.distinguishable,
+        "verdict": verdict.sentence,
+        "method": (
+            f"Trained again with {verdict.seeds} fresh seeds, scored on fresh scenes, paired with the base by seed; "
+            f"the intervals hold together with {verdict.confidence:.0%} probability."
+        ),
+        "base_mean": verdict.base_mean,
+        "peers": list(verdict.peers),
+        "candidates": rows,
+    }
+
+
+def fresh_score(config: Spec, directory: Path, *, device: str = "cpu") -> float:
+    """Train from scratch, then the pipeline's ``k_loc`` of the best weights on scenes nobody has selected on.
+
+    A configuration of an inference study has a network already and is scored at once.
+
+    The scenes are a function of the configuration's seed, so that the base and every candidate meet the same ones. A
+    run that diverges scores worst; one whose curriculum fails a gate is scored by what it reached.
+    """
+    from ris_hpo.learning.inference import localize
+    from ris_hpo.physics.scene import simulate
+    from ris_hpo.programs.inference import RunConfig as InferenceConfig
+    from ris_hpo.programs.inference import Trainer as InferenceTrainer
+    from ris_hpo.scoring.metrics import score
+    from ris_hpo.training.config import RunConfig
+    from ris_hpo.training.trainer import Trainer, load_network
+
+    if isinstance(config, InferenceConfig):
+        trial = InferenceTrainer(config.replaced({"scene_seed": FRESH_FAMILY + config.seed}), directory, device=device)
+        for _ in trial.run():
+            continue
+        return finite_score(trial.conclude().pipeline.k_loc)
+    run = RunConfig.parse(config.model_dump(mode="json"))
+    trainer = Trainer(run, directory, device=device)
+    try:
+        for _ in trainer.run():
+            continue
+    except TrainingDivergedError:
+        return WORST_K_LOC
+    except GateError:
+        if trainer.best is None:
+            return WORST_K_LOC
+    network, _ = load_network(directory, device)
+    count = FRESH_SHARE * (run.budget.pipeline_scenes or run.budget.validation_scenes)
+    scenes = simulate(run.scene, FRESH_FAMILY + run.seed, range(count), device=device)
+    return finite_score(score(localize(network, scenes, run.inference), scenes.require_truth()).k_loc)
+
+
+def _interval(differences: np.ndarray[Any, Any], alpha: float) -> tuple[float, float, float]:
+    """Mean of paired differences with its two-sided t interval at level ``1 - alpha``: (mean, low, high)."""
+    n = len(differences)
+    mean = float(differences.mean())
+    if n < 2:
+        return mean, -math.inf, math.inf
+    half = float(stats.t.ppf(1 - alpha / 2, n - 1) * differences.std(ddof=1) / math.sqrt(n))
+    return mean, mean - half, mean + half
+
+
+def _sentence(verdict: Verdict, leader: Comparison) -> str:
+    level = f"{verdict.confidence:.0%}"
+    if verdict.seeds < 2:
+        return "One seed cannot tell a lead from luck: not distinguishable. Use more seeds."
+    if leader.better:
+        text = (
+            f"{leader.name.capitalize()} is better than the base configuration: k_loc lower by "
+            f"{-leader.difference:.3f}, {level} interval {-leader.high:.3f} to {-leader.low:.3f} over {verdict.seeds} "
+            "fresh seeds."
+        )
+        if verdict.peers:
+            text += f" It cannot be told from {' or '.join(verdict.peers)}."
+        return text
+    if leader.difference >= 0:
+        return (
+            f"No candidate beats the base configuration on fresh seeds: {leader.name} comes closest, "
+            f"{leader.difference:.3f} above it; not distinguishable from a lucky draw of the search."
+        )
+    return (
+        f"{leader.name.capitalize()} is not distinguishable from the base configuration: k_loc lower by "
+        f"{-leader.difference:.3f}, but the {level} interval, {_signed(-leader.high)} to {_signed(-leader.low)} over "
+        f"{verdict.seeds} fresh seeds, holds zero."
+    )
+
+
+def _kept(evaluate: Evaluate, config: Spec, directory: Path) -> float:
+    folder = directory / config.fingerprint()
+    result = folder / "score.json"
+    if result.is_file():
+        return float(json.loads(result.read_text(encoding="utf-8"))["k_loc"])
+    value = evaluate(config, make_folder(folder))
+    write_text(result, json.dumps({"k_loc": value, "config": config.model_dump(mode="json")}))
+    return value
+
+
+def _same(config: Spec) -> str:
+    return config.replaced({"seed": 0}).fingerprint()
+
+
+def _bounded(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}"

@@ -1,0 +1,1 @@
+"""Estimates against truth: assignment, k_loc and its components, the Cramer-Rao floor."""

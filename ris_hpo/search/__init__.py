@@ -1,0 +1,1 @@
+"""What is searched: study files, specifications, samplers, pruners, and the exact count of trials."""

@@ -1,0 +1,238 @@
+"""Exact counting: how many trials a study has, which is the best, when it stops, and who continues a lost trial.
+
+A line of trials is one ticket: the trial that was asked for, and the successors of its infrastructure faults. A study
+of N trials is a study of N lines, and it has ended when each of them is complete, pruned, or failed for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+
+from ris_hpo.search.spec import RetrySpec, StopSpec
+from ris_hpo.store import attributes as names
+from ris_hpo.store.attributes import Cause
+from ris_hpo.store.cache import Store, ticket
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Trials of a study by state; failures that a successor continues are ``retried`` and not ``fail``."""
+
+    complete: int = 0
+    pruned: int = 0
+    fail: int = 0
+    running: int = 0
+    waiting: int = 0
+    retried: int = 0
+
+    @property
+    def ended(self) -> int:
+        """Trials that have ended for good: what ``--n-trials`` counts."""
+        return self.complete + self.pruned + self.fail
+
+    @property
+    def open(self) -> int:
+        """Trials that are running or waiting."""
+        return self.running + self.waiting
+
+    def as_dict(self) -> dict[str, int]:
+        """Return the counts by name."""
+        return asdict(self)
+
+
+def live_trials(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """Return one trial per line: neither those a successor continues nor tickets that were withdrawn."""
+    trials = list(trials)
+    continued = {trial.user_attrs[names.PREDECESSOR] for trial in trials if names.PREDECESSOR in trial.user_attrs}
+    return [
+        trial
+        for trial in trials
+        if trial.number not in continued
+        and not (trial.state == TrialState.FAIL and trial.user_attrs.get(names.CAUSE) == Cause.WITHDRAWN)
+    ]
+
+
+def tally(trials: Sequence[FrozenTrial]) -> Tally:
+    """Count the trials of a study."""
+    live = live_trials(trials)
+    counts = dict.fromkeys(TrialState, 0)
+    for trial in live:
+        counts[trial.state] += 1
+    withdrawn = sum(
+        trial.state == TrialState.FAIL and trial.user_attrs.get(names.CAUSE) == Cause.WITHDRAWN for trial in trials
+    )
+    return Tally(
+        complete=counts[TrialState.COMPLETE],
+        pruned=counts[TrialState.PRUNED],
+        fail=counts[TrialState.FAIL],
+        running=counts[TrialState.RUNNING],
+        waiting=counts[TrialState.WAITING],
+        retried=len(trials) - len(live) - withdrawn,
+    )
+
+
+def ranked(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """Return the completed trials that did not diverge, best first; the earlier of two equals leads.
+
+    This order is the one meaning of best everywhere: status, stop rules, report, ``best`` and ``export``.
+    """
+    complete = [
+        trial for trial in trials if trial.state == TrialState.COMPLETE and names.DIVERGED not in trial.user_attrs
+    ]
+    return sorted(complete, key=lambda trial: (trial.values[0], trial.number))
+
+
+def best_trial(trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
+    """Return the best trial, or None where nothing is complete yet."""
+    order = ranked(trials)
+    return order[0] if order else None
+
+
+# -- tickets ---------------------------------------------------------------------------------------------------------
+
+
+def fill(store: Store, study_id: int, n_trials: int, first: Callable[[], list[FrozenTrial]]) -> int:
+    """Give a study exactly ``n_trials`` lines: append the missing tickets, withdraw waiting ones that are too many.
+
+    Args:
+        store: the store.
+        study_id: the study.
+        n_trials: lines of trials the study shall have; more that already ran stay.
+        first: tickets with parameters that open an empty study (base configuration, warm start).
+
+    Returns:
+        Tickets added; running the same command again adds none.
+    """
+
+    def missing(present: list[FrozenTrial]) -> list[FrozenTrial]:
+        short = n_trials - len(live_trials(present))
+        opening = first() if not present else []
+        return [*opening, *(ticket() for _ in range(short - len(opening)))][: max(short, 0)]
+
+    added = store.fill(study_id, missing)
+    live = live_trials(store.get_all_trials(study_id, deepcopy=False))
+    surplus = len(live) - n_trials
+    if surplus > 0:
+        waiting = [trial for trial in live if trial.state == TrialState.WAITING]
+        # last the ones that hold work: put back half-way, or continuing a lost trial
+        waiting.sort(key=lambda trial: (bool(trial.params), -trial.number))
+        store.withdraw([trial._trial_id for trial in waiting[:surplus]])
+    return added
+
+
+def successor_of(trial: FrozenTrial, cause: Cause, retries: RetrySpec) -> FrozenTrial | None:
+    """Return the ticket that continues a failed trial, or None where its line ends.
+
+    It has the same parameters, the lineage, and nothing else: inherited system attributes (rungs, constraints) would
+    count twice, and inherited reports could not be made again.
+    """
+    if cause not in names.RETRIED_CAUSES:
+        return None
+    struck = {**trial.user_attrs.get(names.RETRIES, {})}
+    inherited, reached = trial.user_attrs.get(names.INHERITED_STEP, 0), trial.last_step or 0
+    if reached > inherited and cause is Cause.LOST_WORKER:
+        struck[cause.value] = 0  # it got on before it was lost: however often that happens, it ends some day
+    struck[cause.value] = struck.get(cause.value, 0) + 1
+    allowed: dict[str, int] = retries.model_dump()
+    if struck[cause.value] > allowed[cause.value]:
+        return None
+    marks = {
+        names.LINEAGE: lineage_root(trial),
+        names.PREDECESSOR: trial.number,
+        names.ATTEMPT: trial.user_attrs.get(names.ATTEMPT, 0) + 1,
+        names.RETRIES: struck,
+        names.INHERITED_STEP: max(inherited, reached),
+    }
+    if names.ORIGIN in trial.user_attrs:
+        marks[names.ORIGIN] = trial.user_attrs[names.ORIGIN]
+    if names.CONFIG_FINGERPRINT in trial.user_attrs:
+        # handed on with the parameters: the successor may be lost before it gets to write its own
+        marks[names.CONFIG_FINGERPRINT] = trial.user_attrs[names.CONFIG_FINGERPRINT]
+        return create_trial(
+            state=TrialState.WAITING, params=trial.params, distributions=trial.distributions, user_attrs=marks
+        )
+    # lost while its parameters were being drawn: drawn again from the line's own seed, they come out the same
+    return ticket(trial.system_attrs.get("fixed_params"), marks)
+
+
+def fail_trial(
+    store: Store,
+    trial: FrozenTrial,
+    cause: Cause,
+    error: str,
+    retries: RetrySpec,
+    *,
+    owner: str | None = None,
+    marks: Mapping[str, Any] | None = None,
+) -> bool:
+    """Fail a running trial and queue its successor in one transaction; False when it was not running any more.
+
+    Args:
+        store: the store.
+        trial: the trial as it stands.
+        cause: why.
+        error: one line for people.
+        retries: how often each cause is forgiven.
+        owner: who must still hold the trial; None for anyone.
+        marks: further attributes.
+    """
+    last = trial.last_step
+    marks = {names.CAUSE: cause.value, names.ERROR: error, names.LAST_STEP: last, **(marks or {})}
+    return store.retire(trial._trial_id, owner, marks, lambda latest: successor_of(latest, cause, retries))
+
+
+# -- owners ----------------------------------------------------------------------------------------------------------
+
+
+# -- stop rules ------------------------------------------------------------------------------------------------------
+
+StopRule = Literal["timeout", "gpu_hours", "target", "patience"]
+
+
+def stop_reason(rules: StopSpec, trials: Sequence[FrozenTrial], seconds: float) -> StopRule | None:
+    """Return the rule that ends the study now, if any.
+
+    Args:
+        rules: the limits; every one that is None is off.
+        trials: all trials of the study.
+        seconds: wall clock since this run began.
+    """
+    if rules.timeout_s is not None and seconds >= rules.timeout_s:
+        return "timeout"
+    if rules.gpu_hours is not None:
+        now = datetime.now()
+        spent = 0.0
+        for trial in trials:
+            if trial.state == TrialState.RUNNING and trial.datetime_start is not None:
+                spent += (now - trial.datetime_start).total_seconds()
+            spent += trial.user_attrs.get(names.SECONDS, 0.0)
+        if spent >= 3600 * rules.gpu_hours:
+            return "gpu_hours"
+    best = best_trial(trials)
+    if best is None:
+        return None
+    if rules.target is not None and best.values[0] <= rules.target:
+        return "target"
+    if rules.patience is not None and best.datetime_complete is not None:
+        since = sum(
+            trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+            and trial.datetime_complete is not None
+            and trial.datetime_complete > best.datetime_complete
+            for trial in trials
+        )
+        if since >= rules.patience:
+            return "patience"
+    return None
+
+
+# -- status ----------------------------------------------------------------------------------------------------------
+
+
+def lineage_root(trial: FrozenTrial | Trial) -> int:
+    """Return the number of the first trial of this trial's line: its own unless it is a retry."""
+    return int(trial.user_attrs.get(names.LINEAGE, trial.number))

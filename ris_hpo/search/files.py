@@ -1,0 +1,116 @@
+"""Study files: TOML in, a checked specification out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ris_hpo.config import Spec, read_toml, suggestion
+from ris_hpo.errors import ConfigError, SpaceError
+from ris_hpo.search.spec import Dimension, StudySpec
+
+if TYPE_CHECKING:
+    pass
+
+
+def study_directories() -> list[Path]:
+    """Return the folders searched for study files, nearest first: ``./studies`` and the one beside the package."""
+    return [Path("studies"), Path(__file__).resolve().parents[2] / "studies"]
+
+
+def list_studies() -> dict[str, Path]:
+    """Return the known studies by name.
+
+    Raises:
+        SpaceError: none in any of the folders.
+    """
+    found: dict[str, Path] = {}
+    for directory in study_directories():
+        for path in sorted(directory.glob("*.toml")):
+            found.setdefault(path.stem, path)
+    if not found:
+        places = " or ".join(str(directory.absolute()) for directory in study_directories())
+        raise SpaceError(
+            f"no study files in {places}; work in a folder with studies/, or give the path of a study file"
+        )
+    return found
+
+
+def load_study(name_or_path: str | Path, *, config_type: type[Spec] | None = None) -> StudySpec:
+    """Read and validate a study by name (``wide``) or file (``my/space.toml``).
+
+    Raises:
+        SpaceError: unknown name (with a suggestion, or where names are looked for), unknown key, impossible bounds, or
+            a value the run configuration refuses.
+        ConfigError: a file that is missing or not TOML.
+    """
+    text = str(name_or_path)
+    if text.endswith(".toml") or "/" in text:
+        path = Path(text)
+    else:
+        known = list_studies()
+        if text not in known:
+            raise SpaceError(f"unknown space '{text}'{suggestion(text, list(known))}")
+        path = known[text]
+    spec = parse_study(read_toml(path), name=path.stem, source=str(path))
+    spec.check(config_type)
+    return spec
+
+
+def parse_study(tree: Mapping[str, Any], *, name: str, source: str) -> StudySpec:
+    """Turn the tables of a study file into a specification, without looking at the run configuration.
+
+    Raises:
+        SpaceError: unknown table or key, impossible bounds.
+    """
+    tables = ("study", "base", "space", "sampler", "pruner", "budget", "retries", "stop")
+    for key, value in tree.items():
+        if key not in tables:
+            raise SpaceError(f"{source}: unknown table '{key}'{suggestion(key, list(tables))}")
+        if not isinstance(value, Mapping):
+            raise SpaceError(f"{source}: '{key}' must be a table (found {value!r})")
+    head = dict(tree.get("study", {}))
+    heading = ("name", "description", "kind", "seed", "objective", "cost")
+    for key in head:
+        if key not in heading:
+            raise SpaceError(f"{source}: unknown key 'study.{key}'{suggestion(key, list(heading))}")
+
+    def dimension_like(table: Mapping[str, Any]) -> bool:
+        return any(key in table for key in ("low", "high", "choices"))
+
+    space = dict(_flattened(tree.get("space", {}), dimension_like))
+    for path, table in space.items():
+        if not isinstance(table, Mapping):
+            raise SpaceError(f"{source}: 'space.{path}' needs low and high, or choices (found {table!r})")
+        if isinstance(table.get("when"), Mapping):
+            conditions = dict(_flattened(table["when"], lambda _: False))
+            space[path] = {**table, "when": {k: v if isinstance(v, list) else [v] for k, v in conditions.items()}}
+        try:
+            Dimension.parse(space[path], f"{source}: space.'{path}'")
+        except ConfigError as error:
+            raise SpaceError(str(error)) from None
+    rest = {key: tree[key] for key in ("sampler", "pruner", "budget", "retries", "stop") if key in tree}
+    whole = {
+        "name": name,
+        **head,
+        "base": dict(_flattened(tree.get("base", {}), lambda _: False)),
+        "space": space,
+        **rest,
+    }
+    try:
+        return StudySpec.parse(whole, source)
+    except SpaceError:
+        raise
+    except ConfigError as error:
+        raise SpaceError(str(error)) from None
+
+
+def _flattened(
+    table: Mapping[str, Any], is_leaf: Callable[[Mapping[str, Any]], bool], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping) and not is_leaf(value):
+            yield from _flattened(value, is_leaf, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

@@ -1,0 +1,356 @@
+"""Studies are data: the TOML form of a study, its search space, and the way from parameters to a run configuration.
+
+A study file has the tables ``[study]``, ``[base]`` (run-configuration values other than the defaults), ``[space]``
+(dotted run-configuration path -> ``low``/``high``/``step``/``log`` or ``choices``, and ``when``), ``[sampler]``,
+``[pruner]``, ``[budget]``, ``[retries]`` and ``[stop]``. Everything is validated at load, bounds against the run
+configuration itself, so that no study fails an hour in over a misspelt key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import Trial
+from pydantic import Field, model_validator
+
+from ris_hpo.config import Spec, dotted_keys, fingerprint, suggestion
+from ris_hpo.errors import ConfigError, SpaceError
+
+if TYPE_CHECKING:
+    from ris_hpo.training.config import RunConfig
+
+Value = bool | int | float | str
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+"""What a study may be called: its trials' folders have that name, and must not lie elsewhere."""
+
+_MOST_STEPS = 1_000_000
+_PROBES = 64  # random configurations tried at load; a combination the run configuration refuses shows up here
+
+
+class Dimension(Spec):
+    """One searched key: a range (``low``, ``high``, optional ``step`` or ``log``) or ``choices``.
+
+    Integers in ``low`` and ``high`` make an integer range. ``when`` makes the dimension conditional: it is searched
+    only where every named dimension has one of the listed values, and keeps the base value elsewhere.
+    """
+
+    low: int | float | None = None
+    high: int | float | None = None
+    step: int | float | None = None
+    log: bool = False
+    choices: list[Value] | None = None
+    when: dict[str, list[Value]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Self:
+        for parent, values in self.when.items():
+            if not values:
+                raise ValueError(f"when waits for no value of '{parent}'")
+        if self.choices is not None:
+            if self.low is not None or self.high is not None or self.step is not None or self.log:
+                raise ValueError("choices exclude low, high, step and log")
+            if len(self.choices) < 2 or len({(type(c), c) for c in self.choices}) < len(self.choices):
+                raise ValueError("choices need two different values or more")
+            return self
+        if self.low is None or self.high is None:
+            raise ValueError("needs low and high, or choices")
+        if not self.low < self.high:
+            raise ValueError(f"low {self.low} is not below high {self.high}")
+        if self.log and (self.step is not None or self.low <= 0):
+            raise ValueError("log needs low above 0 and no step")
+        if self.step is not None:
+            if self.step <= 0:
+                raise ValueError("step must be above 0")
+            low, high, step = (Decimal(str(value)) for value in (self.low, self.high, self.step))
+            if (high - low) / step > _MOST_STEPS or (high - low) % step != 0:
+                raise ValueError(f"step {self.step} must divide {self.low}..{self.high} into {_MOST_STEPS:,} at most")
+        return self
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether this is a range of whole numbers."""
+        return isinstance(self.low, int) and isinstance(self.high, int) and isinstance(self.step, int | None)
+
+    def distribution(self) -> BaseDistribution:
+        """Return the Optuna distribution."""
+        if self.choices is not None:
+            return CategoricalDistribution(self.choices)
+        assert self.low is not None
+        assert self.high is not None
+        if self.is_integer:
+            return IntDistribution(int(self.low), int(self.high), log=self.log, step=int(self.step or 1))
+        return FloatDistribution(float(self.low), float(self.high), log=self.log, step=self.step)
+
+    def contains(self, value: object) -> bool:
+        """Say whether ``value`` is one this dimension can take."""
+        if self.choices is not None:
+            return any(type(value) is type(choice) and value == choice for choice in self.choices)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        assert self.low is not None
+        assert self.high is not None
+        if not self.low <= value <= self.high:
+            return False
+        step = 1 if self.is_integer and self.step is None else self.step
+        if step is None or (self.log and not self.is_integer):
+            return True
+        steps = (value - self.low) / step
+        return math.isclose(steps, round(steps), abs_tol=1e-9)
+
+    def edges(self) -> list[Value]:
+        """Return the values where a run configuration is most likely to refuse: both ends, or every choice."""
+        if self.choices is not None:
+            return list(self.choices)
+        distribution = self.distribution()
+        assert isinstance(distribution, IntDistribution | FloatDistribution)
+        return [distribution.low, distribution.high]
+
+    def draw(self, generator: random.Random) -> Value:
+        """Return a random value of this dimension (for probing, not for searching)."""
+        distribution = self.distribution()
+        if isinstance(distribution, IntDistribution):
+            return generator.randrange(distribution.low, distribution.high + 1, distribution.step)
+        if isinstance(distribution, FloatDistribution):
+            if distribution.log:
+                return math.exp(generator.uniform(math.log(distribution.low), math.log(distribution.high)))
+            value = generator.uniform(distribution.low, distribution.high)
+            if distribution.step is None:
+                return value
+            return distribution.low + distribution.step * round((value - distribution.low) / distribution.step)
+        assert self.choices is not None
+        return generator.choice(self.choices)
+
+    def active(self, params: Mapping[str, Value]) -> bool:
+        """Say whether the conditions of this dimension hold under ``params``."""
+        return all(params.get(parent) in values for parent, values in self.when.items())
+
+
+class SamplerSpec(Spec):
+    """How new parameters are proposed. ``startup`` trials are random before a model is fitted (tpe, gp, cmaes)."""
+
+    name: Literal["tpe", "gp", "cmaes", "random", "qmc", "nsga2"] = "tpe"
+    startup: int = Field(default=10, ge=1)
+    population: int = Field(default=20, ge=2, description="generation size of nsga2")
+
+
+class PrunerSpec(Spec):
+    """When a trial is given up. All lengths are scenes seen, so that batch sizes and phases compare.
+
+    ``first_scenes`` is the first rung (asha, hyperband); ``reduction`` keeps one in that many; ``warmup_scenes``
+    shields the start of every trial, ``patience`` lets a trial live until that many validations brought nothing new.
+    """
+
+    name: Literal["asha", "hyperband", "median", "wilcoxon", "none"] = "asha"
+    first_scenes: int | None = Field(default=None, ge=1, description="default: one validation interval")
+    reduction: int = Field(default=3, ge=2)
+    startup: int = Field(default=5, ge=0, description="trials that end before median and wilcoxon judge")
+    warmup_scenes: int = Field(default=0, ge=0)
+    patience: int = Field(default=0, ge=0)
+    p_threshold: float = Field(default=0.1, gt=0, lt=1, description="wilcoxon")
+
+
+class StudyBudget(Spec):
+    """How much a study may use. Times bound one trial: its wall clock, and the wait for its next validation."""
+
+    n_trials: int = Field(default=20, ge=1)
+    epoch_scenes: int = Field(default=20_000, ge=1, description="what --epochs-per-trial counts in")
+    trial_timeout_s: float | None = Field(default=None, gt=0)
+    stall_timeout_s: float | None = Field(default=None, gt=0)
+
+
+class RetrySpec(Spec):
+    """How often the surroundings' faults are forgiven, per line of trials without progress; a bug is never retried."""
+
+    lost_worker: int = Field(default=5, ge=0)
+    out_of_memory: int = Field(default=1, ge=0)
+    timeout: int = Field(default=1, ge=0)
+    bugs: int = Field(default=3, ge=1, description="bug failures in one run after which the study stops")
+
+
+class StopSpec(Spec):
+    """What ends a study before its budget: wall clock of one run, device hours, a score, or no progress."""
+
+    timeout_s: float | None = Field(default=None, gt=0)
+    gpu_hours: float | None = Field(default=None, gt=0)
+    target: float | None = None
+    patience: int | None = Field(default=None, ge=1, description="ended trials since the best one")
+
+
+class StudySpec(Spec):
+    """One study: what is searched, from which base, by which sampler and pruner, within which budget."""
+
+    name: str = Field(pattern=NAME)
+    description: str = ""
+    kind: Literal["training", "inference"] = "training"
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    objective: Literal["network", "pipeline"] = "network"
+    cost: Literal["parameters", "seconds"] = Field(default="parameters", description="second objective of nsga2")
+    base: dict[str, Any] = Field(default_factory=dict)
+    space: dict[str, Dimension] = Field(min_length=1)
+    sampler: SamplerSpec = SamplerSpec()
+    pruner: PrunerSpec = PrunerSpec()
+    budget: StudyBudget = StudyBudget()
+    retries: RetrySpec = RetrySpec()
+    stop: StopSpec = StopSpec()
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Self:
+        seen: list[str] = []
+        for path, dimension in self.space.items():
+            for parent, values in dimension.when.items():
+                if parent not in seen:
+                    known = [key for key in self.space if key != path]
+                    raise ValueError(
+                        f"'{path}' depends on '{parent}', which is not searched above it{suggestion(parent, known)}"
+                    )
+                for value in values:
+                    if not self.space[parent].contains(value):
+                        raise ValueError(f"'{path}' waits for '{parent}' = {value!r}, which is not in its range")
+            if path in self.base and not dimension.contains(self.base[path]):
+                raise ValueError(f"base value {self.base[path]!r} of '{path}' lies outside its range")
+            seen.append(path)
+        if self.sampler.name == "nsga2" and self.pruner.name != "none":
+            raise ValueError("nsga2 has two objectives, which no pruner can judge; set pruner.name to 'none'")
+        return self
+
+    @property
+    def directions(self) -> list[str]:
+        """Optuna directions: k_loc, and the cost under nsga2; lower is better."""
+        return ["minimize", "minimize"] if self.sampler.name == "nsga2" else ["minimize"]
+
+    @property
+    def metric_names(self) -> list[str]:
+        """Names of the objectives as the dashboard shows them."""
+        return ["k_loc", self.cost] if self.sampler.name == "nsga2" else ["k_loc"]
+
+    def space_fingerprint(self) -> str:
+        """Fingerprint of what makes two trials comparable: base, space, objective, number of objectives."""
+        tree = self.model_dump(mode="json", include={"kind", "base", "space", "objective"})
+        return fingerprint({**tree, "metrics": self.metric_names})
+
+    def with_epochs(self, epochs: int) -> StudySpec:
+        """Return this study with trials of ``epochs`` times ``budget.epoch_scenes`` scenes."""
+        if epochs < 1:
+            raise ConfigError(f"epochs per trial: {epochs} is not above 0")
+        return self.with_base({"budget.scenes": epochs * self.budget.epoch_scenes})
+
+    def with_base(self, changes: Mapping[str, Any]) -> StudySpec:
+        """Return this study with base values replaced."""
+        return self.parse({**self.model_dump(mode="json"), "base": {**self.base, **changes}}, self.name)
+
+    def suggest(self, trial: Trial) -> dict[str, Value]:
+        """Ask the study's sampler for every active dimension, parents first."""
+        params: dict[str, Value] = {}
+        for path, dimension in self.space.items():
+            if not dimension.active(params):
+                continue
+            distribution = dimension.distribution()
+            if isinstance(distribution, CategoricalDistribution):
+                params[path] = cast(Value, trial.suggest_categorical(path, list(distribution.choices)))
+            elif isinstance(distribution, IntDistribution):
+                params[path] = trial.suggest_int(
+                    path, distribution.low, distribution.high, step=distribution.step, log=distribution.log
+                )
+            else:
+                assert isinstance(distribution, FloatDistribution)
+                params[path] = trial.suggest_float(
+                    path, distribution.low, distribution.high, step=distribution.step, log=distribution.log
+                )
+        return params
+
+    def config(
+        self, params: Mapping[str, Value], root: int | None = None, config_type: type[Spec] | None = None
+    ) -> RunConfig:
+        """Return the frozen run configuration of a trial, the very one ``export`` writes.
+
+        Args:
+            params: parameters of the trial; a dimension that is absent keeps its base value.
+            root: number of the first trial of its line; the seed is derived from it. None keeps the base's seed.
+            config_type: another configuration class, for tests.
+
+        Raises:
+            ConfigError: an unknown key or a value out of bounds.
+        """
+        changes = {**self.base, **params}
+        if root is not None and "seed" not in self.base:
+            changes["seed"] = derived_seed(self.seed, root, "run")
+        return cast("RunConfig", (config_type or _run_config(self.kind)).parse({}).replaced(changes))
+
+    def base_params(self, config_type: type[Spec] | None = None) -> dict[str, Value]:
+        """Return the base configuration as parameters of this space.
+
+        Raises:
+            SpaceError: a base value outside its dimension.
+        """
+        tree = self.config({}, config_type=config_type).model_dump(mode="json")
+        params: dict[str, Value] = {}
+        for path, dimension in self.space.items():
+            if not dimension.active(params):
+                continue
+            value: Any = tree
+            for part in path.split("."):
+                if not isinstance(value, dict) or part not in value:
+                    known = list(dotted_keys(self.config({}, config_type=config_type)))
+                    raise SpaceError(f"study '{self.name}': unknown key '{path}'{suggestion(path, known)}")
+                value = value[part]
+            if not dimension.contains(value) and dimension.choices is None and isinstance(value, float):
+                value = int(value) if dimension.is_integer and value.is_integer() else value
+            if not dimension.contains(value):
+                raise SpaceError(
+                    f"study '{self.name}': base value {value!r} of '{path}' lies outside its range; "
+                    "set it in [base] or widen the range"
+                )
+            params[path] = value
+        return params
+
+    def check(self, config_type: type[Spec] | None = None) -> None:
+        """Check every dimension, alone at its edges and together at random points, against the run configuration.
+
+        Raises:
+            SpaceError: one line that names the key and what the run configuration said.
+        """
+        kind = config_type or _run_config(self.kind)
+        try:
+            base = self.config({}, config_type=kind)
+            reference = self.base_params(kind)
+            for path, dimension in self.space.items():
+                for value in dimension.edges():
+                    # where it is conditional and off in the base, its parents are set so that it counts
+                    off = path not in reference
+                    parents = {parent: values[0] for parent, values in dimension.when.items()} if off else {}
+                    base.replaced({**parents, path: value})
+            generator = random.Random(0)
+            for _ in range(_PROBES):
+                params: dict[str, Value] = {}
+                for path, dimension in self.space.items():
+                    if dimension.active(params):
+                        params[path] = dimension.draw(generator)
+                self.config(params, config_type=kind)
+        except SpaceError:
+            raise
+        except ConfigError as error:
+            raise SpaceError(f"study '{self.name}': {error}") from None
+
+
+def derived_seed(seed: int, number: int, purpose: str) -> int:
+    """Return a seed that is a function of the study's seed, a trial number and a purpose, and of nothing else."""
+    digest = hashlib.sha256(f"{seed}/{number}/{purpose}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") & 0x7FFF_FFFF
+
+
+def _run_config(kind: str) -> type[Spec]:
+    # imported late: a supervisor or a status query reads studies without paying for torch
+    if kind == "inference":
+        from ris_hpo.programs.inference import RunConfig as InferenceRun
+
+        return InferenceRun
+    from ris_hpo.training.config import RunConfig
+
+    return RunConfig

@@ -1,0 +1,106 @@
+"""Names of everything the service writes beside a trial's parameters and curve: the one place that spells them.
+
+Trial attributes stay small, since the dashboard loads all of them on each request; curves are intermediate values,
+figures are artifacts. Study attributes hold what a worker on another host needs to join: the specification itself.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Final
+
+# -- what a trial scored ---------------------------------------------------------------------------------------------
+COMPONENTS: Final = "components"
+"""Network-path ``Scores.as_dict()`` of the best validation; ``k_loc`` inside it is the objective's value."""
+PIPELINE: Final = "pipeline"
+"""Pipeline-path ``Scores.as_dict()`` of the best weights on the same frozen scenes (completed trials)."""
+PIPELINE_FLOOR: Final = "pipeline_floor"
+"""``k_loc`` of the floor on the scenes of the pipeline's score, which may be fewer."""
+GATE: Final = "gate"
+"""One line on the curriculum's gate that was not passed; the trial's score is what it reached until then."""
+FLOOR: Final = "floor"
+"""``k_loc`` of the floor on the frozen scenes: what right counts and CRB-sized errors would score."""
+EFFICIENCY: Final = "efficiency"
+"""Share of the way from the worst score (7) to the floor that the value covers; 1 is at the floor, above 1 beyond."""
+DIVERGED: Final = "diverged"
+"""One line on why training could not go on; such a trial is COMPLETE at the worst score, so that the sampler learns."""
+
+# -- what a trial was ------------------------------------------------------------------------------------------------
+CONFIG_FINGERPRINT: Final = "config_fingerprint"
+"""Fingerprint of the frozen run configuration; written once all parameters stand."""
+SEED: Final = "seed"
+"""Seed of the trial's run configuration, derived from the study's seed and the lineage root."""
+SCENES: Final = "scenes"
+"""Scenes seen in training when the trial ended."""
+SECONDS: Final = "seconds"
+"""Seconds that workers spent on the trial, those before it was put back included."""
+SCENES_PER_SECOND: Final = "scenes_per_second"
+PARAMETERS: Final = "parameters"
+"""Trainable parameters of the network."""
+PEAK_MEMORY: Final = "peak_memory_bytes"
+"""Peak device memory on a GPU, peak resident set of the worker on a CPU."""
+HOST: Final = "host"
+DEVICE: Final = "device"
+THREADS: Final = "threads"
+"""Torch threads of the worker; a curve repeats bit for bit only under the same number."""
+
+# -- who holds a trial, and how it ended badly -----------------------------------------------------------------------
+OWNER: Final = "owner"
+"""``budget.owner_name()`` of the worker that claimed the trial, written in the transaction that claims it."""
+CAUSE: Final = "cause"
+"""A ``Cause``; it means something on a FAIL trial only."""
+ERROR: Final = "error"
+"""One line: exception and message, or how the worker was lost."""
+TRACEBACK: Final = "traceback"
+"""Last lines of the traceback of a ``Cause.BUG``."""
+LAST_STEP: Final = "last_step"
+"""Scenes seen at the last report before a failure."""
+PREEMPTIONS: Final = "preemptions"
+"""How often the trial was checkpointed, put back and taken up again."""
+
+# -- lineage of a retried trial --------------------------------------------------------------------------------------
+LINEAGE: Final = "lineage"
+"""Number of the first trial of the line; seeds are derived from it. Absent on a trial that is the first."""
+PREDECESSOR: Final = "predecessor"
+"""Number of the failed trial that this one continues."""
+ATTEMPT: Final = "attempt"
+"""1 for the first successor, and so on."""
+ORIGIN: Final = "origin"
+"""``base`` for the base configuration, ``warm-start STUDY#NUMBER`` for one taken from another study."""
+
+RETRIES: Final = "retries"
+"""How often each cause struck this line of trials, as ``{cause: count}``; a loss after progress starts over at 1."""
+INHERITED_STEP: Final = "inherited_step"
+"""Scenes seen at the last report of the line when this successor was queued."""
+
+# -- study attributes ------------------------------------------------------------------------------------------------
+SPEC: Final = "spec"
+"""The ``StudySpec`` as JSON types: all that a worker needs besides the store's address."""
+SPACE_FINGERPRINT: Final = "space_fingerprint"
+SCORE_VERSION: Final = "score_version"
+PROOF: Final = "proof"
+"""Fingerprint of the phase-0 certificate the study stands on, or ``no-proof``."""
+COMMAND: Final = "command"
+"""The command line that made the study, with credentials redacted."""
+VERSIONS: Final = "versions"
+FORKED_FROM: Final = "forked_from"
+WARM_START: Final = "warm_start"
+REFERENCE: Final = "reference"
+"""Scores of the floor and of the ``ml`` estimator on the study's frozen scenes: what a network has to beat."""
+WINNER: Final = "winner"
+"""Re-evaluation of the best configurations on fresh seeds and scenes, with its verdict."""
+
+
+class Cause(StrEnum):
+    """Why a trial is FAIL."""
+
+    LOST_WORKER = "lost_worker"
+    TIMEOUT = "timeout"
+    OUT_OF_MEMORY = "out_of_memory"
+    BUG = "bug"
+    WITHDRAWN = "withdrawn"
+    """A ticket taken out of the queue by a smaller ``--n-trials``; it never ran and is counted nowhere."""
+
+
+RETRIED_CAUSES: Final = frozenset({Cause.LOST_WORKER, Cause.TIMEOUT, Cause.OUT_OF_MEMORY})
+"""The surroundings' faults: a successor continues the trial. A bug would only happen again."""

@@ -1,0 +1,116 @@
+"""Run configurations as files, with where they came from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pydantic import Field
+
+from ris_hpo.atomic import write_text
+from ris_hpo.config import Spec, read_toml, to_toml
+from ris_hpo.errors import ConfigError
+from ris_hpo.training.config import RunConfig
+
+FORMAT: Final = 1
+
+
+PROVENANCE: Final = "provenance"
+
+
+class Provenance(Spec):
+    """Where a configuration came from and what it scored there."""
+
+    format: int = FORMAT
+    study: str
+    trial: int
+    state: str
+    exported: str
+    origin: str | None = None
+    objective: str = "network"
+    config_fingerprint: str
+    space_fingerprint: str | None = None
+    score_version: int | None = None
+    proof: str | None = None
+    device: str | None = None
+    threads: int | None = Field(None, ge=1)
+    host: str | None = None
+    scenes: int | None = None
+    seconds: float | None = None
+    k_loc: float | None = None
+    floor: float | None = None
+    efficiency: float | None = None
+    network: dict[str, float] = Field(default_factory=dict)
+    pipeline: dict[str, float] = Field(default_factory=dict)
+    pipeline_floor: float | None = None
+    winner: str | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+    curve: list[tuple[int, float]] = Field(default_factory=list)
+
+
+class Exported(Spec):
+    """A configuration file as read: ``provenance`` is None for one written by hand."""
+
+    config: RunConfig
+    provenance: Provenance | None = None
+
+
+def write_config(found: Exported, out: Path, *, form: Literal["toml", "json"] | None = None) -> None:
+    """Write a configuration file, whole or not at all; the form follows the suffix unless given.
+
+    Raises:
+        OutputError: the folder is missing or not writable.
+    """
+    tree = found.config.model_dump(mode="json")
+    if found.provenance is not None:
+        tree[PROVENANCE] = found.provenance.model_dump(mode="json", exclude_none=True)
+    if (form or out.suffix.removeprefix(".")) == "json":
+        text = json.dumps(tree, indent=2, allow_nan=False) + "\n"
+    else:
+        text = _heading(found) + to_toml(tree)
+    write_text(out, text)
+
+
+def load_config(path: Path) -> Exported:
+    """Read a configuration file, exported or written by hand, TOML or (by its suffix) JSON.
+
+    Raises:
+        ConfigError: missing, malformed, an unknown key, a value out of bounds, or provenance of another configuration.
+    """
+    tree = _read_json(path) if path.suffix == ".json" else read_toml(path)
+    told = tree.pop(PROVENANCE, None)
+    config = RunConfig.parse(tree, source=str(path))
+    if told is None:
+        return Exported(config=config)
+    provenance = Provenance.parse(told, source=f"{path}: {PROVENANCE}")
+    return Exported(config=config, provenance=provenance)
+
+
+def is_unchanged(found: Exported) -> bool:
+    """Whether a configuration is still the one its provenance speaks of."""
+    return found.provenance is not None and found.provenance.config_fingerprint == found.config.fingerprint()
+
+
+def _heading(found: Exported) -> str:
+    told = found.provenance
+    if told is None:
+        return ""
+    lines = [f"Trial {told.trial} of study '{told.study}'"]
+    if told.k_loc is not None:
+        beside = f", floor {told.floor:.4f}" if told.floor is not None else ""
+        lines[0] += f": k_loc {told.k_loc:.4f} on the {told.objective} path{beside}"
+    lines += ["ris-hpo train --config THIS --out runs/best", "ris-hpo train --config THIS --out runs/again --replay"]
+    return "".join(f"# {line}\n" for line in lines) + "\n"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(tree).__name__}")
+    return tree

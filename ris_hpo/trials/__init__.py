@@ -1,0 +1,1 @@
+"""Running one trial, from claim to end."""

@@ -1,0 +1,42 @@
+"""A supervisor in a process of its own, for tests that send it signals: ``python drive.py OPTIONS_AS_JSON``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ris_hpo.programs.program import load_program
+from ris_hpo.search.files import parse_study
+from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget
+from ris_hpo.store.open import open_store
+from ris_hpo.workers.local import LocalPool
+
+
+def main(options: dict[str, Any]) -> None:
+    spec = parse_study(options["tree"], name=options["name"], source="test")
+    program = load_program("double")
+    store = open_store(options["url"])
+    study = create_or_resume_study(store, spec, score_version=1)
+    fill_budget(store, study, options["n_trials"], program=program)
+    pool = LocalPool(
+        store,
+        study,
+        workers=options["workers"],
+        gpus=[],
+        threads=1,
+        program="double",
+        directory=Path(options["directory"]),
+        heartbeat=options.get("heartbeat", 10),
+    )
+    for snapshot in pool.run(interval=0.2):
+        sys.stdout.write(
+            json.dumps({"tally": snapshot.tally.as_dict(), "pids": [w.pid for w in snapshot.workers]}) + "\n"
+        )
+        sys.stdout.flush()
+    sys.stdout.write(json.dumps({"ending": pool.ending}) + "\n")
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

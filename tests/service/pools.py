@@ -1,0 +1,90 @@
+"""Pools and supervisors on the test double, for the tests that run real processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from optuna.study import Study
+
+from ris_hpo.programs.program import Program
+from ris_hpo.results.replay import replay
+from ris_hpo.search import counting
+from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget
+from ris_hpo.store.cache import Store
+from ris_hpo.workers.local import LocalPool, PoolSnapshot
+
+from .conftest import DOUBLE, HERE, make_spec, study_tree
+
+
+def begin(store: Store, program: Program, n_trials: int, name: str = "unit", **changes: Any) -> Study:
+    study = create_or_resume_study(store, make_spec(name, **changes), score_version=1)
+    fill_budget(store, study, n_trials, program=program)
+    return study
+
+
+def pool_of(store: Store, study: Study, folder: Path, workers: int, **options: Any) -> LocalPool:
+    options.setdefault("directory", folder / "trials")
+    return LocalPool(store, study, workers=workers, gpus=[], threads=1, program=DOUBLE, **options)
+
+
+def drain(pool: LocalPool, interval: float = 0.1) -> list[PoolSnapshot]:
+    return list(pool.run(interval=interval))
+
+
+def slow_base(scenes: int = 800, pause_s: float = 0.03, **more: Any) -> dict[str, Any]:
+    return {"budget": {"scenes": scenes, "validate_every": 100}, "pause_s": pause_s, **more}
+
+
+def same_curves(store: Store, study: Study, program: Program) -> None:
+    """Every trial that ended has, step by step, the curve it has when nothing disturbs it."""
+    for trial in counting.live_trials(study.get_trials()):
+        report = replay(store, study.study_name, trial.number, program=program)
+        assert report.identical, (trial.number, report.steps)
+
+
+class Driver:
+    """The supervisor in its own process."""
+
+    def __init__(self, url: str, folder: Path, n_trials: int, workers: int, **changes: Any) -> None:
+        options = {
+            "url": url,
+            "directory": str(folder / "trials"),
+            "n_trials": n_trials,
+            "workers": workers,
+            "name": "unit",
+            "tree": study_tree(**changes),
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "drive.py"), json.dumps(options)], stdout=subprocess.PIPE, text=True
+        )
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            yield json.loads(line)
+
+    def when_running(self) -> list[int]:
+        """Wait until a trial runs; return the workers' pids."""
+        for line in self.lines():
+            if line.get("tally", {}).get("running"):
+                return [pid for pid in line["pids"] if pid is not None]
+        return []  # it ended before anything ran
+
+    def finish(self, timeout: float = 60) -> int:
+        assert self.process.stdout is not None
+        self.process.stdout.read()
+        self.process.stdout.close()
+        return self.process.wait(timeout)
+
+
+def table(store: Store) -> list[tuple[Any, ...]]:
+    study_id = store.get_study_id_from_name("unit")
+    return [
+        (trial.number, trial.state.name, trial.values, trial.params, trial.intermediate_values)
+        for trial in store.get_all_trials(study_id)
+    ]

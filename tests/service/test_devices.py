@@ -1,0 +1,178 @@
+"""Slots, masks, threads, memory of shared GPUs, and the doctor."""
+
+from __future__ import annotations
+
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ris_hpo.errors import DeviceError
+from ris_hpo.programs.program import Program
+from ris_hpo.results import doctor
+from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget
+from ris_hpo.store import attributes as names
+from ris_hpo.store.cache import Store
+from ris_hpo.store.open import open_store
+from ris_hpo.trials.run import is_out_of_memory
+from ris_hpo.workers import devices
+from ris_hpo.workers import local as pool
+from ris_hpo.workers.devices import Slot, plan_slots
+
+from .conftest import HERE, Postgres, make_spec
+
+DRIVER = """#!/bin/sh
+echo '0, GPU-aaaa, Big One, 80000, 70000'
+echo '1, GPU-bbbb, Big One, 80000, 2000'
+"""
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine with two GPUs, as far as nvidia-smi goes."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(DRIVER)
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(devices, "cores", lambda: 16)
+
+
+def test_without_gpus_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "gpus", list)
+    monkeypatch.setattr(devices, "cores", lambda: 8)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert plan_slots() == [Slot(0, "cpu", "", 8)]
+    assert [slot.threads for slot in plan_slots(3)] == [2, 2, 2]
+    assert [slot.threads for slot in plan_slots(12)] == [1] * 12
+    assert plan_slots(2, threads=5)[0].threads == 5
+
+
+@pytest.mark.usefixtures("driver")
+def test_gpus_get_one_worker_each_and_then_the_second() -> None:
+    assert [(slot.mask, slot.rank) for slot in plan_slots(per_gpu=2)] == [("0", 0), ("1", 0), ("0", 1), ("1", 1)]
+    assert [slot.mask for slot in plan_slots(chosen=["1"])] == ["1"]
+    assert plan_slots(2, chosen=[])[1] == Slot(1, "cpu", "", 8)
+    assert {slot.threads for slot in plan_slots(per_gpu=2)} == {4}
+
+
+@pytest.mark.usefixtures("driver")
+@pytest.mark.parametrize(
+    ("mask", "expected"), [("3,5", ["3", "5"]), ("GPU-aaaa", ["GPU-aaaa"]), ("", [""]), ("-1", [""])]
+)
+def test_the_parents_own_mask_is_kept(mask: str, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
+    assert [slot.mask for slot in plan_slots()] == expected
+
+
+@pytest.mark.usefixtures("driver")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"chosen": ["2"]}, "no GPU '2': this process sees 2"),
+        ({"chosen": ["x"]}, "no GPU 'x'"),
+        ({"workers": 5, "chosen": ["0", "1"], "per_gpu": 2}, "5 workers do not fit on 2 GPUs"),
+        ({"workers": 0}, "count from 1"),
+        ({"per_gpu": 0}, "count from 1"),
+    ],
+)
+def test_what_does_not_fit_is_refused(options: dict[str, object], words: str) -> None:
+    with pytest.raises(DeviceError, match=words):
+        plan_slots(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("driver")
+def test_a_second_worker_waits_for_memory(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
+    study = create_or_resume_study(sqlite_store, make_spec(), score_version=1)
+    fill_budget(sqlite_store, study, 3, program=program)
+    made = pool.LocalPool(sqlite_store, study, per_gpu=2, program="double", directory=tmp_path / "trials")
+    free = [place for place in made._places if made._has_memory(place.slot)]
+    assert [(place.slot.mask, place.slot.rank) for place in free] == [("0", 0), ("1", 0), ("0", 1)]
+    trial_id = sqlite_store.claim(study._study_id, "here:1:0:0")
+    assert trial_id is not None
+    sqlite_store.mark(trial_id, {names.PEAK_MEMORY: 75 * 1024**3, names.DEVICE: "cuda"})
+    assert not made._has_memory(made._places[2].slot)  # a trial was seen to need more than is free
+
+
+def test_a_driver_that_fails_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices.shutil, "which", lambda name: "/bin/false")
+    assert devices.gpus() == []
+    monkeypatch.setattr(devices.shutil, "which", lambda name: None)
+    assert devices.gpus() == []
+    assert devices.free_memory("0") is None
+
+
+def test_out_of_memory_is_known_by_its_names() -> None:
+    class OutOfMemoryError(RuntimeError):
+        pass
+
+    assert is_out_of_memory(OutOfMemoryError("CUDA out of memory"))
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert not is_out_of_memory(RuntimeError("shape mismatch"))
+    assert not is_out_of_memory(ValueError("out of memory"))
+
+
+# -- doctor ----------------------------------------------------------------------------------------------------------
+
+
+def findings(url: str | None = None) -> dict[str, doctor.Finding]:
+    return {finding.name: finding for finding in doctor.examine(url)}
+
+
+def test_the_doctor_looks_at_everything(store: Store, program: Program) -> None:
+    study = create_or_resume_study(store, make_spec(), score_version=1)
+    fill_budget(store, study, 3, program=program)
+    found = findings(store.address)
+    assert {"python", "torch", "optuna", "cores", "memory", "gpus", "disk", "store", "schema", "latency"} <= set(found)
+    assert found["study unit"].found == "3 waiting"
+    assert all(finding.ok for finding in found.values())
+
+
+def test_the_doctor_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert findings(f"sqlite:///{tmp_path}/none.db")["store"].severity == "note"
+    (tmp_path / "notes.db").write_bytes(b"no database at all" * 100)
+    store = findings(f"sqlite:///{tmp_path}/notes.db")["store"]
+    assert not store.ok
+    assert store.advice
+    refused = findings("postgresql://me:secret@127.0.0.1:1/db")["store"]
+    assert not refused.ok
+    assert "secret" not in str(refused)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: Usage())
+    assert not findings(f"sqlite:///{tmp_path}/none.db")["disk"].ok
+
+
+class Usage:
+    free = 1000
+
+
+@pytest.mark.postgres
+def test_a_workers_command_line_and_attributes_hold_no_password(
+    postgres: Postgres, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    canary = "canary-4711"
+    address = postgres.url().replace("postgres:@", f"postgres:{canary}@")  # the server trusts local users anyway
+    assert canary in address
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    store = open_store(address)
+    study = create_or_resume_study(store, make_spec(), score_version=1, command=f"run --storage {address}")
+    fill_budget(store, study, 2, program=program)
+    made = pool.LocalPool(store, study, workers=1, gpus=[], program="double", directory=tmp_path / "trials")
+    lines = set()
+    for snapshot in made.run(interval=0.05):
+        assert canary not in repr(snapshot)
+        for view in snapshot.workers:
+            if view.pid is not None:
+                with suppress(psutil.Error):
+                    lines.add(" ".join(psutil.Process(view.pid).cmdline()))
+    assert lines
+    assert not any(canary in line for line in lines)
+    assert canary not in repr(store.get_all_studies())
+    assert canary not in repr(store.get_all_trials(study._study_id))
+    for file in tmp_path.rglob("*"):
+        assert not file.is_file() or canary.encode() not in file.read_bytes()
+    assert "***" in study.user_attrs[names.COMMAND]
+    store.close()

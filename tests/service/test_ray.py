@@ -1,0 +1,155 @@
+"""The Ray engine on a real local cluster: exact budgets, a lost node, declared GPUs."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna.trial import TrialState
+
+from ris_hpo.errors import StoreError, WorkerError
+from ris_hpo.programs.program import Program
+from ris_hpo.search import counting
+from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget
+from ris_hpo.store import attributes as names
+from ris_hpo.store.attributes import Cause
+from ris_hpo.store.cache import Store
+from ris_hpo.store.open import open_store
+from ris_hpo.workers.ray import RayPool
+
+from .conftest import DOUBLE, HERE, Postgres, make_spec
+from .pools import same_curves, slow_base
+
+pytestmark = [
+    pytest.mark.postgres,
+    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed"),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+
+class RayCluster:
+    """A head without work and nodes that can be taken away; GPUs are declared, not there."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        self.nodes: list[Any] = []
+
+    @property
+    def address(self) -> str:
+        return str(self.cluster.address)
+
+    def add(self, **resources: Any) -> None:
+        self.nodes.append(self.cluster.add_node(**resources))
+
+    def remove(self, index: int) -> None:
+        self.cluster.remove_node(self.nodes.pop(index), allow_graceful=False)
+
+
+@pytest.fixture
+def cluster() -> Iterator[RayCluster]:
+    import ray
+
+    made = RayCluster()
+    yield made
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ray.shutdown()
+        made.cluster.shutdown()
+
+
+def begin(store: Store, program: Program, n_trials: int, **changes: Any) -> Any:
+    study = create_or_resume_study(store, make_spec("cloud", **changes), score_version=1)
+    fill_budget(store, study, n_trials, program=program)
+    return study
+
+
+def pool_of(store: Store, study: Any, cluster: RayCluster, folder: Path, **options: Any) -> RayPool:
+    return RayPool(
+        store,
+        study,
+        address=cluster.address,
+        program=DOUBLE,
+        directory=folder / "trials",
+        environment={"PYTHONPATH": str(HERE)},
+        device="cpu",  # GPUs are declared, not there
+        **options,
+    )
+
+
+def test_sqlite_is_refused(sqlite_store: Store, program: Program) -> None:
+    with pytest.raises(StoreError, match="needs a store that every node reaches"):
+        RayPool(sqlite_store, begin(sqlite_store, program, 1), workers=1)
+
+
+def test_no_cluster_is_one_line(postgres: Postgres, program: Program) -> None:
+    store = open_store(postgres.url())
+    pool = RayPool(store, begin(store, program, 1), workers=1, address="127.0.0.1:1")
+    with pytest.raises(WorkerError, match=r"no Ray cluster at '127.0.0.1:1'"):
+        list(pool.run())
+    store.close()
+
+
+def test_a_small_cluster_runs_the_exact_budget(
+    postgres: Postgres, cluster: RayCluster, program: Program, tmp_path: Path
+) -> None:
+    cluster.add(num_cpus=2, num_gpus=1)
+    store = open_store(postgres.url())
+    study = begin(store, program, 9, base=slow_base(800, 0.01))
+    pool = pool_of(store, study, cluster, tmp_path, per_gpu=2, cpus_per_worker=0.5)
+    last = list(pool.run(interval=0.2))[-1]
+    assert pool.ending == "finished"
+    assert pool.workers == 2  # the slots of the one GPU
+    assert (last.tally.ended, last.tally.open, last.tally.retried) == (9, 0, 0)
+    owners = {trial.user_attrs[names.OWNER].split(":")[1] for trial in study.get_trials()}
+    assert 1 <= len(owners) <= 2
+    same_curves(store, study, program)
+    store.close()
+
+
+@pytest.mark.slow
+def test_the_budget_is_exact_again_and_again(
+    postgres: Postgres, cluster: RayCluster, program: Program, tmp_path: Path
+) -> None:
+    cluster.add(num_cpus=8)
+    for workers in (1, 4, 8):
+        for repetition in range(3):
+            store = open_store(postgres.url())
+            study = begin(store, program, 25, study={"seed": repetition})
+            for _ in range(2):
+                folder = tmp_path / f"{workers}-{repetition}"
+                last = list(pool_of(store, study, cluster, folder, workers=workers).run(interval=0.2))[-1]
+                assert (last.tally.ended, last.tally.open, len(study.get_trials())) == (25, 0, 25)
+            store.close()
+
+
+@pytest.mark.slow
+def test_a_removed_node_loses_nothing(
+    postgres: Postgres, cluster: RayCluster, program: Program, tmp_path: Path
+) -> None:
+    cluster.add(num_cpus=2, num_gpus=1)
+    cluster.add(num_cpus=2, num_gpus=1)
+    store = open_store(postgres.url(), heartbeat=1)
+    study = begin(store, program, 20, base=slow_base(1600, 0.1), pruner={"name": "none"})
+    pool = pool_of(store, study, cluster, tmp_path, workers=4, per_gpu=2, cpus_per_worker=0.5, heartbeat=1)
+    removed = False
+    for snapshot in pool.run(interval=0.3):
+        if not removed and snapshot.tally.running == 4 and snapshot.tally.ended >= 2:
+            cluster.remove(0)
+            removed = True
+            time.sleep(0.1)
+    assert removed
+    trials = study.get_trials()
+    counts = counting.tally(trials)
+    assert (counts.complete, counts.open, counts.fail) == (20, 0, 0)
+    lost = [trial for trial in trials if trial.state == TrialState.FAIL]
+    assert lost
+    assert {trial.user_attrs[names.CAUSE] for trial in lost} == {Cause.LOST_WORKER}
+    same_curves(store, study, program)
+    store.close()

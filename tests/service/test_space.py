@@ -1,0 +1,213 @@
+"""Study files: what is accepted, what is refused and how, and the way from parameters to a configuration."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ris_hpo.config import to_toml
+from ris_hpo.errors import ConfigError, SpaceError
+from ris_hpo.programs.program import Program
+from ris_hpo.results.doctor import examine
+from ris_hpo.search import files
+from ris_hpo.search.files import list_studies, load_study, parse_study
+from ris_hpo.search.spec import Dimension, derived_seed
+from tests.properties import examples
+
+from .conftest import make_spec, study_tree
+
+
+def refused(tree: dict[str, Any], words: str) -> None:
+    with pytest.raises(SpaceError) as caught:
+        parse_study(tree, name="unit", source="unit.toml")
+    message = str(caught.value)
+    assert words in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"spaces": {}}, "unknown table 'spaces'; did you mean 'space'?"),
+        ({"study": {"sed": 1}}, "unknown key 'study.sed'; did you mean 'seed'?"),
+        ({"sampler": {"name": "tpee"}}, "sampler.name"),
+        ({"sampler": {"start": 1}}, "unknown key 'sampler.start'; did you mean 'startup'?"),
+        ({"pruner": {"reduction": 1}}, "pruner.reduction"),
+        ({"budget": {"n_trials": 0}}, "budget.n_trials"),
+        ({"budget": {"n_trials": -3}}, "budget.n_trials"),
+        ({"space": {"shape.x": {"low": 1.0, "high": 0.0}}}, "low 1.0 is not below high 0.0"),
+        ({"space": {"shape.x": {"low": 0.0, "high": 1.0, "log": True}}}, "log needs low above 0"),
+        ({"space": {"shape.x": {"low": 0.1}}}, "needs low and high, or choices"),
+        ({"space": {"shape.x": {"choices": [1]}}}, "two different values"),
+        ({"space": {"shape.x": {"choices": [1, 2], "low": 0}}}, "choices exclude"),
+        ({"space": {"shape.x": {"low": 0, "high": 2, "setp": 1}}}, "did you mean 'step'?"),
+        ({"space": {"shape.x": 3}}, "needs low and high, or choices (found 3)"),
+        (
+            {"space": {"shape.depth": {"low": 1, "high": 4, "when": {"shape.kynd": ["fancy"]}}}},
+            "did you mean 'shape.kind'?",
+        ),
+        ({"space": {"shape.depth": {"low": 1, "high": 4, "when": {"shape.kind": ["odd"]}}}}, "not in its range"),
+        ({"space": {"shape.depth": {"low": 1, "high": 4, "when": {"shape.kind": []}}}}, "no value of 'shape.kind'"),
+        ({"base": {"shape": {"y": 99}}}, "base value 99 of 'shape.y' lies outside its range"),
+        ({"sampler": {"name": "nsga2"}}, "no pruner can judge"),
+        ({"study": {"seed": -1}}, "seed"),
+        ({"base": 3}, "'base' must be a table"),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_line(changes: dict[str, Any], words: str) -> None:
+    refused(study_tree(**changes), words)
+
+
+def test_an_empty_space_is_refused() -> None:
+    tree = study_tree()
+    tree["space"] = {}
+    refused(tree, "space")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"space": {"shape.z": {"low": 0.0, "high": 1.0}}}, "did you mean 'shape.x'|unknown key 'shape.z'"),
+        ({"base": {"budget": {"scene": 5}}}, "did you mean 'budget.scenes'"),
+        ({"space": {"shape.x": {"low": 0.0, "high": 2.0}}}, "shape.x"),
+        ({"space": {"shape.x": {"low": 0.6, "high": 0.9}}}, "base value 0.5 of 'shape.x' lies outside its range"),
+        ({"space": {"shape.depth": {"low": 1, "high": 7, "when": {"shape.kind": ["fancy"]}}}}, "shape.depth"),
+    ],
+)
+def test_the_run_configuration_has_the_last_word(changes: dict[str, Any], words: str, program: Program) -> None:
+    with pytest.raises(SpaceError, match=words):
+        parse_study(study_tree(**changes), name="unit", source="unit.toml").check(program.config)
+
+
+def test_nested_and_dotted_tables_mean_the_same() -> None:
+    nested = study_tree()
+    nested["space"] = {"shape": {"x": {"low": 0.0, "high": 1.0}}}
+    dotted = study_tree()
+    dotted["space"] = {"shape.x": {"low": 0.0, "high": 1.0}}
+    one, other = (parse_study(tree, name="unit", source="test") for tree in (nested, dotted))
+    assert one == other
+    assert one.space_fingerprint() == other.space_fingerprint()
+
+
+def test_a_file_of_ones_own(tmp_path: Path, program: Program) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(to_toml(study_tree()))
+    spec = load_study(path, config_type=program.config)
+    assert spec.name == "mine"
+    assert spec == spec.parse(spec.model_dump(mode="json"))
+    path.write_text("[study\n")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_study(path, config_type=program.config)
+    with pytest.raises(ConfigError, match="no such file"):
+        load_study(tmp_path / "none.toml", config_type=program.config)
+
+
+def test_names_are_looked_up_with_a_suggestion(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert {"wide", "narrow", "smoke"} <= set(list_studies())
+    with pytest.raises(SpaceError, match=r"unknown space 'wyde'; did you mean 'wide'\?"):
+        load_study("wyde")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "studies" / "wide.toml").write_text("")
+    assert list_studies()["wide"] == Path("studies/wide.toml")  # the folder at hand comes first
+
+
+def test_where_studies_were_looked_for_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As for a package that is installed without its source tree, and used in another folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(files, "study_directories", lambda: [Path("studies"), tmp_path / "beside" / "studies"])
+    for look in (list_studies, lambda: load_study("smoke")):
+        with pytest.raises(SpaceError) as caught:
+            look()
+        for told in (str(tmp_path / "studies"), str(tmp_path / "beside" / "studies"), "the path of a study file"):
+            assert told in str(caught.value)
+        assert "\n" not in str(caught.value)
+    (finding,) = (each for each in examine() if each.name == "study files")
+    assert not finding.ok
+    assert finding.advice == str(caught.value)
+
+
+def test_conditional_dimensions_follow_their_parents(program: Program) -> None:
+    spec = make_spec()
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
+    kinds = set()
+    for _ in range(20):
+        params = spec.suggest(study.ask())
+        kinds.add(params["shape.kind"])
+        assert ("shape.depth" in params) == (params["shape.kind"] == "fancy")
+        config: Any = spec.config(params, 3, program.config)
+        assert config.shape.x == params["shape.x"]
+        assert config.shape.depth == params.get("shape.depth", 2)
+    assert kinds == {"plain", "fancy"}
+
+
+def test_seeds_come_from_study_and_line_unless_the_base_fixes_one(program: Program) -> None:
+    spec = make_spec()
+    seeds = [spec.config({}, number, program.config).seed for number in range(50)]
+    assert len(set(seeds)) == 50
+    assert spec.config({}, 3, program.config).seed == seeds[3]
+    assert make_spec(study={"seed": 8}).config({}, 3, program.config).seed != seeds[3]
+    assert make_spec(base={"seed": 5}).config({}, 3, program.config).seed == 5
+    assert derived_seed(1, 2, "run") != derived_seed(1, 2, "sampler")
+
+
+def test_the_fingerprint_follows_what_makes_trials_comparable() -> None:
+    reference = make_spec().space_fingerprint()
+    same = [
+        {"study": {"seed": 9}},
+        {"sampler": {"name": "random"}},
+        {"pruner": {"name": "none"}},
+        {"budget": {"n_trials": 3}},
+    ]
+    assert all(make_spec(**change).space_fingerprint() == reference for change in same)
+    other = [
+        {"space": {"shape.x": {"low": 0.0, "high": 0.9}}},
+        {"base": {"budget": {"scenes": 900, "validate_every": 100}}},
+        {"study": {"objective": "pipeline"}},
+        {"sampler": {"name": "nsga2"}, "pruner": {"name": "none"}},
+    ]
+    found = {make_spec(**change).space_fingerprint() for change in other}
+    assert len(found) == len(other)
+    assert reference not in found
+
+
+def test_epochs_are_scenes() -> None:
+    spec = make_spec(budget={"epoch_scenes": 500}).with_epochs(3)
+    assert spec.base["budget.scenes"] == 1500
+    with pytest.raises(ConfigError, match="not above 0"):
+        spec.with_epochs(0)
+
+
+numbers = st.floats(-1e6, 1e6, allow_nan=False) | st.integers(-1000, 1000)
+
+
+@examples(200)
+@given(
+    table=st.fixed_dictionaries(
+        {},
+        optional={
+            "low": numbers,
+            "high": numbers,
+            "step": numbers,
+            "log": st.booleans(),
+            "choices": st.lists(st.one_of(st.booleans(), numbers, st.text(max_size=3)), max_size=4),
+        },
+    ),
+    seed=st.integers(0, 2**32),
+)
+def test_any_dimension_is_refused_or_draws_what_it_contains(table: dict[str, Any], seed: int) -> None:
+    try:
+        dimension = Dimension.parse(table)
+    except ConfigError:
+        return
+    distribution = dimension.distribution()
+    generator = random.Random(seed)
+    for value in (*dimension.edges(), *(dimension.draw(generator) for _ in range(5))):
+        assert dimension.contains(value)
+        assert distribution._contains(distribution.to_internal_repr(value))

@@ -1,0 +1,509 @@
+"""Trials and studies in one process, with the test double: tables that repeat, causes, stops, lineage, fences."""
+
+from __future__ import annotations
+
+import errno
+import math
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from ris_hpo.errors import SpaceError, StudyError, WorkerError
+from ris_hpo.programs.program import Program
+from ris_hpo.results.replay import replay
+from ris_hpo.scoring.k_loc import WORST_K_LOC
+from ris_hpo.search import counting
+from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget, get_study, status, stored_spec
+from ris_hpo.search.spec import StopSpec, StudySpec
+from ris_hpo.store import attributes as names
+from ris_hpo.store.attributes import Cause
+from ris_hpo.store.cache import Store
+from ris_hpo.store.open import open_store
+from ris_hpo.store.owner import owner_name
+from ris_hpo.trials.run import Outcome, Seat, TrialBugError, run_trial
+from ris_hpo.workers import lost as lost_module
+from ris_hpo.workers.lost import LostTrials
+from ris_hpo.workers.worker import WorkerJob, run_worker
+
+from .conftest import DOUBLE, make_spec
+
+
+def begin(store: Store, spec: StudySpec, program: Program, n_trials: int, **options: Any) -> Study:
+    study = create_or_resume_study(store, spec, score_version=1, **options)
+    fill_budget(store, study, n_trials, program=program)
+    return study
+
+
+def work(store: Store, study: Study, folder: Path, **options: Any) -> Any:
+    stop = options.pop("stop", lambda: False)
+    rules = options.pop("rules", None)
+    job = WorkerJob(store.address, study.study_name, directory=str(folder / "trials"), program=DOUBLE, **options)
+    return run_worker(job, stop=stop, rules=rules)
+
+
+def table(store: Store, study: Study) -> list[tuple[Any, ...]]:
+    """What must not depend on stops and restarts."""
+    return [
+        (trial.number, trial.state.name, trial.values, trial.params, trial.intermediate_values)
+        for trial in store.get_all_trials(study._study_id)
+    ]
+
+
+class CountedStop:
+    """True from the n-th question on."""
+
+    def __init__(self, questions: int) -> None:
+        self.left = questions
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def test_a_study_ends_with_exactly_its_trials_and_once(store: Store, program: Program, tmp_path: Path) -> None:
+    study = begin(store, make_spec(), program, 12)
+    report = work(store, study, tmp_path)
+    assert (report.ended, report.reason) == (12, "done")
+    counts = counting.tally(study.get_trials())
+    assert counts.ended == 12
+    assert counts.open == 0
+    assert counts.pruned >= 4
+    assert fill_budget(store, study, 12, program=program) == 0
+    assert work(store, study, tmp_path).ended == 0
+    assert fill_budget(store, study, 14, program=program) == 2
+    assert work(store, study, tmp_path).ended == 2
+    assert len(study.get_trials()) == 14
+
+
+def test_the_base_configuration_is_first(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
+    study = begin(sqlite_store, make_spec(), program, 1)
+    work(sqlite_store, study, tmp_path)
+    (trial,) = study.get_trials()
+    assert trial.params == {"shape.x": 0.5, "shape.y": 3, "shape.kind": "plain"}
+    assert trial.user_attrs[names.ORIGIN] == "base"
+
+
+@pytest.mark.parametrize(
+    "sampler", ["tpe", "random", "qmc", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gp", "cmaes"))]
+)
+def test_one_worker_repeats_bit_for_bit(sampler: str, program: Program, tmp_path: Path) -> None:
+    tables = []
+    for run in ("a", "b"):
+        store = open_store(str(tmp_path / f"{run}.db"))
+        study = begin(store, make_spec(sampler={"name": sampler, "startup": 3}), program, 9)
+        work(store, study, tmp_path / run)
+        tables.append(table(store, study))
+        store.close()
+    assert tables[0] == tables[1]
+    points = {tuple(sorted(params.items())) for *_, params, _ in tables[0]}
+    assert len(points) == 9
+
+
+@pytest.mark.parametrize(
+    "pruner", ["asha", *(pytest.param(name, marks=pytest.mark.slow) for name in ("hyperband", "median"))]
+)
+def test_an_interrupted_study_has_the_undisturbed_table(pruner: str, program: Program, tmp_path: Path) -> None:
+    spec = make_spec(sampler={"name": "tpe", "startup": 3}, pruner={"name": pruner, "startup": 2})
+    tables = []
+    for run in ("whole", "broken"):
+        store = open_store(str(tmp_path / f"{run}.db"))
+        study = begin(store, spec, program, 8)
+        if run == "broken":
+            requeued = 0
+            for questions in range(1, 160, 13):
+                requeued += work(store, study, tmp_path / run, stop=CountedStop(questions)).requeued
+            assert requeued >= 2
+        work(store, study, tmp_path / run)
+        tables.append(table(store, study))
+        store.close()
+    assert tables[0] == tables[1]
+    assert any(state == "PRUNED" for _, state, *_ in tables[0])
+
+
+def test_a_lost_trial_continues_from_its_checkpoint(store: Store, program: Program, tmp_path: Path) -> None:
+    undisturbed = begin(store, make_spec("whole"), program, 6)
+    work(store, undisturbed, tmp_path / "whole")
+    study = begin(store, make_spec("broken"), program, 6)
+
+    # a worker that dies in its third validation of trial 0: the checkpoint is there, the last report is not
+    spec = stored_spec(study)
+    owner = "elsewhere:1:0:0"
+    trial_id = store.claim(study._study_id, owner)
+    assert trial_id is not None
+    store.get_all_trials(study._study_id)
+
+    class KilledError(BaseException):
+        pass
+
+    def killed(report: Any) -> None:
+        if report.step == 300:
+            raise KilledError
+
+    seat = Seat(store, study, spec, program, lambda number: tmp_path / "broken" / str(number), notify=killed)
+    with pytest.raises(KilledError):
+        run_trial(seat, trial_id, owner)
+    (running,) = study.get_trials(states=[TrialState.RUNNING])
+    assert max(running.intermediate_values) == 300
+    assert counting.fail_trial(store, running, Cause.LOST_WORKER, "gone", spec.retries, owner=owner)
+
+    job = WorkerJob(store.address, "broken", directory=str(tmp_path / "broken"), program=DOUBLE)
+    run_worker(job)
+    trials = study.get_trials()
+    assert [trial.number for trial in trials if trial.state == TrialState.FAIL] == [0]
+    successor = trials[-1]
+    assert successor.number == 6
+    assert successor.user_attrs[names.LINEAGE] == 0
+    assert successor.user_attrs[names.RETRIES] == {"lost_worker": 1}
+    counts = counting.tally(trials)
+    assert (counts.ended, counts.open, counts.retried) == (6, 0, 1)
+    whole = {trial.number: trial for trial in undisturbed.get_trials()}
+    assert successor.params == whole[0].params
+    assert successor.intermediate_values == whole[0].intermediate_values
+    assert successor.value == whole[0].value
+
+
+def test_rungs_of_a_retried_trial_count_once(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
+    study = begin(sqlite_store, make_spec(), program, 3)
+    work(sqlite_store, study, tmp_path, max_trials=1)
+    trials = sqlite_store.get_all_trials(study._study_id)
+    rungs = [key for trial in trials for key in trial.system_attrs if key.startswith("completed_rung")]
+    assert rungs
+    successor = counting.successor_of(trials[0], Cause.LOST_WORKER, make_spec().retries)
+    assert successor is not None
+    assert successor.system_attrs == {}
+    assert successor.intermediate_values == {}
+    assert successor.params == trials[0].params
+
+
+def test_a_trial_lost_before_its_parameters_draws_the_same_ones(
+    sqlite_store: Store, program: Program, tmp_path: Path
+) -> None:
+    undisturbed = begin(sqlite_store, make_spec("whole"), program, 4)
+    work(sqlite_store, undisturbed, tmp_path / "whole")
+    study = begin(sqlite_store, make_spec("broken"), program, 4)
+    for _ in range(2):  # trial 0 (the base configuration) and trial 1 (the sampler's) die with nothing done
+        sqlite_store.claim(study._study_id, "elsewhere:1:0:0")
+        (running,) = study.get_trials(states=[TrialState.RUNNING])
+        counting.fail_trial(sqlite_store, running, Cause.LOST_WORKER, "gone", make_spec().retries)
+    work(sqlite_store, study, tmp_path / "broken")
+    whole = {trial.number: trial.params for trial in undisturbed.get_trials()}
+    by_root = {
+        trial.user_attrs.get(names.LINEAGE, trial.number): trial.params
+        for trial in counting.live_trials(study.get_trials())
+    }
+    assert by_root == whole
+
+
+def test_a_successor_that_is_lost_at_once_hands_everything_on(
+    sqlite_store: Store, program: Program, tmp_path: Path
+) -> None:
+    study = begin(sqlite_store, make_spec(pruner={"name": "none"}), program, 3)
+    assert work(sqlite_store, study, tmp_path, stop=CountedStop(14)).requeued == 1
+    (begun,) = [trial for trial in study.get_trials() if trial.params and trial.state == TrialState.WAITING]
+    for _ in range(3):  # claimed, lost before anything else, three times over
+        sqlite_store.claim(study._study_id, "elsewhere:1:0:0")
+        (running,) = study.get_trials(states=[TrialState.RUNNING])
+        assert running.params == begun.params
+        counting.fail_trial(sqlite_store, running, Cause.LOST_WORKER, "gone", make_spec().retries)
+    work(sqlite_store, study, tmp_path)
+    last = study.get_trials()[-1]
+    assert (last.state, last.params) == (TrialState.COMPLETE, begun.params)
+    assert last.user_attrs[names.LINEAGE] == begun.number
+    assert replay(sqlite_store, "unit", last.number, program=program).identical
+
+
+def test_a_line_ends_when_its_retries_are_spent(store: Store, program: Program, tmp_path: Path) -> None:
+    study = begin(store, make_spec(retries={"lost_worker": 2}), program, 1)
+    for _ in range(3):
+        store.claim(study._study_id, "elsewhere:1:0:0")
+        (running,) = study.get_trials(states=[TrialState.RUNNING])
+        counting.fail_trial(store, running, Cause.LOST_WORKER, "gone", stored_spec(study).retries)
+    counts = counting.tally(study.get_trials())
+    assert (counts.fail, counts.retried, counts.open) == (1, 2, 0)
+    assert work(store, study, tmp_path).ended == 0
+
+
+def test_a_late_owner_is_fenced_off(store: Store, program: Program, tmp_path: Path) -> None:
+    study = begin(store, make_spec(), program, 1)
+    spec = stored_spec(study)
+    trial_id = store.claim(study._study_id, "late:1:0:0")
+    assert trial_id is not None
+    store.get_all_trials(study._study_id)
+
+    def declared_lost(report: Any) -> None:
+        if report.step == 300:
+            counting.fail_trial(store, store.get_trial(trial_id), Cause.LOST_WORKER, "silent", spec.retries)
+
+    seat = Seat(store, study, spec, program, lambda number: tmp_path / str(number), notify=declared_lost)
+    outcome = run_trial(seat, trial_id, "late:1:0:0")
+    assert outcome.state == "fenced"
+    work(store, study, tmp_path)
+    failed, successor = study.get_trials()
+    assert failed.state == TrialState.FAIL
+    assert max(failed.intermediate_values) == 300
+    assert successor.state == TrialState.COMPLETE
+    assert len(successor.intermediate_values) == 8
+
+
+# -- causes ----------------------------------------------------------------------------------------------------------
+
+
+def test_divergence_is_a_complete_trial_at_the_worst_score(
+    sqlite_store: Store, program: Program, tmp_path: Path
+) -> None:
+    study = begin(sqlite_store, make_spec(base={"fault": "diverge"}), program, 2)
+    work(sqlite_store, study, tmp_path)
+    for trial in study.get_trials():
+        assert (trial.state, trial.value) == (TrialState.COMPLETE, WORST_K_LOC)
+        assert "covariance" in trial.user_attrs[names.DIVERGED]
+    assert counting.best_trial(study.get_trials()) is None
+    assert status(sqlite_store, "unit").best is None
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause"), [("none", None), ("diverge", None), ("memory", Cause.OUT_OF_MEMORY), ("bug", Cause.BUG)]
+)
+def test_seconds_before_a_trial_was_put_back_count(
+    fault: str, cause: Cause | None, sqlite_store: Store, program: Program, tmp_path: Path
+) -> None:
+    study = begin(sqlite_store, make_spec(base={"fault": fault}), program, 1)
+    (waiting,) = study.get_trials()
+    sqlite_store.set_trial_user_attr(waiting._trial_id, names.SECONDS, 1000.0)
+    with suppress(WorkerError):
+        work(sqlite_store, study, tmp_path, max_bugs=1)
+    trial = study.get_trials()[0]
+    assert trial.user_attrs.get(names.CAUSE) == cause
+    assert 1000 < trial.user_attrs[names.SECONDS] < 1300
+
+
+def test_a_score_that_is_not_finite_counts_as_the_worst(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
+    study = begin(sqlite_store, make_spec(base={"fault": "nan"}, pruner={"name": "none"}), program, 1)
+    work(sqlite_store, study, tmp_path)
+    (trial,) = study.get_trials()
+    values = [trial.intermediate_values[step] for step in sorted(trial.intermediate_values)]
+    assert values[-1] == WORST_K_LOC
+    assert all(math.isfinite(value) for value in values)
+
+
+def test_out_of_memory_is_retried_once_in_a_fresh_process(
+    sqlite_store: Store, program: Program, tmp_path: Path
+) -> None:
+    study = begin(sqlite_store, make_spec(base={"fault": "memory"}), program, 1)
+    assert work(sqlite_store, study, tmp_path, fresh_after_memory=True).reason == "out_of_memory"
+    assert work(sqlite_store, study, tmp_path, fresh_after_memory=True).reason == "out_of_memory"
+    assert work(sqlite_store, study, tmp_path, fresh_after_memory=True).reason == "done"
+    trials = study.get_trials()
+    assert [trial.user_attrs[names.CAUSE] for trial in trials] == ["out_of_memory", "out_of_memory"]
+    assert counting.tally(trials).fail == 1
+
+
+def test_a_damaged_checkpoint_leads_to_the_same_curve_from_the_start(
+    sqlite_store: Store, program: Program, tmp_path: Path
+) -> None:
+    study = begin(sqlite_store, make_spec(), program, 1)
+    assert work(sqlite_store, study, tmp_path, stop=CountedStop(8)).requeued == 1
+    checkpoint = tmp_path / "trials" / "0" / "checkpoint.json"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-40])
+    work(sqlite_store, study, tmp_path)
+    (trial,) = study.get_trials()
+    assert trial.state == TrialState.COMPLETE
+    assert replay(sqlite_store, "unit", 0, program=program).identical
+    assert len(list((tmp_path / "trials").glob("0.damaged-*"))) == 1
+
+
+def test_a_full_disk_puts_the_trial_back(
+    sqlite_store: Store, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = begin(sqlite_store, make_spec(), program, 2)
+
+    def full(self: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(program.trainer, "_save", full)
+        with pytest.raises(WorkerError, match=r"trial 0 was put back: OSError: .*No space left"):
+            work(sqlite_store, study, tmp_path)
+    assert counting.tally(study.get_trials()).waiting == 2
+    work(sqlite_store, study, tmp_path)
+    assert counting.tally(study.get_trials()).ended == 2
+
+
+def test_bugs_stop_the_worker_after_a_few(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
+    study = begin(sqlite_store, make_spec(base={"fault": "bug"}), program, 10)
+    with pytest.raises(WorkerError, match=r"3 trials failed with a bug.*a bug on order"):
+        work(sqlite_store, study, tmp_path)
+    failed = study.get_trials(states=[TrialState.FAIL])
+    assert len(failed) == 3
+    for trial in failed:
+        assert trial.user_attrs[names.CAUSE] == Cause.BUG
+        assert trial.user_attrs[names.ERROR] == "ZeroDivisionError: a bug on order"
+        assert "double.py" in trial.user_attrs[names.TRACEBACK]
+    assert counting.tally(study.get_trials()).waiting == 7
+
+
+# -- budgets, forks, warm starts -------------------------------------------------------------------------------------
+
+
+def test_a_smaller_budget_withdraws_waiting_tickets(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
+    study = begin(sqlite_store, make_spec(), program, 10)
+    work(sqlite_store, study, tmp_path, max_trials=2)
+    assert fill_budget(sqlite_store, study, 4, program=program) == 0
+    work(sqlite_store, study, tmp_path)
+    counts = counting.tally(study.get_trials())
+    assert (counts.ended, counts.open, counts.fail) == (4, 0, 0)
+    assert fill_budget(sqlite_store, study, 5, program=program) == 1
+    work(sqlite_store, study, tmp_path)
+    assert counting.tally(study.get_trials()).ended == 5
+
+
+def test_another_space_is_refused_and_a_fork_offered(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
+    first = begin(sqlite_store, make_spec(), program, 6)
+    work(sqlite_store, first, tmp_path)
+    other = make_spec(space={"shape.y": {"low": 1, "high": 5}})
+    with pytest.raises(SpaceError, match=r"'space.shape.y' differs.*--fork unit-2"):
+        create_or_resume_study(sqlite_store, other, score_version=1)
+    with pytest.raises(SpaceError, match="version 1 of k_loc, this program has 2"):
+        create_or_resume_study(sqlite_store, make_spec(), score_version=2)
+    fork = begin(sqlite_store, other, program, 8, fork="unit-2")
+    origins = [trial.user_attrs.get(names.ORIGIN) for trial in fork.get_trials()]
+    assert origins[0] == "base"
+    assert origins[1].startswith("warm-start unit#")
+    assert fork.user_attrs[names.FORKED_FROM] == "unit"
+    work(sqlite_store, fork, tmp_path / "fork")
+    assert counting.tally(fork.get_trials()).ended == 8
+    with pytest.raises(StudyError, match="exists already"):
+        create_or_resume_study(sqlite_store, other, score_version=1, fork="unit-2")
+
+
+def test_sampler_pruner_and_stop_rules_may_change(sqlite_store: Store, program: Program) -> None:
+    begin(sqlite_store, make_spec(), program, 2)
+    study = begin(sqlite_store, make_spec(sampler={"name": "random"}, stop={"target": 1.5}), program, 2)
+    assert stored_spec(study).sampler.name == "random"
+
+
+def test_unknown_studies_are_named_with_a_suggestion(sqlite_store: Store, program: Program) -> None:
+    with pytest.raises(StudyError, match="the store has none yet"):
+        get_study(sqlite_store, "wide")
+    begin(sqlite_store, make_spec("wide"), program, 1)
+    with pytest.raises(StudyError, match="did you mean 'wide'"):
+        get_study(sqlite_store, "wyde")
+    with pytest.raises(StudyError, match="no study 'none' to start from"):
+        create_or_resume_study(sqlite_store, make_spec("other"), score_version=1, warm_start="none")
+    with pytest.raises(StudyError, match="not above 0"):
+        fill_budget(sqlite_store, get_study(sqlite_store, "wide"), 0, program=program)
+
+
+@pytest.mark.parametrize(
+    ("rules", "reason"),
+    [
+        (StopSpec(target=3.0), "target"),
+        (StopSpec(patience=2), "patience"),
+        (StopSpec(gpu_hours=1e-9), "gpu_hours"),
+        (StopSpec(timeout_s=1e-6), "timeout"),
+    ],
+)
+def test_stop_rules(rules: StopSpec, reason: str, sqlite_store: Store, program: Program, tmp_path: Path) -> None:
+    study = begin(sqlite_store, make_spec(), program, 30)
+    report = work(sqlite_store, study, tmp_path, rules=rules)
+    assert report.reason == reason
+    assert report.ended < 30
+    counts = counting.tally(study.get_trials())
+    assert counts.running == 0
+    assert counts.ended + counts.waiting == 30
+
+
+@pytest.mark.parametrize("name", ["../up", "/tmp/x", "a/b", "..", ".hidden", "two words", "x" * 65, "line\n"])
+def test_a_name_that_leads_elsewhere_is_refused(name: str, sqlite_store: Store, program: Program) -> None:
+    with pytest.raises(StudyError, match="folders are called by it"):
+        create_or_resume_study(sqlite_store, make_spec(), name=name, score_version=1)
+    sqlite_store.create_new_study([optuna.study.StudyDirection.MINIMIZE], name)  # made by somebody else
+    with pytest.raises(StudyError, match="folders are called by it"):
+        stored_spec(get_study(sqlite_store, name))
+
+
+def test_two_objectives_under_nsga2(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
+    spec = make_spec(sampler={"name": "nsga2", "population": 4}, pruner={"name": "none"})
+    study = begin(sqlite_store, spec, program, 6)
+    work(sqlite_store, study, tmp_path)
+    trials = study.get_trials()
+    assert all(trial.state == TrialState.COMPLETE for trial in trials)
+    assert all(trial.values[1] == 1000 * trial.params.get("shape.depth", 2) for trial in trials)
+    assert all(len(trial.intermediate_values) == 8 for trial in trials)
+    assert study.metric_names == ["k_loc", "parameters"]
+
+
+# -- lost trials, replay ---------------------------------------------------------------------------------------------
+
+
+def test_lost_trials_are_found_by_owner_and_by_heartbeat(
+    store: Store, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = begin(store, make_spec(), program, 4)
+    study_id = study._study_id
+    here = owner_name(0)
+    host, pid, birth, _ = here.rsplit(":", 3)
+    store.claim(study_id, here)  # this process: alive
+    store.claim(study_id, f"{host}:{pid}:{birth}1:0")  # its number was used before: dead
+    silent = store.claim(study_id, "elsewhere:1:0:0")  # another host, no heartbeat yet
+    store.claim(study_id, "elsewhere:2:0:0")
+    ids = [trial._trial_id for trial in store.get_all_trials(study_id)]
+    clock, silents = [1000.0], dict.fromkeys([silent])
+    monkeypatch.setattr(lost_module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(type(store), "heartbeats", lambda self, study_id: {**dict.fromkeys(ids, clock[0]), **silents})
+    lost = LostTrials(store, study_id, make_spec().retries)
+    assert lost.recover() == [1]
+    clock[0] += 3600  # this process slept, or the server was away: an hour of silence that nobody could have broken
+    assert lost.recover() == []
+    clock[0] += 10
+    assert lost.recover() == []
+    silents[silent] = 7.0  # a beat at last; how old it is by any clock says nothing
+    clock[0] += 10
+    assert lost.recover() == []
+    for found in ([], [], [2]):
+        clock[0] += 10
+        assert lost.recover() == found
+    assert [trial.user_attrs.get(names.PREDECESSOR) for trial in store.get_all_trials(study_id)][4:] == [1, 2]
+
+
+def test_replay_compares_step_by_step(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
+    study = begin(sqlite_store, make_spec(), program, 5)
+    work(sqlite_store, study, tmp_path)
+    pruned = next(trial for trial in study.get_trials() if trial.state == TrialState.PRUNED)
+    for number in (0, pruned.number):
+        report = replay(sqlite_store, "unit", number, program=program)
+        assert report.identical
+        assert report.fingerprint_agrees
+        assert len(report.steps) == len(study.get_trials()[number].intermediate_values)
+    with pytest.raises(StudyError, match="has no trial 99"):
+        replay(sqlite_store, "unit", 99, program=program)
+
+
+def test_status_is_one_summary(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
+    study = begin(sqlite_store, make_spec(), program, 6)
+    work(sqlite_store, study, tmp_path, max_trials=5)
+    found = status(sqlite_store, "unit").as_dict()
+    states = Counter(trial.state.name.lower() for trial in study.get_trials())
+    assert found["study"] == "unit"
+    assert {key: found["trials"][key] for key in ("complete", "pruned", "fail", "running", "waiting")} == {
+        key: states.get(key, 0) for key in ("complete", "pruned", "fail", "running", "waiting")
+    }
+    best: FrozenTrial = study.best_trial
+    assert (found["best"]["number"], found["best"]["k_loc"], found["best"]["floor"]) == (best.number, best.value, 1.0)
+    assert found["best"]["pipeline_k_loc"] == pytest.approx(best.value - 0.3)
+
+
+def test_a_bug_error_carries_the_trial(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
+    study = begin(sqlite_store, make_spec(base={"fault": "bug"}), program, 1)
+    trial_id = sqlite_store.claim(study._study_id, "here:1:0:0")
+    assert trial_id is not None
+    sqlite_store.get_all_trials(study._study_id)
+    seat = Seat(sqlite_store, study, stored_spec(study), program, lambda number: tmp_path / str(number))
+    with pytest.raises(TrialBugError, match="trial 0 failed: ZeroDivisionError"):
+        run_trial(seat, trial_id, "here:1:0:0")
+    assert Outcome("complete", 0).cause is None
