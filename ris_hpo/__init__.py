@@ -38,7 +38,7 @@ _HOME = {
     "load_scenes": "physics.files",
     "localize": "learning.inference",
     "save_scenes": "physics.files",
-    "score": "learning.metrics",
+    "score": "scoring.metrics",
     "simulate": "physics.scene",
 }
 
