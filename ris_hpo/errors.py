@@ -6,7 +6,7 @@ The message is one line: what was found, what was expected, what to do. The comm
 
 
 def one_line(message: str) -> str:
-    """A message as one line; it quotes files and options, of which a control sequence is shown and not obeyed."""
+    """Return a message as one line. Escapes control characters, because messages quote user input."""
     line = " ".join(message.split("\n"))
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 

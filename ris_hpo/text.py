@@ -1,4 +1,4 @@
-"""Values as a person or a JSON document takes them."""
+"""Values formatted for people and for JSON."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: 8 s, 3 min 20 s, 2 h 05 min."""
+    """Format seconds: 8 s, 3 min 20 s, 2 h 05 min."""
     if seconds < 60:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -17,8 +17,19 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def file_size(size: int) -> str:
+    """Format a number of bytes with three digits: 512 B, 23.4 kB, 1.20 MB."""
+    value, unit = float(size), "B"
+    for larger in ("kB", "MB", "GB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    digits = 0 if unit == "B" or value >= 99.95 else 1 if value >= 9.995 else 2
+    return f"{value:.{digits}f} {unit}"
+
+
 def finite(value: Any) -> Any:
-    """The same tree with None where a number is not finite: JSON has no word for it."""
+    """Return the same tree with None for NaN and infinities, which JSON does not have."""
     if isinstance(value, Mapping):
         return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,14 +1,15 @@
 """The command line: thin, and the only place that prints or sets up logging.
 
-Results go to stdout, everything else to stderr; ``--json`` leaves JSON alone on stdout. Every error that is the input's
-or the surroundings' fault is one line and the exit code of its class (``ris_hpo/errors.py``); wrong usage exits with 2,
-Ctrl-C with 130. Modules that import torch or optuna are imported inside the commands, so that ``--help`` is instant.
+Results go to stdout, everything else to stderr; ``--json`` leaves JSON alone on stdout. An error caused by the input,
+the disk or the network prints one line and exits with the code of its class (``ris_hpo/errors.py``); wrong usage exits
+with 2, Ctrl-C with 130. Modules that import torch or optuna are imported inside the commands: ``--help`` is instant.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -43,7 +44,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback(epilog="Example: ris-hpo run --space smoke --n-trials 4")
 def settings(
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens too.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log informational messages as well.")] = False,
     show_version: Annotated[
         bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
     ] = False,
@@ -57,7 +58,12 @@ model.register(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command and exit with its code."""
+    """Run one command and exit with its code.
+
+    OpenMP threads spin while they wait for each other unless told to sleep; on a machine whose cores are busy, spinning
+    makes every command several times slower. libgomp reads the variable when torch is loaded, hence here.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(execute(sys.argv[1:] if arguments is None else arguments))
 
 

@@ -1,4 +1,4 @@
-"""What a person sees: tables, progress, errors and logs; colour and movement on a terminal, plain lines elsewhere."""
+"""Tables, progress, errors and logs: coloured and updated in place on a terminal, plain lines in a pipe or a file."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PLAIN_WIDTH = 120
 PLAIN_SECONDS = 10.0
+"""Least time between two plain lines of progress."""
 
 
 def stdout() -> Console:
@@ -56,25 +57,25 @@ def set_up_logging(level: int) -> None:
 
 
 def print_error(message: str) -> None:
-    """One line on stderr, whatever the message was made of."""
-    line = redact(one_line(" ".join(message.split())))  # an address may stand in any option, meant for it or not
+    """Print one line on stderr, with control characters escaped and passwords removed."""
+    line = redact(one_line(" ".join(message.split())))  # a user may type a store's URL into any option
     stderr().print("[bold red]error:[/] ", end="", soft_wrap=True)
     stderr().print(line, markup=False, soft_wrap=True)
 
 
 def print_note(message: str) -> None:
-    """A line for the person on stderr; never part of a result."""
+    """Print a line on stderr that is not part of the result."""
     stderr().print(redact(message), markup=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
-    """JSON alone on stdout; a number that JSON does not have becomes null."""
+    """Print JSON alone on stdout; NaN and infinities become null."""
     sys.stdout.write(json.dumps(finite(value), indent=2, allow_nan=False, default=str) + "\n")
-    sys.stdout.flush()  # a reader at the other end of a pipe may wait for it while the command goes on
+    sys.stdout.flush()  # a program may read it from a pipe while the command goes on
 
 
 def print_result(line: str) -> None:
-    """A line on stdout at once, for a person or a pipe."""
+    """Print a line on stdout and flush it."""
     print(line, flush=True)
 
 
@@ -108,7 +109,7 @@ def _print_under(title: str, grid: Table) -> None:
 
 
 def cell(value: object) -> str:
-    """A value as it stands in a table: three decimals, a dash for nothing."""
+    """Format a value for a table: three decimals, a dash for None and NaN."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
     if isinstance(value, bool):
@@ -121,12 +122,12 @@ def cell(value: object) -> str:
 
 
 def comparison(report: ReplayReport) -> None:
-    """Print a recorded curve beside its repetition, and the verdict."""
+    """Print a recorded curve beside the replayed one, and whether they agree."""
     rows = [(step.step, f"{step.recorded:.9f}", f"{step.replayed:.9f}") for step in report.steps]
     columns = ["scenes", "recorded k_loc", "replayed"]
     table(f"trial {report.number} of '{report.study}'", columns, rows, text=())
     if not report.fingerprint_agrees:
-        print_result("the configuration is not the recorded one: the program has changed since")
+        print_result("the configuration differs from the recorded one: the program has changed since")
     if not report.stopped:
         difference = f"different, by up to {report.max_difference:.3g}"
         print_result("identical" if report.identical else difference)
@@ -137,10 +138,10 @@ Advance = Callable[[float, str], None]
 
 @contextmanager
 def progress(total: float, unit: str) -> Iterator[Advance]:
-    """Progress on stderr: a bar on a terminal, else a line now and then.
+    """Show progress on stderr: a bar on a terminal, else at most one line every ``PLAIN_SECONDS``, none twice.
 
     Yields:
-        A function of (how much is done, a short status).
+        A function of (units done, a short status).
     """
     if sys.stderr.isatty():
         columns = (
@@ -154,13 +155,14 @@ def progress(total: float, unit: str) -> Iterator[Advance]:
             task = bar.add_task("", total=total)
             yield lambda done, status: bar.update(task, completed=done, description=status)
         return
-    spoken = time.monotonic()
+    printed_at, printed = time.monotonic(), ""
 
-    def say(done: float, status: str) -> None:
-        nonlocal spoken
+    def advance(done: float, status: str) -> None:
+        nonlocal printed_at, printed
         now = time.monotonic()
-        if now - spoken >= PLAIN_SECONDS:
-            spoken = now
-            print_note(f"{done:,.0f} of {total:,.0f} {unit}  {status}".rstrip())
+        line = f"{done:,.0f} of {total:,.0f} {unit}  {status}".rstrip()
+        if now - printed_at >= PLAIN_SECONDS and line != printed:
+            printed_at, printed = now, line
+            print_note(line)
 
-    yield say
+    yield advance

@@ -1,4 +1,4 @@
-"""A running pool as a person sees it: one view of all workers on a terminal, a line now and then elsewhere."""
+"""Progress of a running pool: one view of all workers on a terminal, plain lines in a pipe or a file."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from ris_hpo.workers.local import PoolSnapshot
 
 PLAIN_SECONDS = 15.0
+"""Least time between two plain lines while no trial ends."""
 
 
 def follow(snapshots: Iterable[PoolSnapshot], n_trials: int) -> None:
-    """Show a pool until it ends; everything goes to stderr."""
+    """Show a pool's progress on stderr until it ends."""
     if not sys.stderr.isatty():
         _follow_plainly(snapshots, n_trials)
         return
@@ -35,9 +36,9 @@ def follow(snapshots: Iterable[PoolSnapshot], n_trials: int) -> None:
 
 
 def tell(event: Mapping[str, Any]) -> None:
-    """One line for each trial that a single worker takes up or ends."""
+    """Print one line for each trial that a single worker starts or ends."""
     if event["event"] == "claimed":
-        display.print_note(f"trial {event['number']}: taken up")
+        display.print_note(f"trial {event['number']}: started")
     elif event["event"] == "ended":
         value = event.get("value")
         parts = [
@@ -49,38 +50,45 @@ def tell(event: Mapping[str, Any]) -> None:
         display.print_note(f"trial {event.get('number', '?')}: {', '.join(str(part) for part in parts if part)}")
 
 
-def _headline(snapshot: PoolSnapshot, n_trials: int) -> str:
-    tally, best = snapshot.tally, snapshot.best
-    text = f"{tally.ended} of {n_trials} trials ({tally.complete} complete, {tally.pruned} pruned, {tally.fail} failed)"
-    text += f", {duration(snapshot.seconds)}"
-    if best is not None:
-        text += f" | best: trial {best.number}, k_loc {best.k_loc:.3f}"
-        text += f", floor {best.floor:.3f}" if best.floor is not None else ""
-    return text
+def _counts(snapshot: PoolSnapshot, n_trials: int) -> str:
+    tally = snapshot.tally
+    return f"{tally.ended} of {n_trials} trials ({tally.complete} complete, {tally.pruned} pruned, {tally.fail} failed)"
+
+
+def _best(snapshot: PoolSnapshot) -> str:
+    best = snapshot.best
+    if best is None:
+        return ""
+    floor = f", floor {best.floor:.3f}" if best.floor is not None else ""
+    return f" | best: trial {best.number}, k_loc {best.k_loc:.3f}{floor}"
 
 
 def _follow_plainly(snapshots: Iterable[PoolSnapshot], n_trials: int) -> None:
-    ended, spoken = -1, 0.0
+    ended, printed_at, printed = -1, 0.0, ""
     for snapshot in snapshots:
         now = time.monotonic()
         for message in snapshot.messages:
             display.print_note(message)
-        if snapshot.tally.ended == ended and now - spoken < PLAIN_SECONDS:
+        if snapshot.tally.ended == ended and now - printed_at < PLAIN_SECONDS:
             continue
-        ended, spoken = snapshot.tally.ended, now
-        at_work = [
-            f"#{each.trial} at {each.step or 0:,} scenes"
+        running = [
+            f" | #{each.trial} at {each.step or 0:,} scenes"
             + (f" k_loc {each.k_loc:.2f}" if each.k_loc is not None else "")
             for each in snapshot.workers
             if each.trial is not None
         ]
-        display.print_note(" | ".join([_headline(snapshot, n_trials), *at_work]))
+        rest = "".join([_best(snapshot), *running])
+        ended, printed_at = snapshot.tally.ended, now
+        if (news := _counts(snapshot, n_trials) + rest) != printed:  # the clock alone is no news
+            printed = news
+            display.print_note(f"{_counts(snapshot, n_trials)}, {duration(snapshot.seconds)}{rest}")
 
 
 def _view(snapshot: PoolSnapshot, n_trials: int) -> Group:
     grid = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("worker", "device", "state", "trial", "scenes", "k_loc", "floor", "scenes/s", "memory", "restarts"):
-        grid.add_column(column, justify="left" if column in ("worker", "device", "state") else "right")
+        words = column in ("worker", "device", "state")
+        grid.add_column(column, justify="left" if words else "right", no_wrap=column == "state")
     for each in snapshot.workers:
         rate = None if each.scenes_per_second is None else f"{each.scenes_per_second:,.0f}"
         memory = None if each.memory_bytes is None else f"{each.memory_bytes / 2**30:.1f} GiB"
@@ -97,5 +105,7 @@ def _view(snapshot: PoolSnapshot, n_trials: int) -> Group:
             each.restarts,
         )
         grid.add_row(*(display.cell(value) for value in row))
-    bar = ProgressBar(total=n_trials, completed=min(snapshot.tally.ended, n_trials))
-    return Group(Text(_headline(snapshot, n_trials)), bar, grid)
+    line = Table.grid(expand=True)  # a bar alone ends without a line break and would swallow the titles below it
+    line.add_row(ProgressBar(total=n_trials, completed=min(snapshot.tally.ended, n_trials)))
+    headline = f"{_counts(snapshot, n_trials)}, {duration(snapshot.seconds)}{_best(snapshot)}"
+    return Group(Text(headline), line, grid)

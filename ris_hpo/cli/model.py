@@ -12,7 +12,7 @@ import typer
 from ris_hpo.cli import display, methods, options, plots, standing
 from ris_hpo.config import read_toml
 from ris_hpo.errors import SceneFileError
-from ris_hpo.text import duration
+from ris_hpo.text import duration, file_size
 
 if TYPE_CHECKING:
     from ris_hpo.cli.methods import Method
@@ -81,7 +81,7 @@ def simulate(
     if json_:
         display.print_json(result)
     else:
-        display.facts("", {**result, "bytes": f"{path.stat().st_size / 1e6:.1f} MB"})
+        display.facts("", {**result, "bytes": file_size(path.stat().st_size)})
         display.print_note(f"next: ris-hpo localize {path} --out estimates.npz")
 
 
@@ -419,7 +419,7 @@ def package(
     if json_:
         display.print_json({"folder": str(out), "files": files, **told})
         return
-    display.facts(str(out), {name: f"{size / 1e6:.2f} MB" for name, size in files.items()})
+    display.facts(str(out), {name: file_size(size) for name, size in files.items()})
 
 
 def register(app: typer.Typer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shlex
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import sys
 import pytest
 import typer
 
-from ris_hpo.cli import app, execute
+from ris_hpo.cli import app, execute, main
 from ris_hpo.errors import OutputError, RisHpoError
 
 GROUP = typer.main.get_command(app)
@@ -49,6 +50,24 @@ def test_help_is_quick_because_torch_and_optuna_wait() -> None:
     code += "print(sorted({'torch', 'optuna', 'matplotlib', 'scipy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_threads_of_every_command_sleep_while_they_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As libgomp reports it; on a busy machine, threads that spin make a command ten times slower."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "verbose")
+    code = "from ris_hpo.cli import main; main(['localize', 'missing.npz', '--out', 'e.npz'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "no such file" in done.stderr
+    spins = [line.split("'")[1] for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line]
+    assert set(spins) == {"0"}
+
+
+def test_a_wait_policy_of_the_user_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
 def test_wrong_usage_is_one_line_and_code_2(cli) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import logging
@@ -8,11 +9,12 @@ import sys
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from ris_hpo.cli import display, live
 from ris_hpo.search.counting import Tally
 from ris_hpo.search.status import BestTrial
-from ris_hpo.text import duration
+from ris_hpo.text import duration, file_size
 from ris_hpo.workers.local import PoolSnapshot, WorkerView
 
 
@@ -35,6 +37,17 @@ def test_the_live_view_shows_every_worker_and_the_best_trial() -> None:
         assert part in text
 
 
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_live_view_titles_its_columns(width: int) -> None:
+    console = Console(file=io.StringIO(), width=width, force_terminal=True)
+    console.print(live._view(snapshot(), 8))
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    lines = [Text.from_ansi(line).plain for line in printed.splitlines()]
+    first = next(index for index, line in enumerate(lines) if "training" in line)
+    assert lines[first - 1].split()[:4] == ["worker", "device", "state", "trial"]
+    assert any("restarting" in line for line in lines)
+
+
 def test_without_a_terminal_a_line_is_said_when_something_changed(capsys: pytest.CaptureFixture[str]) -> None:
     live.follow([snapshot(1), snapshot(1), snapshot(2, ("trial 7: worker 1 ended with signal 9",))], 8)
     lines = capsys.readouterr().err.splitlines()
@@ -42,11 +55,29 @@ def test_without_a_terminal_a_line_is_said_when_something_changed(capsys: pytest
     assert "trial 7: worker 1 ended with signal 9" in lines
 
 
+def test_without_a_terminal_no_line_is_printed_twice(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "PLAIN_SECONDS", 0.0)
+    later = dataclasses.replace(snapshot(1), seconds=80.0)
+    trained = dataclasses.replace(snapshot(1), workers=[WorkerView(0, "cpu", "training", trial=4, step=4096)])
+    live.follow([snapshot(1), later, trained], 8)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert "1 min 05 s" in lines[0]
+    assert "#4 at 4,096 scenes" in lines[1]
+    monkeypatch.setattr(display, "PLAIN_SECONDS", 0.0)
+    with display.progress(10, "scenes") as advance:
+        for done in (5, 5, 6):
+            advance(done, "half")
+    assert capsys.readouterr().err.splitlines() == ["5 of 10 scenes  half", "6 of 10 scenes  half"]
+
+
 def test_a_single_worker_tells_each_trial(capsys: pytest.CaptureFixture[str]) -> None:
     live.tell({"event": "claimed", "number": 3})
     live.tell({"event": "report", "number": 3})
     live.tell({"event": "ended", "number": 3, "state": "complete", "value": 1.5, "cause": None, "error": None})
-    assert capsys.readouterr().err.splitlines() == ["trial 3: taken up", "trial 3: complete, k_loc 1.500"]
+    assert capsys.readouterr().err.splitlines() == ["trial 3: started", "trial 3: complete, k_loc 1.500"]
 
 
 @pytest.mark.parametrize(
@@ -72,6 +103,14 @@ def test_cells(value: object, text: str) -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(512, "512 B"), (1000, "1.00 kB"), (23_400, "23.4 kB"), (999_600, "1.00 MB"), (7e8, "700 MB"), (2.5e9, "2.50 GB")],
+)
+def test_file_sizes(size: int, text: str) -> None:
+    assert file_size(size) == text
 
 
 def test_json_has_no_numbers_that_json_does_not_have(capsys: pytest.CaptureFixture[str]) -> None:
