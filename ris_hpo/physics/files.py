@@ -1,43 +1,220 @@
-"""Scene and estimate files: npz in, npz out, checked array by array.
+"""Scene and estimate files: named arrays in npz, MATLAB (5, 7.3) or HDF5, checked as a whole.
 
-A scene file holds ``y`` complex64 [B, L, M], ``bs_ris_channel`` complex64 [B, M, N], ``ris_codes`` complex64 [B, L, N],
-``noise_power`` float32 [B] and, where the truth is known, ``num_sources`` int64 [B] with ``azimuth``, ``elevation``
-(rad) and ``range_m`` float32 [B, K_max], NaN beyond ``num_sources``. ``snr_db`` float32 [B], ``power`` float32
-[B, K_max], ``symbols`` complex64 [B, L, K_max], ``true_channel`` complex64 [B, M, N] and the surface as JSON in
-``geometry_json`` are written when known and optional when read. An estimate file holds ``num_sources``, ``azimuth``,
-``elevation``, ``range_m``, ``existence`` [B, K_max] and, where the method gives one, ``covariance_m2`` [B, K_max, 3,
-3].
+A scene file holds ``y`` complex [B, L, M], ``bs_ris_channel`` complex [B, M, N], ``ris_codes`` complex [B, L, N] and
+``noise_power`` [B]. One channel [M, N], one code book [L, N] and one noise power serve all scenes of a file. Where the
+truth is known it holds ``num_sources`` [B] with ``azimuth``, ``elevation`` (rad) and ``range_m`` [B, K_max], whatever
+beyond ``num_sources``. ``snr_db`` [B], ``power`` [B, K_max], ``symbols`` complex [B, L, K_max], ``true_channel``
+complex [B, M, N] and the surface as JSON in ``geometry_json`` are optional. Any width, byte order and memory order is
+read; files are written in single precision. An estimate file holds ``num_sources``, ``azimuth``, ``elevation``,
+``range_m``, ``existence`` [B, K_max] and, where the method gives one, ``covariance_m2`` [B, K_max, 3, 3].
 
-Files are read without unpickling anything and written to a temporary name first, so that none is ever half there.
+Names, shapes and types are checked when a file is opened, values when they are read. A refusal lists all misfits.
 """
 
 from __future__ import annotations
 
 import json
-import zipfile
-import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from ris_hpo.atomic import replacing
 from ris_hpo.config import suggestion
 from ris_hpo.errors import ConfigError, SceneFileError
 from ris_hpo.physics.array import Geometry
+from ris_hpo.physics.containers import Array, Arrays, LazyArray, open_arrays, write_arrays
 from ris_hpo.physics.scene import Scenes
 from ris_hpo.physics.sources import Sources
 
-Array = NDArray[Any]
+_TRUTH: Final = ("num_sources", "azimuth", "elevation", "range_m")
 
-_TRUTH = ("num_sources", "azimuth", "elevation", "range_m")
+
+@dataclass(frozen=True)
+class _Layout:
+    """What an array has to look like.
+
+    Attributes:
+        axes: its axes by letter or size, for example ``B L M``.
+        kind: what its numbers are.
+        shared: whether it may lack the axis B, and then serves every scene.
+    """
+
+    axes: str
+    kind: Literal["complex", "real", "integer"]
+    shared: bool = False
+
+    @property
+    def legend(self) -> list[str]:
+        return self.axes.split()
+
+
+_LAYOUTS: Final = {
+    "y": _Layout("B L M", "complex"),
+    "bs_ris_channel": _Layout("B M N", "complex", shared=True),
+    "ris_codes": _Layout("B L N", "complex", shared=True),
+    "noise_power": _Layout("B", "real", shared=True),
+    "num_sources": _Layout("B", "integer"),
+    "azimuth": _Layout("B K", "real"),
+    "elevation": _Layout("B K", "real"),
+    "range_m": _Layout("B K", "real"),
+    "power": _Layout("B K", "real"),
+    "snr_db": _Layout("B", "real"),
+    "symbols": _Layout("B L K", "complex"),
+    "true_channel": _Layout("B M N", "complex", shared=True),
+    "existence": _Layout("B K", "real"),
+    "covariance_m2": _Layout("B K 3 3", "real"),
+}
+UNSTATED_SURFACE: Final = (
+    "the file does not say its surface: state it with --surface, or write 'geometry_json' into the file"
+)
+_REQUIRED: Final = ("y", "bs_ris_channel", "ris_codes")
+_TYPES: Final = {"complex": np.complex64, "real": np.float32, "integer": np.int64}
+
+
+class SceneFile:
+    """A scene file that is open for reading, in parts or whole.
+
+    Attributes:
+        path: the file.
+        kind: ``npz``, ``MATLAB 5``, ``MATLAB 7.3`` or ``HDF5``.
+        geometry: the surface.
+        geometry_stated: whether the file or the caller stated it; else the default surface is assumed.
+        sizes: number of scenes B, snapshots L, antennas M, elements N and, with a truth, slots K.
+        has_noise_power: whether the file gives the noise power.
+        has_truth: whether it gives the truth.
+        remarks: one line on each array that is not as files are written: cast, or shared by all scenes.
+    """
+
+    def __init__(self, arrays: Arrays, geometry: Geometry | None) -> None:
+        self._arrays = arrays
+        self.path, self.kind = arrays.path, arrays.kind
+        problems = _Problems(arrays.path)
+        self.sizes: dict[str, int] = {}
+        self._used = _fitted(arrays, self._wanted(arrays), self.sizes, problems)
+        self.has_noise_power = "noise_power" in arrays
+        self.has_truth = any(name in arrays for name in _TRUTH)
+        for axis, meaning in (("B", "scenes"), ("L", "snapshots"), ("M", "antennas"), ("N", "elements")):
+            if self.sizes.get(axis) == 0:
+                owner = "bs_ris_channel" if axis == "N" else "y"
+                problems.add(f"array '{owner}' has shape {arrays[owner].shape}: no {meaning} in it")
+        if self.sizes.get("K") == 0:
+            problems.add(f"array 'azimuth' has shape {arrays['azimuth'].shape}: no place for a source in it")
+        self.geometry_stated = geometry is not None or "geometry_json" in arrays
+        self.geometry = _surface(arrays, geometry, problems)
+        elements = self.sizes.get("N")
+        if elements and self.geometry.num_elements != elements:
+            surface = self.geometry
+            hint = "" if self.geometry_stated else f"; {UNSTATED_SURFACE}"
+            problems.add(
+                f"array 'bs_ris_channel' has N = {elements} elements, expected "
+                f"{surface.num_horizontal} x {surface.num_vertical} = {surface.num_elements} of the surface{hint}"
+            )
+        problems.raise_any()
+        self.remarks = [remark for entry in self._used.values() for remark in entry.remarks]
+
+    @staticmethod
+    def _wanted(arrays: Arrays) -> list[str]:
+        names = list(_REQUIRED)
+        if any(name in arrays for name in _TRUTH):
+            names += [*_TRUTH, *(name for name in ("power", "symbols") if name in arrays)]
+        return names + [name for name in ("noise_power", "snr_db", "true_channel") if name in arrays]
+
+    def __len__(self) -> int:
+        return self.sizes["B"]
+
+    def __enter__(self) -> SceneFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; scenes that were read stay."""
+        self._arrays.close()
+
+    def read(self, start: int = 0, stop: int | None = None) -> Scenes:
+        """Read scenes ``start`` .. ``stop``, all by default; the noise power is NaN where the file has none.
+
+        Raises:
+            SceneFileError: values that are not finite, out of bounds, or lost in single precision.
+        """
+        part = slice(start, len(self) if stop is None else min(stop, len(self)))
+        problems = _Problems(self.path)
+        values = {name: _values(name, entry, part, problems) for name, entry in self._used.items()}
+        count = len(range(*part.indices(len(self))))
+        if "noise_power" in values:
+            problems.require("noise_power", values["noise_power"] > 0, "every value must be positive")
+        truth = _truth(values, problems) if self.has_truth else None
+        problems.raise_any()
+
+        def tensor(name: str) -> Tensor | None:
+            if name not in values:
+                return None
+            value = torch.from_numpy(values[name])
+            return value.expand(count, *value.shape) if self._used[name].is_shared else value
+
+        y, channel, codes, noise = (tensor(name) for name in (*_REQUIRED, "noise_power"))
+        assert y is not None
+        assert channel is not None
+        assert codes is not None
+        return Scenes(
+            geometry=self.geometry,
+            y=y,
+            bs_ris_channel=channel,
+            ris_codes=codes,
+            noise_power=torch.full((count,), torch.nan) if noise is None else noise,
+            truth=truth,
+            snr_db=tensor("snr_db"),
+            symbols=tensor("symbols"),
+            true_channel=tensor("true_channel"),
+        )
+
+    def parts(self, size: int = 256) -> Iterator[Scenes]:
+        """Read the file in parts of ``size`` scenes, so that a large one needs little memory."""
+        for start in range(0, len(self), size):
+            yield self.read(start, start + size)
+
+
+def open_scenes(path: Path | str, geometry: Geometry | None = None) -> SceneFile:
+    """Open a scene file and check names, shapes and types.
+
+    Args:
+        path: npz, MATLAB or HDF5 file as described above.
+        geometry: the surface, used where the file does not say; a file that says otherwise wins. Without either, the
+            default surface is assumed if its number of elements fits.
+
+    Raises:
+        SceneFileError: missing, damaged or of another kind, or arrays that do not fit: one line that lists each with
+            what was found and what was expected.
+    """
+    arrays = open_arrays(Path(path))
+    try:
+        return SceneFile(arrays, geometry)
+    except SceneFileError:
+        arrays.close()
+        raise
+
+
+def load_scenes(path: Path | str, geometry: Geometry | None = None) -> Scenes:
+    """Read all scenes of a file; see :func:`open_scenes`.
+
+    Raises:
+        SceneFileError: as :func:`open_scenes`, or values that do not fit, or no noise power.
+    """
+    with open_scenes(path, geometry) as file:
+        if not file.has_noise_power:
+            raise SceneFileError(
+                f"{path}: array 'noise_power' is missing{suggestion('noise_power', list(file._arrays))}"
+            )
+        return file.read()
 
 
 def save_scenes(path: Path | str, scenes: Scenes) -> None:
-    """Write scenes, with truth, symbols and geometry where they are known.
+    """Write scenes, with truth, symbols and geometry where they are known; the suffix decides the kind of file.
 
     Raises:
         OutputError: the file cannot be written; nothing is left behind.
@@ -59,62 +236,11 @@ def save_scenes(path: Path | str, scenes: Scenes) -> None:
         arrays["snr_db"] = _numpy(scenes.snr_db, np.float32)
     if scenes.true_channel is not None:
         arrays["true_channel"] = _numpy(scenes.true_channel)
-    _write(Path(path), arrays)
-
-
-def load_scenes(path: Path | str, geometry: Geometry | None = None) -> Scenes:
-    """Read scenes.
-
-    Args:
-        path: an npz file as described above.
-        geometry: the surface, used where the file does not say; a file that says otherwise wins. Without either, the
-            default surface is taken if its number of elements fits.
-
-    Raises:
-        SceneFileError: missing or damaged file, or an array that is missing, of wrong shape or dtype, or not finite;
-            the message names the array, what was found and what was expected.
-    """
-    path = Path(path)
-    arrays = _read(path)
-    y = _take(path, arrays, "y", np.complex64, "B L M", {})
-    sizes = dict(zip("BLM", y.shape, strict=True))
-    for axis, meaning in (("B", "scenes"), ("L", "snapshots"), ("M", "antennas")):
-        if sizes[axis] == 0:
-            raise SceneFileError(f"{path}: array 'y' has shape {y.shape}: no {meaning} in it; expected [B, L, M]")
-    channel = _take(path, arrays, "bs_ris_channel", np.complex64, "B M N", sizes)
-    sizes["N"] = channel.shape[2]
-    codes = _take(path, arrays, "ris_codes", np.complex64, "B L N", sizes)
-    noise_power = _take(path, arrays, "noise_power", np.float32, "B", sizes)
-    _require(path, "noise_power", noise_power > 0, "every value must be positive")
-    present = [name for name in _TRUTH if name in arrays]
-    truth = symbols = None
-    if present:
-        missing = [name for name in _TRUTH if name not in arrays]
-        if missing:
-            raise SceneFileError(f"{path}: array '{missing[0]}' is missing; the truth needs all of {', '.join(_TRUTH)}")
-        truth = _take_sources(path, arrays, sizes)
-        if "symbols" in arrays:
-            symbols = torch.from_numpy(_take(path, arrays, "symbols", np.complex64, "B L K", sizes))
-    snr_db = true_channel = None
-    if "snr_db" in arrays:
-        snr_db = torch.from_numpy(_take(path, arrays, "snr_db", np.float32, "B", sizes))
-    if "true_channel" in arrays:
-        true_channel = torch.from_numpy(_take(path, arrays, "true_channel", np.complex64, "B M N", sizes))
-    return Scenes(
-        geometry=_take_geometry(path, arrays, geometry, sizes["N"]),
-        y=torch.from_numpy(y),
-        bs_ris_channel=torch.from_numpy(channel),
-        ris_codes=torch.from_numpy(codes),
-        noise_power=torch.from_numpy(noise_power),
-        truth=truth,
-        snr_db=snr_db,
-        symbols=symbols,
-        true_channel=true_channel,
-    )
+    write_arrays(Path(path), arrays)
 
 
 def save_estimates(path: Path | str, sources: Sources) -> None:
-    """Write estimated sources; those present come first in each scene.
+    """Write estimated sources, those present first in each scene; the suffix decides the kind of file.
 
     Raises:
         OutputError: the file cannot be written; nothing is left behind.
@@ -126,27 +252,31 @@ def save_estimates(path: Path | str, sources: Sources) -> None:
     if sources.covariance_m2 is not None:
         beyond = ~sources.mask[..., None, None]
         arrays["covariance_m2"] = _numpy(sources.covariance_m2.masked_fill(beyond, torch.nan), np.float32)
-    _write(Path(path), arrays)
+    write_arrays(Path(path), arrays)
 
 
 def load_estimates(path: Path | str) -> Sources:
     """Read estimated sources.
 
     Raises:
-        SceneFileError: missing or damaged file, or an array that is missing, of wrong shape or dtype, or not finite.
+        SceneFileError: missing or damaged file, or arrays that do not fit: one line that lists each.
     """
     path = Path(path)
-    arrays = _read(path)
-    sources = _take_sources(path, arrays, {})
-    batch, k_max = sources.mask.shape
-    sizes = {"B": batch, "K": k_max}
-    existence = _take(path, arrays, "existence", np.float32, "B K", sizes)
-    _require(path, "existence", (existence >= 0) & (existence <= 1), "every value must be a probability")
+    with open_arrays(path) as arrays:
+        problems = _Problems(path)
+        optional = [name for name in ("power", "covariance_m2") if name in arrays]
+        used = _fitted(arrays, [*_TRUTH, "existence", *optional], {}, problems)
+        problems.raise_any()
+        values = {name: _values(name, entry, slice(None), problems) for name, entry in used.items()}
+    sources = _truth(values, problems)
+    existence = values["existence"]
+    problems.require("existence", (existence >= 0) & (existence <= 1), "every value must be a probability")
     covariance = None
-    if "covariance_m2" in arrays:
-        found = _take(path, arrays, "covariance_m2", np.float32, "B K 3 3", sizes, finite=False)
-        _require(path, "covariance_m2", np.isfinite(found[sources.mask.numpy()]), "values of a source must be finite")
+    if "covariance_m2" in values:
+        found = values["covariance_m2"]
+        problems.require("covariance_m2", np.isfinite(found[sources.mask.numpy()]), "values of a source must be finite")
         covariance = torch.from_numpy(np.nan_to_num(found, nan=0.0, posinf=0.0, neginf=0.0))
+    problems.raise_any()
     return Sources(
         sources.azimuth,
         sources.elevation,
@@ -156,6 +286,176 @@ def load_estimates(path: Path | str) -> Sources:
         torch.from_numpy(existence),
         covariance,
     )
+
+
+# -- checks ----------------------------------------------------------------------------------------------------------
+
+
+class _Problems:
+    """Collects what does not fit in a file, for one message."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._found: list[str] = []
+
+    def add(self, text: str) -> None:
+        self._found.append(text)
+
+    def require(self, name: str, holds: Array, rule: str) -> None:
+        if not holds.all():
+            bad = int(np.size(holds) - np.count_nonzero(holds))
+            self.add(f"array '{name}': {rule}; {bad} of {np.size(holds)} values do not fit")
+
+    def raise_any(self) -> None:
+        if len(self._found) == 1:
+            raise SceneFileError(f"{self._path}: {self._found[0]}")
+        if self._found:
+            listed = "; ".join(f"({number}) {text}" for number, text in enumerate(self._found, 1))
+            raise SceneFileError(f"{self._path}: {len(self._found)} things do not fit: {listed}")
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """An array of a file whose shape and type fit its layout."""
+
+    array: LazyArray
+    layout: _Layout
+    is_shared: bool
+    shape: tuple[int, ...]
+    remarks: list[str]
+
+
+def _fitted(arrays: Arrays, names: Sequence[str], sizes: dict[str, int], problems: _Problems) -> dict[str, _Entry]:
+    """Check shapes and types; ``sizes`` gets the axes that are met first."""
+    fitted: dict[str, _Entry] = {}
+    for name in names:
+        if name not in arrays:
+            whole = f"; the truth needs all of {', '.join(_TRUTH)}" if name in _TRUTH else ""
+            problems.add(f"array '{name}' is missing{whole or suggestion(name, list(arrays))}")
+            continue
+        entry = _entry(name, arrays, sizes, problems)
+        if entry is not None:
+            fitted[name] = entry
+    return fitted
+
+
+def _entry(name: str, arrays: Arrays, sizes: dict[str, int], problems: _Problems) -> _Entry | None:
+    array, layout = arrays[name], _LAYOUTS[name]
+    legend = layout.legend
+    shape = tuple(array.shape)
+    if arrays.kind.startswith("MATLAB"):  # no vectors there, and no ones at the end of a shape
+        if len(legend) == 1:
+            shape = tuple(size for size in shape if size != 1) or ((1,) if sizes.get("B") == 1 else ())
+        elif not layout.shared:
+            shape += (1,) * (len(legend) - len(shape))
+    shared = layout.shared and len(shape) == len(legend) - 1
+    if layout.shared and len(legend) == 1 and shape == (1,) and sizes.get("B", 1) != 1:
+        shared, shape = True, ()
+    axes = legend[1:] if shared else legend
+    expected = [int(axis) if axis.isdigit() else sizes.get(axis) for axis in axes]
+    fits = len(shape) == len(axes) and all(size in (None, found) for size, found in zip(expected, shape, strict=True))
+    if not fits:
+        wanted = ", ".join(axis if size is None else str(size) for axis, size in zip(axes, expected, strict=True))
+        hint = _exchanged(shape, expected, axes)
+        problems.add(f"array '{name}' has shape {shape}, expected ({wanted}) = [{', '.join(axes)}]{hint}")
+    remarks = []
+    target = np.dtype(_TYPES[layout.kind])
+    problem = _type_problem(array.dtype, layout.kind, real_is_enough=name == "ris_codes")
+    if problem is not None:
+        problems.add(f"array '{name}' has dtype {array.dtype}, {problem}")
+    elif array.dtype != target:
+        remarks.append(f"'{name}' is {array.dtype} and read as {target}")
+    if not fits or problem is not None:
+        return None
+    for axis, size in zip(axes, shape, strict=True):
+        if not axis.isdigit():
+            sizes.setdefault(axis, size)
+    if shared:
+        remarks.append(f"one '{name}' serves all scenes")
+    return _Entry(array, layout, shared, shape, remarks)
+
+
+def _exchanged(shape: tuple[int, ...], expected: Sequence[int | None], axes: Sequence[str]) -> str:
+    """A hint where the last two axes stand in the other order."""
+    if len(shape) != len(expected) or len(shape) < 2:
+        return ""
+    swapped = (*shape[:-2], shape[-1], shape[-2])
+    if all(size in (None, found) for size, found in zip(expected, swapped, strict=True)):
+        found = [*axes[:-2], axes[-1], axes[-2]]
+        return f"; it looks like [{', '.join(found)}]: exchange the last two axes"
+    return ""
+
+
+def _type_problem(dtype: np.dtype[Any], kind: str, *, real_is_enough: bool) -> str | None:
+    if kind == "complex":
+        fits = dtype.kind == "c" or (real_is_enough and dtype.kind in "fiu")
+        return None if fits else "expected complex64 or complex128"
+    return None if dtype.kind in "fiu" else f"expected {'whole' if kind == 'integer' else 'real'} numbers"
+
+
+def _values(name: str, entry: _Entry, part: slice, problems: _Problems) -> Array:
+    """Read scenes ``part`` of an array, cast as files are written, and check that the cast keeps the values."""
+    everything: Any = slice(None) if entry.array.shape else ()
+    if entry.is_shared:
+        raw = np.asarray(entry.array[everything]).reshape(entry.shape)
+    elif len(entry.shape) == 1:  # MATLAB writes a vector as a row or as a column
+        raw = np.asarray(entry.array[everything]).reshape(-1)[part]
+    else:
+        raw = np.asarray(entry.array[part]).reshape(-1, *entry.shape[1:])
+    target = np.dtype(_TYPES[entry.layout.kind])
+    if raw.dtype.kind == "c" or name not in ("azimuth", "elevation", "range_m", "covariance_m2"):
+        problems.require(name, np.isfinite(raw), "every value must be finite")
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = np.ascontiguousarray(raw.astype(target))
+    if entry.layout.kind == "integer":
+        problems.require(name, cast == raw, "whole numbers are expected")
+    else:
+        finite = np.isfinite(raw)
+        kept = np.isfinite(cast) & ((cast != 0) | (raw == 0))
+        problems.require(
+            name, kept | ~finite, "every value must fit single precision, 1e-38 .. 1e38; choose another unit"
+        )
+    return cast
+
+
+def _truth(values: dict[str, Array], problems: _Problems) -> Sources:
+    """The sources of checked arrays; a value beyond ``num_sources`` has no meaning."""
+    count, azimuth, elevation, range_m = (values[name] for name in _TRUTH)
+    slots = azimuth.shape[1]
+    problems.require("num_sources", (count >= 0) & (count <= slots), f"every value must lie within 0..{slots}")
+    mask = np.arange(slots) < count[:, None]
+    for name, value in zip(_TRUTH[1:], (azimuth, elevation, range_m), strict=True):
+        problems.require(name, np.isfinite(value[mask]), "values of a source must be finite")
+    for name, value in (("azimuth", azimuth), ("elevation", elevation)):
+        angles = value[mask]
+        problems.require(name, ~(np.abs(angles) >= np.pi / 2 + 1e-4), "radians within -pi/2..pi/2 are expected")
+    problems.require("range_m", ~(range_m[mask] <= 0), "every range must be positive")
+    power = values.get("power", mask.astype(np.float32))
+    problems.require("power", power >= 0, "no value may be negative")
+    return Sources(
+        torch.from_numpy(np.where(mask, azimuth, np.float32(0))),
+        torch.from_numpy(np.where(mask, elevation, np.float32(0))),
+        torch.from_numpy(np.where(mask, range_m, np.float32(1))),
+        torch.from_numpy(power),
+        torch.from_numpy(mask),
+    )
+
+
+def _surface(arrays: Arrays, geometry: Geometry | None, problems: _Problems) -> Geometry:
+    if "geometry_json" not in arrays:
+        return geometry or Geometry()
+    text = np.asarray(arrays["geometry_json"][()])
+    if text.size != 1 or text.dtype.kind != "U":
+        problems.add(f"array 'geometry_json' has shape {text.shape} and dtype {text.dtype}; expected one string")
+        return geometry or Geometry()
+    try:
+        return Geometry.parse(json.loads(str(text.reshape(())[()])), "geometry_json")
+    except (json.JSONDecodeError, ConfigError) as error:
+        problems.add(f"array 'geometry_json' does not describe a surface: {error}")
+        return geometry or Geometry()
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
 
 
 def _packed(sources: Sources) -> Tensor:
@@ -170,116 +470,6 @@ def _source_arrays(sources: Sources) -> dict[str, Array]:
         arrays[name] = _numpy(getattr(sources, name).masked_fill(beyond, torch.nan), np.float32)
     arrays["power"] = _numpy(sources.power.masked_fill(beyond, 0.0), np.float32)
     return arrays
-
-
-def _take_sources(path: Path, arrays: dict[str, Array], sizes: dict[str, int]) -> Sources:
-    count = _take(path, arrays, "num_sources", np.int64, "B", sizes)
-    sizes["B"] = count.shape[0]
-    values = []
-    for name in ("azimuth", "elevation", "range_m"):
-        values.append(_take(path, arrays, name, np.float32, "B K", sizes, finite=False))
-        sizes["K"] = values[0].shape[1]
-    if sizes["K"] == 0:
-        raise SceneFileError(f"{path}: array 'azimuth' has shape {values[0].shape}: no place for a source in it")
-    _require(path, "num_sources", (count >= 0) & (count <= sizes["K"]), f"every value must lie within 0..{sizes['K']}")
-    mask = np.arange(sizes["K"]) < count[:, None]
-    for name, value in zip(("azimuth", "elevation", "range_m"), values, strict=True):
-        _require(path, name, np.isfinite(value[mask]), "values of a source must be finite")
-    azimuth, elevation, range_m = values
-    for name, value in (("azimuth", azimuth), ("elevation", elevation)):
-        _require(path, name, np.abs(value[mask]) < np.pi / 2 + 1e-4, "radians within -pi/2..pi/2 are expected")
-    _require(path, "range_m", range_m[mask] > 0, "every range must be positive")
-    if "power" in arrays:
-        power = _take(path, arrays, "power", np.float32, "B K", sizes)
-        _require(path, "power", power >= 0, "no value may be negative")
-    else:
-        power = mask.astype(np.float32)
-    return Sources(
-        torch.from_numpy(np.where(mask, azimuth, np.float32(0))),
-        torch.from_numpy(np.where(mask, elevation, np.float32(0))),
-        torch.from_numpy(np.where(mask, range_m, np.float32(1))),
-        torch.from_numpy(power),
-        torch.from_numpy(mask),
-    )
-
-
-def _take_geometry(path: Path, arrays: dict[str, Array], geometry: Geometry | None, num_elements: int) -> Geometry:
-    if "geometry_json" in arrays:
-        text = arrays["geometry_json"]
-        if text.shape != () or text.dtype.kind != "U":
-            raise SceneFileError(
-                f"{path}: array 'geometry_json' has shape {text.shape} and dtype {text.dtype}; expected one string"
-            )
-        try:
-            geometry = Geometry.parse(json.loads(str(text)), "geometry_json")
-        except (json.JSONDecodeError, ConfigError) as error:
-            raise SceneFileError(f"{path}: array 'geometry_json' does not describe a surface: {error}") from None
-    if geometry is None:
-        geometry = Geometry()
-    if geometry.num_elements != num_elements:
-        raise SceneFileError(
-            f"{path}: array 'bs_ris_channel' has N = {num_elements} elements, expected "
-            f"{geometry.num_horizontal} x {geometry.num_vertical} = {geometry.num_elements} of the surface"
-        )
-    return geometry
-
-
-def _take(
-    path: Path,
-    arrays: dict[str, Array],
-    name: str,
-    dtype: type[np.generic],
-    axes: str,
-    sizes: dict[str, int],
-    finite: bool = True,
-) -> Array:
-    """One array of the expected dtype, shape and, unless told otherwise, finite values."""
-    if name not in arrays:
-        raise SceneFileError(f"{path}: array '{name}' is missing{suggestion(name, list(arrays))}")
-    value = arrays[name]
-    expected = tuple(int(axis) if axis.isdigit() else sizes.get(axis) for axis in axes.split())
-    legend = axes.split()
-    fits = value.ndim == len(expected) and all(
-        size is None or size == found for size, found in zip(expected, value.shape, strict=True)
-    )
-    if not fits:
-        wanted = ", ".join(axis if size is None else str(size) for axis, size in zip(legend, expected, strict=True))
-        raise SceneFileError(
-            f"{path}: array '{name}' has shape {value.shape}, expected ({wanted}) = [{', '.join(legend)}]"
-        )
-    if value.dtype != np.dtype(dtype):
-        raise SceneFileError(f"{path}: array '{name}' has dtype {value.dtype}, expected {np.dtype(dtype).name}")
-    if finite:
-        _require(path, name, np.isfinite(value), "every value must be finite")
-    return np.ascontiguousarray(value)
-
-
-def _require(path: Path, name: str, holds: Array, rule: str) -> None:
-    if not holds.all():
-        bad = int(np.size(holds) - np.count_nonzero(holds))
-        raise SceneFileError(f"{path}: array '{name}': {rule}; {bad} of {np.size(holds)} values do not fit")
-
-
-def _read(path: Path) -> dict[str, Array]:
-    try:
-        with path.open("rb") as stream:  # opened here: np.load leaves a damaged archive open
-            archive = np.load(stream, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise SceneFileError(f"{path}: a single array was found, expected an npz archive of named arrays")
-            with archive:
-                return {name: archive[name] for name in archive.files}
-    except FileNotFoundError:
-        raise SceneFileError(f"{path}: no such file") from None
-    except (
-        OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error,
-    ) as error:  # fmt: skip
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SceneFileError(f"{path}: not a readable npz archive ({reason})") from None
-
-
-def _write(path: Path, arrays: dict[str, Array]) -> None:
-    with replacing(path) as partial, partial.open("wb") as stream:
-        np.savez(stream, **arrays)  # type: ignore[arg-type]
 
 
 def _numpy(value: Tensor, dtype: type[np.generic] = np.complex64) -> Array:
