@@ -406,7 +406,7 @@ def _values(name: str, entry: _Entry, part: slice, problems: _Problems) -> Array
     if raw.dtype.kind == "c" or name not in ("azimuth", "elevation", "range_m", "covariance_m2"):
         problems.require(name, np.isfinite(raw), "every value must be finite")
     with np.errstate(over="ignore", invalid="ignore"):
-        cast = np.ascontiguousarray(raw.astype(target))
+        cast = raw.astype(target, order="C")
     if entry.layout.kind == "integer":
         problems.require(name, cast == raw, "whole numbers are expected")
     else:

@@ -321,6 +321,7 @@ def test_one_channel_one_code_book_and_one_noise_power_serve_all_scenes(arrays, 
             assert torch.equal(found[scene : scene + 1].bs_ris_channel[0], scenes.bs_ris_channel[0])
             assert torch.equal(found.ris_codes[scene], scenes.ris_codes[0])
             assert found.noise_power[scene] == scenes.noise_power[0]
+        assert found.noise_power.shape == (6,)
         assert found.bs_ris_channel.stride(0) == 0  # one copy in memory
 
 
