@@ -19,8 +19,11 @@ from pydantic import Field
 from torch import Tensor
 
 from ris_hpo.config import Spec
-from ris_hpo.estimators.likelihood import Fit, stochastic_cost
-from ris_hpo.estimators.observation import Observation, limits, polar_slopes
+from ris_hpo.estimators.box import limits, polar_slopes
+from ris_hpo.estimators.cost import stochastic_cost
+from ris_hpo.estimators.fit import Fit
+from ris_hpo.estimators.observation import Observation
+from ris_hpo.physics.cholesky import inverse_information
 from ris_hpo.physics.grid import Region
 from ris_hpo.physics.sources import TOLERANCE
 
@@ -61,15 +64,15 @@ def order_scores(
     columns, chances = [null], [torch.ones_like(null)]
     for fit in orders:
         k = fit.u.shape[1]
-        precision = _precision(observation, fit, region)
+        covariance, log_det = inverse_information(_precision(observation, fit, region), "information on an order")
         if spec.kind == "penalty":
             columns.append(fit.nll + spec.gamma * k)
         else:
-            score = fit.nll + _occam_factor(fit, precision, region, spec) + spec.penalty * k
+            score = fit.nll + _occam_factor(fit, log_det, region, spec) + spec.penalty * k
             # Laplace's formula counts k! separate modes, which a flat likelihood does not have
             told = fit.nll < null - _LEAST_GAIN * k
             columns.append(torch.where(told, score, null + k))
-        chances.append(_in_place(fit, precision))
+        chances.append(_in_place(fit, covariance))
     return torch.stack(columns, dim=-1), torch.stack(chances, dim=-1)
 
 
@@ -83,19 +86,18 @@ def _precision(observation: Observation, fit: Fit, region: Region) -> Tensor:
     return information + torch.diag_embed(prior)
 
 
-def _occam_factor(fit: Fit, precision: Tensor, region: Region, spec: EvidenceSpec) -> Tensor:
+def _occam_factor(fit: Fit, log_det: Tensor, region: Region, spec: EvidenceSpec) -> Tensor:
     """What the order's freedom costs beside its nll, float64 [B]."""
     k = fit.u.shape[1]
-    log_det = torch.linalg.slogdet(precision).logabsdet
     log_prior = log_position_prior(fit.u, region).sum(-1) + _log_power_prior(fit.log_power, spec) + math.lgamma(k + 1)
     cost: Tensor = log_det * 0.5 - 2 * k * math.log(2 * math.pi) - log_prior
     return cost
 
 
-def _in_place(fit: Fit, precision: Tensor) -> Tensor:
+def _in_place(fit: Fit, covariance: Tensor) -> Tensor:
     """Chance that every source lies within the tolerances of a success, by the marginal spreads of Laplace's fit."""
     k = fit.u.shape[1]
-    variance = torch.linalg.inv_ex(precision)[0].diagonal(dim1=-2, dim2=-1)[:, : 3 * k].unflatten(-1, (k, 3))
+    variance = covariance.diagonal(dim1=-2, dim2=-1)[:, : 3 * k].unflatten(-1, (k, 3))
     spread = variance.clamp(min=1e-30).sqrt() * polar_slopes(fit.u).abs()
     tolerance = torch.tensor(TOLERANCE, dtype=spread.dtype, device=spread.device)
     return torch.erf(tolerance / (spread * math.sqrt(2))).prod(-1).prod(-1)

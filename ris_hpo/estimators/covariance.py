@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ris_hpo.errors import NumericalError
 from ris_hpo.physics.array import Geometry, steering
+from ris_hpo.physics.cholesky import cholesky
 from ris_hpo.physics.scene import Scenes
 from ris_hpo.physics.sources import Sources
 
@@ -50,7 +51,7 @@ def least_squares_snapshots(scenes: Scenes) -> Tensor:
     gram = sensing @ sensing.mH
     level = gram.diagonal(dim1=-2, dim2=-1).real.mean(-1)[..., None, None]
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    factor = torch.linalg.cholesky(gram + (1e-5 * level + 1e-30) * eye)
+    factor = cholesky(gram + (1e-5 * level + 1e-30) * eye, "T T^H")
     return (sensing.mH @ torch.cholesky_solve(scenes.y.to(gram.dtype).unsqueeze(-1), factor)).squeeze(-1)
 
 

@@ -16,19 +16,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ris_hpo.config import Spec
+from ris_hpo.estimators.box import GridPoints, box_steering, clipped, from_cosine_coordinates, to_cosine_coordinates
 from ris_hpo.estimators.counting import CountWeights, EvidenceSpec, chosen_order, order_scores, posterior_of_orders
-from ris_hpo.estimators.likelihood import Fit, position_moments, ridged_cholesky
-from ris_hpo.estimators.observation import (
-    Observation,
-    box_steering,
-    clipped,
-    from_cosine_coordinates,
-    grid_points,
-    known_count,
-    require_candidates,
-    require_finite,
-    to_cosine_coordinates,
-)
+from ris_hpo.estimators.fit import Fit
+from ris_hpo.estimators.moments import position_moments
+from ris_hpo.estimators.observation import Observation, known_count, require_candidates, require_finite
 from ris_hpo.estimators.search import (
     Atoms,
     SearchSpec,
@@ -40,6 +32,7 @@ from ris_hpo.estimators.search import (
     swept,
 )
 from ris_hpo.physics.array import Cosines
+from ris_hpo.physics.cholesky import cholesky
 from ris_hpo.physics.grid import GridSpec, spectrum
 from ris_hpo.physics.scene import Scenes
 from ris_hpo.physics.sources import Sources
@@ -84,9 +77,9 @@ def deterministic_ml(
         NumericalError: scenes that are not finite.
     """
     spec = spec or LikelihoodSpec()
-    points, _ = grid_points(spec.grid, scenes.device)
-    response = box_steering(scenes.geometry, points).to(torch.complex64)
-    return _in_batches(scenes, spec, num_sources, None, None, lambda seen, _: Atoms.of(seen, points, response))
+    points = GridPoints.of(spec.grid, scenes.device)
+    response = box_steering(scenes.geometry, points.u).to(torch.complex64)
+    return _in_batches(scenes, spec, num_sources, None, None, lambda seen, _: Atoms.of(seen, points.u, response))
 
 
 def ols(
@@ -133,16 +126,16 @@ def spectrum_maxima(scenes: Scenes, count: int, spec: LikelihoodSpec | None = No
     """
     require_finite(scenes)
     spec = spec or LikelihoodSpec()
-    points, valid = grid_points(spec.grid, scenes.device)
-    response = box_steering(scenes.geometry, points).to(torch.complex64)
+    points = GridPoints.of(spec.grid, scenes.device)
+    response = box_steering(scenes.geometry, points.u).to(torch.complex64)
     count = min(count, len(points))
     chosen = []
     for start in range(0, len(scenes), spec.batch):
         part = scenes[start : start + spec.batch]
         observation = Observation.of(part, channel_error_db=spec.channel_error_db)
-        power = gains(observation, Atoms.of(observation, points, response), None, spec.search)
-        chosen.append(local_maxima(power, spec.grid, valid, count))
-    return to_cosine_coordinates(points[torch.cat(chosen)])
+        power = gains(observation, Atoms.of(observation, points.u, response), None, spec.search)
+        chosen.append(points.maxima(power, count))
+    return to_cosine_coordinates(points.u[torch.cat(chosen)])
 
 
 def residual_maxima(observation: Observation, fit: Fit, spec: LikelihoodSpec) -> Atoms:
@@ -153,32 +146,21 @@ def residual_maxima(observation: Observation, fit: Fit, spec: LikelihoodSpec) ->
     snapshots, antennas = observation.y.shape[1:]
     g = observation.see(box_steering(observation.geometry, fit.u))
     y = observation.y.unsqueeze(-1).to(g.dtype)
-    basis = torch.linalg.solve_triangular(ridged_cholesky(g.mH @ g), g.mH, upper=False)
+    factor = cholesky(g.mH @ g, "Gram matrix of the sources", ridged=True)
+    basis = torch.linalg.solve_triangular(factor, g.mH, upper=False)
     residual = y - basis.mH @ (basis @ y)
     rows = observation.sensing.unflatten(1, (snapshots, antennas))
     gram = rows[:, 0] @ rows[:, 0].mH  # H H^H, since codes have unit modulus
     level = gram.diagonal(dim1=-2, dim2=-1).real.mean(-1).clamp(min=1e-30)
     excess = (observation.y.abs().square().mean((1, 2)) - 1).clamp(min=0.1).to(level.dtype)
     eye = torch.eye(antennas, dtype=gram.dtype, device=gram.device)
-    factor = torch.linalg.cholesky(gram + (level / excess)[:, None, None] * eye)
+    factor = cholesky(gram + (level / excess)[:, None, None] * eye, "H H^H + I / snr")
     white = torch.cholesky_solve(residual.squeeze(-1).mT, factor).mT
     z = (rows.mH @ white.unsqueeze(-1)).squeeze(-1)
-    points, valid = grid_points(spec.grid, z.device)
-    power = spectrum(observation.geometry, z.to(torch.complex64), spec.grid).flatten(1)[:, valid]
-    chosen = local_maxima(power, spec.grid, valid, min(spec.search.residual_maxima, len(points)))
-    return Atoms.of(observation, points[chosen])
-
-
-def local_maxima(power: Tensor, grid: GridSpec, valid: Tensor, count: int) -> Tensor:
-    """Indices [B, count] of the highest points no lower than their 26 neighbours, best first; then other points."""
-    full = power.new_full((len(power), len(valid)), -torch.inf)
-    full[:, valid] = power
-    volume = full.unflatten(-1, grid.shape).unsqueeze(1)
-    highest = torch.nn.functional.max_pool3d(volume, 3, stride=1, padding=1)
-    peak = (volume >= highest).flatten(1)[:, valid]
-    span = (power.amax(-1, keepdim=True) - power.amin(-1, keepdim=True)).clamp(min=1e-6)
-    result: Tensor = (power + peak * 2 * span).topk(count, dim=-1).indices
-    return result
+    points = GridPoints.of(spec.grid, z.device)
+    power = spectrum(observation.geometry, z.to(torch.complex64), spec.grid).flatten(1)[:, points.valid]
+    chosen = points.maxima(power, min(spec.search.residual_maxima, len(points)))
+    return Atoms.of(observation, points.u[chosen])
 
 
 def order_evidence(
@@ -296,7 +278,7 @@ def _chosen(
         part = observation[rows]
         if spec.double:
             part = part.double()
-        fit = Fit(*(value[rows] for value in orders[k - 1]))
+        fit = orders[k - 1].rows(rows)
         steps, tolerance = spec.search.final_steps, spec.search.final_tolerance
         fit = refined(part, fit.u, fit.log_power, spec.grid.region, spec.search, steps, tolerance)
         order = removal_costs(part, fit).argsort(dim=-1, descending=True)

@@ -1,108 +1,22 @@
-"""What the likelihood works on: whitened snapshots, stacked sensing matrices, and the box of allowed positions.
-
-Positions are carried in the *box coordinates* u = (sin az, sin el, 1/r), in which the allowed region is an exact box
-and the array's resolution is nearly uniform; v = cos el sin az follows from them.
-"""
+"""What the likelihood works on: snapshots in units of the noise, stacked sensing matrices; checks of the input."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ris_hpo.errors import ConfigError, NumericalError
+from ris_hpo.estimators.box import box_steering_jacobian, to_polar
 from ris_hpo.estimators.channel import posterior_mean_channel
-from ris_hpo.physics.array import Cosines, Geometry, cosine_steering, cosine_steering_jacobian
-from ris_hpo.physics.grid import GridSpec, Region
+from ris_hpo.physics.array import Geometry
 from ris_hpo.physics.scene import Scenes
 from ris_hpo.physics.sources import Sources
 
 _LARGEST = 1e15  # amplitudes whose summed squares single precision holds
 _LEAST_NOISE = 1e-6  # of the received power: below it the rounding of single-precision products is taken for sources
-
-
-def limits(region: Region, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Lowest and highest u = (sin az, sin el, 1/r) of a region, each float64 [3]."""
-    rows = [
-        [math.sin(math.radians(value)) for value in region.azimuth_deg],
-        [math.sin(math.radians(value)) for value in region.elevation_deg],
-        [1 / region.range_m[1], 1 / region.range_m[0]],
-    ]
-    bounds = torch.tensor(rows, dtype=torch.float64, device=device)
-    return bounds[:, 0], bounds[:, 1]
-
-
-def clipped(u: Tensor, region: Region) -> Tensor:
-    """Box coordinates [..., 3] moved to the nearest point of the region."""
-    low, high = limits(region, u.device)
-    return torch.minimum(torch.maximum(u, low), high)
-
-
-def grid_points(grid: GridSpec, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Positions of the grid's cells that meet the region.
-
-    The grid is uniform in (v, w, 1/r), where the sector's azimuth limits are curved: a cell beyond them by more than
-    half its width is left out, any other is moved to the edge.
-
-    Returns:
-        box coordinates float64 [G', 3] and which of the grid's G cells they are, bool [G].
-    """
-    cells = grid.cells(device)
-    u = clipped(from_cosine_coordinates(cells), grid.region)
-    valid = (to_cosine_coordinates(u).v - cells.v.double()).abs() <= 0.5 * grid.spacing()[0] + 1e-9
-    return u[valid], valid
-
-
-def to_cosine_coordinates(u: Tensor) -> Cosines:
-    """Box coordinates [..., 3] to (v, w, rho)."""
-    t, w, rho = u.unbind(-1)
-    return Cosines(t * torch.sqrt((1 - w * w).clamp(min=1e-12)), w, rho)
-
-
-def to_box_coordinates(azimuth: Tensor, elevation: Tensor, range_m: Tensor) -> Tensor:
-    """(az, el, r) to float64 [..., 3]."""
-    angles = azimuth.double(), elevation.double()
-    return torch.stack([angles[0].sin(), angles[1].sin(), 1 / range_m.double().clamp(min=1e-6)], dim=-1)
-
-
-def from_cosine_coordinates(cosines: Cosines) -> Tensor:
-    """(v, w, rho) to box coordinates float64 [..., 3]."""
-    v, w, rho = (value.double() for value in cosines)
-    return torch.stack([v / torch.sqrt((1 - w * w).clamp(min=1e-12)), w, rho], dim=-1)
-
-
-def to_polar(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Box coordinates to (azimuth, elevation, range_m)."""
-    t, w, rho = u.unbind(-1)
-    return torch.asin(t.clamp(-1, 1)), torch.asin(w.clamp(-1, 1)), 1 / rho
-
-
-def polar_slopes(u: Tensor) -> Tensor:
-    """Diagonal of d(az, el, r) / du, [..., 3]."""
-    t, w, rho = u.unbind(-1)
-    floor = 1e-12
-    return torch.stack(
-        [(1 - t * t).clamp(min=floor).rsqrt(), (1 - w * w).clamp(min=floor).rsqrt(), -rho.pow(-2)], dim=-1
-    )
-
-
-def box_steering(geometry: Geometry, u: Tensor) -> Tensor:
-    """Array response complex128 [..., N]."""
-    return cosine_steering(geometry, to_cosine_coordinates(u))
-
-
-def box_steering_jacobian(geometry: Geometry, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Array response [..., N] and its derivatives [..., 3, N] along the box coordinates."""
-    cosines = to_cosine_coordinates(u)
-    a, da = cosine_steering_jacobian(geometry, cosines)
-    t, w, _ = u.unbind(-1)
-    cos_el = torch.sqrt((1 - w * w).clamp(min=1e-12))
-    along_v, along_w, along_rho = da.unbind(-2)
-    along_w = along_w - along_v * (t * w / cos_el).unsqueeze(-1)
-    return a, torch.stack([along_v * cos_el.unsqueeze(-1), along_w, along_rho], dim=-2)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,16 +21,11 @@ from pydantic import Field
 from torch import Tensor
 
 from ris_hpo.config import Spec
-from ris_hpo.estimators.likelihood import (
-    Fit,
-    deterministic_fit,
-    power_cost,
-    power_statistics,
-    repaired_cholesky,
-    ridged_cholesky,
-    stochastic_fit,
-)
-from ris_hpo.estimators.observation import Observation, box_steering
+from ris_hpo.estimators.box import box_steering
+from ris_hpo.estimators.cost import power_cost, power_statistics
+from ris_hpo.estimators.fit import Fit, deterministic_fit, stochastic_fit
+from ris_hpo.estimators.observation import Observation
+from ris_hpo.physics.cholesky import cholesky
 from ris_hpo.physics.grid import Region
 
 _REPAIR = 8.0  # nats
@@ -102,10 +97,11 @@ def gains(observation: Observation, atoms: Atoms, fit: Fit | None, spec: SearchS
         if spec.objective == "stochastic":
             root = (0.5 * fit.log_power).exp()[:, None, :, None]
             eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-            factor = repaired_cholesky(eye + gram * root * root.mT)
+            factor = cholesky(eye + gram * root * root.mT, "I + P^1/2 G^H G P^1/2")
             basis = torch.linalg.solve_triangular(factor, g.mH * root, upper=False)
         else:
-            basis = torch.linalg.solve_triangular(ridged_cholesky(gram), g.mH, upper=False)
+            factor = cholesky(gram, "Gram matrix of the sources", ridged=True)
+            basis = torch.linalg.solve_triangular(factor, g.mH, upper=False)
         residual = y - (basis.mH @ (basis @ y.unsqueeze(-1))).squeeze(-1)
         rows = torch.cat([residual.unsqueeze(-2).conj(), basis], dim=-2)
     products = rows.to(torch.complex64) @ atoms.seen
@@ -233,7 +229,7 @@ def improved_from_above(observation: Observation, above: Fit, fit: Fit, region: 
         return fit
     part = observation if len(rows) == len(observation) else observation[rows]
     tried = refined(part, rest.u[rows], rest.log_power[rows], region, spec, spec.greedy_steps)
-    old = Fit(fit.u[rows], fit.log_power[rows], fit.nll[rows])
+    old = fit.rows(rows)
     best = tried.take(tried.nll < old.nll, old)
     u, log_power, nll = fit.u.clone(), fit.log_power.clone(), fit.nll.clone()
     u[rows], log_power[rows], nll[rows] = best

@@ -21,18 +21,13 @@ import torch
 from torch import Tensor
 
 from ris_hpo.errors import ConfigError, NumericalError
+from ris_hpo.estimators.box import GridPoints, box_steering, box_steering_jacobian, clipped, limits, to_polar
+from ris_hpo.estimators.cost import Evaluation
 from ris_hpo.estimators.covariance import signal_subspace, trace_normalised
-from ris_hpo.estimators.likelihood import Evaluation, descend, ridged_cholesky
-from ris_hpo.estimators.observation import (
-    box_steering,
-    box_steering_jacobian,
-    clipped,
-    grid_points,
-    limits,
-    to_polar,
-)
+from ris_hpo.estimators.descent import descend
 from ris_hpo.physics.array import Geometry
-from ris_hpo.physics.grid import GridSpec, Region
+from ris_hpo.physics.cholesky import cholesky
+from ris_hpo.physics.grid import GridSpec, Region, local_maxima
 from ris_hpo.physics.sources import Sources
 
 _LOADING = 1e-3  # of the mean diagonal, for MVDR
@@ -80,9 +75,7 @@ def mvdr_form(geometry: Geometry, covariance: Tensor) -> QuadraticForm:
     """
     matrix = trace_normalised(covariance.to(torch.complex128))
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    factor, failed = torch.linalg.cholesky_ex(matrix + _LOADING * eye)
-    if bool((failed > 0).any()):
-        raise NumericalError("covariance: not positive semi-definite, even loaded with 1e-3 of its mean diagonal")
+    factor = cholesky(matrix + _LOADING * eye, "covariance")
     whitening = torch.linalg.solve_triangular(factor, eye.expand_as(matrix), upper=False)
     return QuadraticForm(geometry, whitening, False)
 
@@ -159,21 +152,18 @@ def localize_covariance(
 
 def peak_angles(form: QuadraticForm, k: int, grid: GridSpec) -> Tensor:
     """The k highest local maxima over angle of the spectrum's largest value over range: u [B, k, 3]."""
-    points, valid = grid_points(grid, form.factor.device)
+    points = GridPoints.of(grid, form.factor.device)
     single = QuadraticForm(form.geometry, form.factor.to(torch.complex64), form.complement)  # ranks peaks only
-    inside = -single.of_steering(box_steering(form.geometry, points).to(torch.complex64)).double()
-    values = inside.amin(-1, keepdim=True).repeat(1, len(valid))
-    values[:, valid] = inside
-    volume = values.unflatten(-1, grid.shape)
+    volume = points.volume(-single.of_steering(box_steering(form.geometry, points.u).to(torch.complex64)).double())
     best, plane = volume.max(1)
-    highest = torch.nn.functional.max_pool2d(best.unsqueeze(1), 3, stride=1, padding=1).squeeze(1)
-    span = (best.amax((1, 2), keepdim=True) - best.amin((1, 2), keepdim=True)).clamp(min=1e-12)
-    ranked = (best + (best >= highest) * 2 * span).flatten(1)
-    index = ranked.topk(min(k, ranked.shape[1]), dim=-1).indices
-    index = torch.cat([index, index[:, :1].expand(-1, k - index.shape[1])], dim=1)
-    cell = plane.flatten(1).gather(1, index) * (grid.num_v * grid.num_w) + index
-    number = valid.cumsum(0) - 1  # of a cell among the points
-    return points[number[cell].clamp(min=0)]
+    index = _at_least(local_maxima(best, k), k)
+    cell = plane.flatten(1).gather(1, index) * best[0].numel() + index
+    return points.u[points.numbers(cell)]
+
+
+def _at_least(index: Tensor, count: int) -> Tensor:
+    """Indices [B, n] with the first repeated where there are fewer than ``count``, [B, count]."""
+    return torch.cat([index, index[:, :1].expand(-1, count - index.shape[1])], dim=1)
 
 
 def with_best_range(form: QuadraticForm, u: Tensor, region: Region, count: int = 64) -> Tensor:
@@ -234,11 +224,7 @@ def anti_diagonal_angles(geometry: Geometry, covariance: Tensor, form: Quadratic
     shape = v.shape
     flat = torch.stack([v, w], dim=-1).flatten(0, 1)
     values = angles.of_steering(box_steering(virtual, _box_of_direction(flat, 1.0))).unflatten(-1, shape)
-    wrapped = torch.nn.functional.pad(-values.unsqueeze(1), (1, 1, 1, 1), mode="circular")
-    highest = torch.nn.functional.max_pool2d(wrapped, 3, stride=1).squeeze(1)
-    ranked = (-values + (-values >= highest) * 2.0).flatten(1)
-    index = ranked.topk(min(k, ranked.shape[1]), dim=-1).indices
-    peak = flat[torch.cat([index, index[:, :1].expand(-1, k - index.shape[1])], dim=1)]
+    peak = flat[_at_least(local_maxima(-values, k, periodic=True), k)]
 
     shifts = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64, device=covariance.device) * period
     shift_w, shift_v = torch.meshgrid(shifts, shifts, indexing="ij")
@@ -264,5 +250,5 @@ def _box_of_direction(direction: Tensor, rho: float) -> Tensor:
 def _fitted_powers(geometry: Geometry, covariance: Tensor, u: Tensor) -> Tensor:
     """Real part of the diagonal of A^+ R A^+^H, not negative, [B, k]."""
     a = box_steering(geometry, u).mT
-    inverse = torch.cholesky_solve(a.mH, ridged_cholesky(a.mH @ a))
+    inverse = torch.cholesky_solve(a.mH, cholesky(a.mH @ a, "Gram matrix of the sources", ridged=True))
     return (inverse @ covariance @ inverse.mH).diagonal(dim1=-2, dim2=-1).real.clamp(min=0)

@@ -17,9 +17,9 @@ from torch import Tensor
 from ris_hpo.config import Spec
 from ris_hpo.estimators.channel import split_channel
 from ris_hpo.estimators.counting import EvidenceSpec
-from ris_hpo.estimators.likelihood import refine
 from ris_hpo.estimators.maximum_likelihood import LikelihoodSpec, ols
 from ris_hpo.estimators.observation import require_finite
+from ris_hpo.estimators.refinement import refine
 from ris_hpo.estimators.search import SearchSpec
 from ris_hpo.estimators.spectrum import localize_covariance
 from ris_hpo.learning.hybrid import HybridSpec, covariances

@@ -11,9 +11,9 @@ and Cramer-Rao bound", IEEE Trans. ASSP 37(5), 1989) leaves, for a manifold that
 unknown noise power; F_ab = sum_l tr(R_l^-1 dR_l/da R_l^-1 dR_l/db) (Slepian-Bangs).
 
 Information that is missing altogether (two equal sources, a source without power, range under a planar wave) gives a
-very large finite variance, never NaN: the information matrix is scaled to a unit diagonal, and where its Cholesky
-factor does not exist a ridge of 1e-14 .. 1e-6, the smallest that works, is added. With K >= M the symbols take up
-everything and the deterministic bound is of that kind too.
+very large finite variance, never NaN: the information matrix is scaled to a unit diagonal and repaired as
+:func:`ris_hpo.physics.cholesky.cholesky` says. With K >= M the symbols take up everything and the deterministic bound
+is of that kind too.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch import Tensor
 
 from ris_hpo.errors import NumericalError
 from ris_hpo.physics.array import position_jacobian, steering_jacobian
+from ris_hpo.physics.cholesky import cholesky, inverse_information
 from ris_hpo.physics.scene import Scenes
 from ris_hpo.physics.sources import Sources
 
 _CHUNK = 64
-_RIDGES = (0.0, 1e-14, 1e-12, 1e-10, 1e-8, 1e-6)
 
 
 def deterministic_crb(scenes: Scenes) -> Tensor:
@@ -41,7 +41,7 @@ def deterministic_crb(scenes: Scenes) -> Tensor:
 
     Raises:
         ConfigError: the scenes carry no truth.
-        NumericalError: the information matrix is not finite.
+        NumericalError: a position, power or noise power that is not finite, or a noise power that is not positive.
     """
     return source_blocks(deterministic_covariance(scenes))
 
@@ -57,7 +57,7 @@ def stochastic_crb(scenes: Scenes) -> Tensor:
 
     Raises:
         ConfigError: the scenes carry no truth.
-        NumericalError: the information matrix is not finite.
+        NumericalError: a position, power or noise power that is not finite, or a noise power that is not positive.
     """
     return source_blocks(stochastic_covariance(scenes))
 
@@ -107,30 +107,14 @@ def masked_inverse(information: Tensor, mask: Tensor, name: str) -> Tensor:
     Args:
         information: [B, P, P], symmetric.
         mask: [B, P] bool, parameters that exist.
-        name: what it is, for the error.
+        name: what it is, for the log and the error.
 
     Raises:
-        NumericalError: an entry is not finite.
+        NumericalError: an entry is not finite, or the matrix is indefinite.
     """
-    if not bool(torch.isfinite(information).all()):
-        raise NumericalError(f"{name}: not finite; a position, power or noise power is out of bounds")
     keep = (mask.unsqueeze(-1) & mask.unsqueeze(-2)).to(information.dtype)
-    eye = torch.eye(information.shape[-1], dtype=information.dtype, device=information.device)
-    diagonal = (information * keep).diagonal(dim1=-2, dim2=-1)
-    # a parameter without information keeps scale 1 and gets the ridge's variance, decoupled from the others
-    scale = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).rsqrt()
-    scaled = information * keep * scale.unsqueeze(-1) * scale.unsqueeze(-2) + eye * (~mask).to(scale).unsqueeze(-1)
-    factor, failed = torch.linalg.cholesky_ex(scaled)
-    for ridge in _RIDGES[1:]:
-        bad = failed > 0
-        if not bool(bad.any()):
-            break
-        repaired, still = torch.linalg.cholesky_ex(scaled[bad] + ridge * eye)
-        factor[bad], failed[bad] = repaired, still
-    if bool((failed > 0).any()):
-        raise NumericalError(f"{name}: not positive definite even with a relative ridge of {_RIDGES[-1]:g}")
-    inverse = torch.cholesky_inverse(factor)
-    covariance: Tensor = inverse * scale.unsqueeze(-1) * scale.unsqueeze(-2) * keep
+    alone = torch.diag_embed((~mask).to(information.dtype))
+    covariance: Tensor = inverse_information(information * keep + alone, name)[0] * keep
     return covariance
 
 
@@ -145,7 +129,10 @@ def _received(scenes: Scenes) -> tuple[Tensor, Tensor, Tensor]:
     sensing = (channel.unsqueeze(1) * scenes.ris_codes.unsqueeze(2)).to(a.dtype)
     seen = torch.bmm(sensing.flatten(1, 2), atoms.mT).unflatten(1, sensing.shape[1:3])
     k = truth.max_sources
-    return seen[..., :k], seen[..., k:], scenes.noise_power.double()
+    noise = scenes.noise_power.double()
+    if not bool((noise > 0).all()):
+        raise NumericalError("the bound of scenes without noise is zero: every noise power must be positive")
+    return seen[..., :k], seen[..., k:], noise
 
 
 def _signal_basis(g: Tensor, mask: Tensor) -> Tensor:
@@ -162,13 +149,6 @@ def _signal_basis(g: Tensor, mask: Tensor) -> Tensor:
     return result
 
 
-def _cholesky(matrix: Tensor) -> Tensor:
-    """Cholesky factor; NaN where there is none, which :func:`masked_inverse` reports."""
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    result: Tensor = factor.masked_fill((failed > 0)[..., None, None], torch.nan)
-    return result
-
-
 def _deterministic_information(scenes: Scenes) -> Tensor:
     truth = scenes.require_truth()
     g, d, noise = _received(scenes)
@@ -179,7 +159,7 @@ def _deterministic_information(scenes: Scenes) -> Tensor:
         gram = g.mH @ g
         level = gram.diagonal(dim1=-2, dim2=-1).real.amax((-1, -2))[:, None, None]
         ridge = torch.where(truth.mask.unsqueeze(1), 1e-12 * level, level).clamp(min=1e-300)
-        factor = _cholesky(gram + torch.diag_embed(ridge.expand(gram.shape[:-1])))
+        factor = cholesky(gram + torch.diag_embed(ridge.expand(gram.shape[:-1])), "Gram matrix of the sources")
         symbols = torch.cholesky_solve(g.mH @ scenes.y.to(g.dtype).unsqueeze(-1), factor).squeeze(-1)
     weighted = d * symbols.repeat_interleave(3, dim=-1).unsqueeze(2)
     outside = (weighted - basis @ (basis.mH @ weighted)).flatten(1, 2)
@@ -195,7 +175,7 @@ def _stochastic_information(scenes: Scenes) -> Tensor:
     seen = torch.cat([g, d], dim=-1)
     eye = torch.eye(g.shape[2], dtype=g.dtype, device=g.device)
     covariance = (g * power[:, None, None]) @ g.mH + noise[:, None, None, None] * eye
-    factor = _cholesky(covariance)
+    factor = cholesky(covariance, "covariance of the snapshots")
     solved = torch.cholesky_solve(seen, factor)
     inverse = torch.cholesky_inverse(factor)
     one = seen.mH @ solved  # W^H R^-1 W

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -153,3 +155,35 @@ def spectrum(geometry: Geometry, z: Tensor, grid: GridSpec) -> Tensor:
         quadrants.append((squares[..., : squares.shape[-1] // 2] + squares[..., squares.shape[-1] // 2 :]).flatten(1))
     whole: Tensor = torch.cat(quadrants)[:, mirrored.cell].unflatten(-1, grid.shape)
     return whole
+
+
+def local_maxima(values: Tensor, count: int, *, periodic: bool = False) -> Tensor:
+    """The highest local maxima of maps: points no lower than any of their 8 neighbours in a plane, or 26 in a volume.
+
+    Args:
+        values: real [B, V, W], or [B, P, V, W] with a third axis; minus infinity where there is no point.
+        count: how many.
+        periodic: the axes of a plane wrap around.
+
+    Returns:
+        int64 [B, count] places in the flattened map, highest first; where there are fewer maxima, the highest other
+        points follow. No more than the map has points.
+    """
+    padded = F.pad(values.unsqueeze(1), (1, 1, 1, 1), mode="circular").squeeze(1) if periodic else values
+    highest = F.max_pool2d(padded, 3, stride=1, padding=0 if periodic else 1)
+    if values.dim() == 4:
+        highest = over_planes(highest, torch.maximum)
+    flat, peak = values.flatten(1), (values >= highest).flatten(1)
+    top = flat.amax(-1, keepdim=True)
+    span = top - torch.where(flat.isinf(), top, flat).amin(-1, keepdim=True)
+    result: Tensor = (flat + peak * (2 * span + 1)).topk(min(count, flat.shape[1]), dim=-1).indices
+    return result
+
+
+def over_planes(maps: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Combine every plane of [B, P, V, W] with its two neighbours; two 2-D pools and this are a fast 3-D pool."""
+    if maps.shape[1] == 1:
+        return maps
+    pairs = combine(maps[:, :-1], maps[:, 1:])
+    inner = combine(pairs[:, :-1], maps[:, 2:])
+    return torch.cat([pairs[:, :1], inner, pairs[:, -1:]], 1)

@@ -7,9 +7,10 @@ import torch
 
 from ris_hpo.errors import ConfigError, NumericalError
 from ris_hpo.estimators import EstimatorSpec, LikelihoodSpec, deterministic_ml, estimate, ols, spectrum_maxima
+from ris_hpo.estimators.box import GridPoints, limits, to_cosine_coordinates
 from ris_hpo.estimators.counting import EvidenceSpec, log_position_prior, posterior_of_orders
-from ris_hpo.estimators.maximum_likelihood import local_maxima
-from ris_hpo.estimators.observation import Observation, grid_points, limits, to_cosine_coordinates
+from ris_hpo.estimators.fit import stochastic_fit
+from ris_hpo.estimators.observation import Observation
 from ris_hpo.estimators.search import Atoms, SearchSpec, gains
 from ris_hpo.physics.array import Cosines, to_cosines
 from ris_hpo.physics.bounds import deterministic_crb
@@ -17,7 +18,7 @@ from ris_hpo.physics.grid import GridSpec, Region
 from ris_hpo.physics.scene import Scenes, SceneSpec, grid_of_cells, simulate
 from ris_hpo.physics.sources import Sources
 from tests.estimators.conftest import COARSE, SMALL
-from tests.estimators.test_likelihood import KINDS, degenerate
+from tests.estimators.test_fit import KINDS, degenerate
 
 FAST = LikelihoodSpec(grid=COARSE)
 
@@ -135,25 +136,23 @@ def test_every_setting_runs_and_finds_strong_sources(loud, changes):
 def test_spectrum_maxima_are_local_maxima_inside_the_region(mixed):
     cosines = spectrum_maxima(mixed, 16, FAST)
     assert cosines.v.shape == (len(mixed), 16)
-    points, valid = grid_points(COARSE, mixed.device)
+    points = GridPoints.of(COARSE, mixed.device)
     observation = Observation.of(mixed)
-    spectrum = gains(observation, Atoms.of(observation, points), None, SearchSpec())
-    index = local_maxima(spectrum, COARSE, valid, 16)
-    torch.testing.assert_close(to_cosine_coordinates(points[index]).v, cosines.v)
+    spectrum = gains(observation, Atoms.of(observation, points.u), None, SearchSpec())
+    index = points.maxima(spectrum, 16)
+    torch.testing.assert_close(to_cosine_coordinates(points.u[index]).v, cosines.v)
     assert torch.equal(index[:, 0], spectrum.argmax(-1))
     low, high = limits(Region(), mixed.device)
-    assert ((points >= low - 1e-9) & (points <= high + 1e-9)).all()
+    assert ((points.u >= low - 1e-9) & (points.u <= high + 1e-9)).all()
 
 
 def test_gains_are_likelihood_differences(mixed):
     """The gain of an atom beside no source is the drop in nll at the tried power, so never above the best drop."""
-    points, _ = grid_points(COARSE, mixed.device)
+    points = GridPoints.of(COARSE, mixed.device).u
     observation = Observation.of(mixed, dtype=torch.complex128)
     atoms = Atoms.of(observation, points)
     gain = gains(observation, atoms, None, SearchSpec())
     best = gain.argmax(-1)
-    from ris_hpo.estimators.likelihood import stochastic_fit
-
     u = points[best].unsqueeze(1)
     null = observation.y.abs().square().sum((1, 2))
     fit = stochastic_fit(observation, u, None, Region(), 0, positions=False)

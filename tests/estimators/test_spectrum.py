@@ -7,6 +7,7 @@ import torch
 
 from ris_hpo.errors import ConfigError, NumericalError
 from ris_hpo.estimators import EstimatorSpec, estimate
+from ris_hpo.estimators.box import GridPoints, box_steering, to_box_coordinates
 from ris_hpo.estimators.covariance import (
     aic_order,
     count_from_snapshots,
@@ -20,7 +21,6 @@ from ris_hpo.estimators.covariance import (
     source_covariance,
     trace_normalised,
 )
-from ris_hpo.estimators.observation import box_steering, grid_points, to_box_coordinates
 from ris_hpo.estimators.spectrum import (
     localize_covariance,
     music_form,
@@ -88,7 +88,7 @@ def test_spectra_peak_at_the_sources(separated):
     one = separated[separated.truth.num_sources == 1][:3]
     covariance = source_covariance(one.geometry, one.truth)
     here = to_box_coordinates(one.truth.azimuth[:, 0], one.truth.elevation[:, 0], one.truth.range_m[:, 0])
-    points, _ = grid_points(COARSE, one.device)
+    points = GridPoints.of(COARSE, one.device).u
     for i in range(len(one)):
         for spectrum in (
             lambda u, i=i: music_spectrum(one.geometry, covariance[i : i + 1], 1, u),

@@ -9,22 +9,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ris_hpo.errors import ConfigError, NumericalError
+from ris_hpo.estimators.box import box_steering_jacobian, to_box_coordinates, to_polar
 from ris_hpo.estimators.channel import posterior_mean_channel
-from ris_hpo.estimators.likelihood import (
-    Fit,
-    descend,
+from ris_hpo.estimators.cost import (
     deterministic_cost,
-    deterministic_fit,
-    evidence,
     least_squares_log_power,
-    position_moments,
     power_cost,
     power_statistics,
-    refine,
     stochastic_cost,
-    stochastic_fit,
 )
-from ris_hpo.estimators.observation import Observation, box_steering_jacobian, to_box_coordinates, to_polar
+from ris_hpo.estimators.descent import descend
+from ris_hpo.estimators.fit import Fit, deterministic_fit, stochastic_fit
+from ris_hpo.estimators.moments import position_moments
+from ris_hpo.estimators.observation import Observation
+from ris_hpo.estimators.refinement import evidence, refine
 from ris_hpo.physics.bounds import deterministic_crb
 from ris_hpo.physics.grid import Region
 from ris_hpo.physics.scene import Scenes, SceneSpec, simulate

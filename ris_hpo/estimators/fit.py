@@ -1,0 +1,145 @@
+"""Fits of a given number of sources to a batch of scenes, by the deterministic or the stochastic likelihood."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ris_hpo.estimators.box import clipped, limits
+from ris_hpo.estimators.cost import (
+    LOG_POWER_LIMITS,
+    PowerStatistics,
+    deterministic_cost,
+    least_squares_log_power,
+    power_cost,
+    power_statistics,
+    stochastic_cost,
+)
+from ris_hpo.estimators.descent import descend
+from ris_hpo.estimators.observation import Observation
+from ris_hpo.physics.grid import Region
+
+_STRIDE = (0.08, 0.08, 0.4)  # largest move of a step in u: half a beam width, a fifth of the range axis
+_POWER_STRIDE = 1.5  # largest move of a step in log p: one e-fold and a half
+_POWER_STEPS = 4  # Fisher steps of the powers alone before positions move too
+
+
+class Fit(NamedTuple):
+    """k sources fitted to every scene of a batch.
+
+    Attributes:
+        u: box coordinates, float64 [B, k, 3].
+        log_power: log of the powers relative to the noise, float64 [B, k].
+        nll: stochastic negative log-likelihood in nats, float64 [B].
+    """
+
+    u: Tensor
+    log_power: Tensor
+    nll: Tensor
+
+    def rows(self, index: Tensor) -> Fit:
+        """The fits of some scenes, index [B'] of their numbers."""
+        return Fit(*(value[index] for value in self))
+
+    def take(self, better: Tensor, other: Fit) -> Fit:
+        """This fit where ``better`` bool [B], the other elsewhere."""
+        pick = better[:, None, None]
+        return Fit(
+            torch.where(pick, self.u, other.u),
+            torch.where(pick[..., 0], self.log_power, other.log_power),
+            torch.where(better, self.nll, other.nll),
+        )
+
+
+def deterministic_fit(
+    observation: Observation, u: Tensor, region: Region, steps: int, tolerance: float = 1e-3
+) -> Tensor:
+    """Positions that minimise the deterministic cost, by Levenberg-Marquardt on the variable projection.
+
+    Args:
+        observation: B scenes.
+        u: start, float64 [B, k, 3].
+        region: allowed positions.
+        steps: at most so many.
+        tolerance: a scene stops when a step gains less, in nats.
+
+    Returns:
+        u, float64 [B, k, 3].
+
+    Raises:
+        NumericalError: a position or snapshot that is not finite.
+    """
+    k = u.shape[1]
+    low, high = (limit.repeat(k) for limit in limits(region, u.device))
+    stride = torch.tensor(_STRIDE, dtype=u.dtype, device=u.device).repeat(k)
+    start = clipped(u, region).flatten(1)
+    x, _ = descend(observation, deterministic_cost, start, low, high, stride, steps, tolerance)
+    result: Tensor = x.unflatten(-1, (k, 3))
+    return result
+
+
+def stochastic_fit(
+    observation: Observation,
+    u: Tensor,
+    log_power: Tensor | None,
+    region: Region,
+    steps: int,
+    tolerance: float = 1e-3,
+    *,
+    positions: bool = True,
+) -> Fit:
+    """Positions and powers that minimise the stochastic cost, by damped Fisher scoring.
+
+    Args:
+        observation: B scenes.
+        u: start, float64 [B, k, 3].
+        log_power: start, float64 [B, k], or None to start at the least-squares symbols' power.
+        region: allowed positions.
+        steps: at most so many.
+        tolerance: a scene stops when a step gains less, in nats.
+        positions: move positions too, or powers alone (no product with the sensing matrices then).
+
+    Raises:
+        NumericalError: a position, power or snapshot that is not finite.
+    """
+    k = u.shape[1]
+    u = clipped(u, region)
+    statistics = power_statistics(observation, u)
+    if log_power is None:
+        log_power = least_squares_log_power(statistics)
+    moves = positions and steps > 0  # then the powers are only a start
+    most, enough = (_POWER_STEPS, 10 * tolerance) if moves else (12, tolerance)
+    powers, nll = fitted_powers(statistics, log_power, most, enough)
+    if not moves:
+        return Fit(u, powers, nll)
+    low, high = (
+        torch.cat([limit.repeat(k), torch.full_like(powers[0], bound)])
+        for limit, bound in zip(limits(region, u.device), LOG_POWER_LIMITS, strict=True)
+    )
+    stride = torch.tensor(_STRIDE, dtype=u.dtype, device=u.device).repeat(k)
+    strides = torch.cat([stride, torch.full_like(powers[0], _POWER_STRIDE)])
+    start = torch.cat([u.flatten(1), powers], dim=-1)
+    x, nll = descend(observation, stochastic_cost, start, low, high, strides, steps, tolerance)
+    return Fit(x[:, : 3 * k].unflatten(-1, (k, 3)), x[:, 3 * k :], nll)
+
+
+def fitted_powers(
+    statistics: PowerStatistics, log_power: Tensor, steps: int, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """Powers that minimise the stochastic cost at fixed positions.
+
+    Args:
+        statistics: of B scenes.
+        log_power: start, float64 [B, k].
+        steps: at most so many.
+        tolerance: a scene stops when a step gains less, in nats.
+
+    Returns:
+        log p [B, k] within ``LOG_POWER_LIMITS``, and the cost [B] in nats.
+    """
+    low, high = (torch.full_like(log_power[0], limit) for limit in LOG_POWER_LIMITS)
+    stride = torch.full_like(low, _POWER_STRIDE)
+    start = log_power.clamp(*LOG_POWER_LIMITS)
+    return descend(statistics, power_cost, start, low, high, stride, steps, tolerance)
