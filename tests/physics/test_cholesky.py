@@ -32,7 +32,9 @@ def test_the_smallest_ridge_that_works_is_added_and_logged(least, ridge, caplog)
     with caplog.at_level(logging.INFO):
         factor = cholesky(matrix, "Gram matrix")
     level = matrix[1].diagonal().real.max()
-    torch.testing.assert_close(factor[1] @ factor[1].mH, matrix[1] + ridge * level * torch.eye(3), rtol=0, atol=1e-13)
+    torch.testing.assert_close(
+        factor[1] @ factor[1].mH, matrix[1] + ridge * level * torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-13
+    )
     assert torch.equal(factor[0], torch.linalg.cholesky(good)[0])  # the others are not touched
     assert caplog.records[-1].getMessage() == f"Gram matrix: 1 of 3 matrices get a ridge of {ridge:g}"
     assert caplog.records[-1].levelno == (logging.WARNING if ridge == RIDGES[-1] else logging.INFO)

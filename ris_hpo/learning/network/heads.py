@@ -6,7 +6,6 @@ Names of modules, parameters and buffers are names in checkpoints.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,8 +15,7 @@ from torch import Tensor, nn
 from ris_hpo.estimators.counting import CountWeights
 from ris_hpo.learning.features import Features
 from ris_hpo.learning.network.spec import NetworkSpec
-
-_BELOW_MAXIMA = 20.0  # subtracted from the logit of a cell that is no local maximum, so that maxima rank first
+from ris_hpo.physics.grid import local_maxima, over_planes
 
 
 class Proposals(NamedTuple):
@@ -85,10 +83,8 @@ class CellHead(nn.Module):
         power = F.softplus(raw[:, 4])
 
         with torch.no_grad():
-            highest = _over_planes(F.max_pool2d(logit, 3, stride=1, padding=1), torch.maximum)
-            ranked = (logit - _BELOW_MAXIMA * (logit < highest)).flatten(1)
-            chosen = ranked.topk(min(self.spec.candidates, ranked.shape[1]), dim=-1).indices
-        near = _over_planes(9 * F.avg_pool2d(torch.sigmoid(logit), 3, stride=1, padding=1), torch.add)
+            chosen = local_maxima(logit, self.spec.candidates)
+        near = over_planes(9 * F.avg_pool2d(torch.sigmoid(logit), 3, stride=1, padding=1), torch.add)
         near = near.flatten(1).gather(1, chosen).clamp(1e-6, 1 - 1e-6)
         shift = offset.flatten(2).gather(2, chosen.unsqueeze(1).expand(-1, 3, -1))
         coordinates = []
@@ -222,12 +218,3 @@ class AtomFactor(nn.Module):
         share, gain = (self.body(state) + self.rank[: state.shape[1]]).chunk(2, -1)
         mixing: Tensor = torch.softmax(share, -1) * (1 + gain)
         return mixing
-
-
-def _over_planes(maps: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Combine every plane [B, P, V, W] with its two neighbours; after a 2-D pool this is a fast 3-D pool."""
-    if maps.shape[1] == 1:
-        return maps
-    pairs = combine(maps[:, :-1], maps[:, 1:])
-    inner = combine(pairs[:, :-1], maps[:, 2:])
-    return torch.cat([pairs[:, :1], inner, pairs[:, -1:]], 1)
