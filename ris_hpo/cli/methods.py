@@ -43,6 +43,7 @@ class Method:
         chunk: scenes in one call, small enough that progress is seen.
         geometry: the surface it was made for; None where any will do.
         scene: the kind of scenes it was trained on, or the default kind.
+        needs_truth: the truth is one of its inputs, by a setting that says so.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Method:
     chunk: int
     geometry: Geometry | None
     scene: SceneSpec
+    needs_truth: bool = False
 
 
 def choose(
@@ -90,7 +92,11 @@ def _classical(name: str, pairs: Sequence[str] | None) -> Method:
         raise ConfigError(f"unknown estimator '{name}'{suggestion(name, known)}")
     spec = options.changed(EstimatorSpec(), pairs)
     chosen: Any = name
-    return Method(name, lambda scenes, counts: estimate(chosen, scenes, spec, counts), 64, None, SceneSpec())
+
+    def located(scenes: Scenes, counts: Tensor | None) -> Sources:
+        return estimate(chosen, scenes, spec, counts)
+
+    return Method(name, located, 64, None, SceneSpec(), needs_truth=spec.covariance == "truth")
 
 
 def shipped_weights(name: str) -> Path:
@@ -144,7 +150,7 @@ def known_counts(text: str | None, scenes: Scenes) -> Tensor | None:
     if text is None:
         return None
     if text == "truth":
-        return scenes.require_truth().num_sources
+        return scenes.known_truth().num_sources
     if not text.isdigit() or int(text) < 1:
         raise options.UsageError(f"--num-sources {text}: expected 'truth' or a whole number from 1")
     return torch.full((len(scenes),), int(text))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -200,7 +201,10 @@ def evaluate(
     estimates: Annotated[Path | None, typer.Option(help="Score this estimate file, with --scenes.")] = None,
     scenes: Annotated[
         Path | None,
-        typer.Option(help="A scene file with truth.", show_default="drawn, --per-cell for each SNR and count"),
+        typer.Option(
+            help="A scene file with truth; it need not be complete.",
+            show_default="drawn, --per-cell for each SNR and count",
+        ),
     ] = None,
     path: Annotated[
         Literal["pipeline", "network"], typer.Option(help="What localize does, or the network's outputs alone.")
@@ -230,7 +234,7 @@ def evaluate(
         if scenes is None or checkpoint is not None or estimator is not None:
             raise options.UsageError("--estimates needs --scenes, and excludes --checkpoint and --estimator")
         batch = load_scenes(scenes)
-        batch.require_truth()
+        batch.known_truth()
         name, seconds, found = str(estimates), None, load_estimates(estimates)
         if len(found) != len(batch):
             raise SceneFileError(f"{estimates}: holds {len(found)} scenes, {scenes} holds {len(batch)}")
@@ -241,10 +245,10 @@ def evaluate(
         else:
             cells = [options.numbers("--snr-db", snr_db, float), options.numbers("--counts", counts, int)]
             batch = grid_of_cells(method.scene, seed, cells[0], [int(count) for count in cells[1]], per_cell)
-        batch.require_truth()
+        batch.known_truth()
         name = method.name
         found, seconds = _located(method, batch, num_sources, device)
-    evaluation = table_of(found.padded(batch.require_truth().max_sources), batch)
+    evaluation = table_of(found, batch)
     rate = None if seconds is None else len(batch) / seconds
     if plot is not None:
         plots.error_against_snr(evaluation, name, plot)
@@ -297,8 +301,11 @@ def _show_evaluation(evaluation: Evaluation, name: str, rate: float | None) -> N
     rows: list[tuple[object, ...]] = []
     for key, label in _NAMES.items():
         share = None if key in ("k_under", "k_over") else overall.efficiency(key)
-        rows.append((label, getattr(overall.scores, key), getattr(overall.floor, key), share))
+        floor = None if overall.floor is None else getattr(overall.floor, key)
+        rows.append((label, getattr(overall.scores, key), floor, share))
     display.table(f"{name}: {overall.scores.num_scenes} scenes{speed}", ["", "value", "floor", "efficiency"], rows)
+    if overall.floor is None:
+        display.print_note("the truth is not complete: no floor, and none of the figures that need the rest of it")
     for title, group in (("SNR", evaluation.by_snr), ("sources", evaluation.by_count)):
         if group:
             counting = ["k_loc", "efficiency", "K_acc", "under", "over", "F1", "success"]
@@ -317,8 +324,10 @@ def _leading(row: Row) -> tuple[object, ...]:
 def _cells(row: Row, keys: Sequence[str]) -> list[str]:
     found = []
     for key in keys:
-        value, floor = getattr(row.scores, key), getattr(row.floor, key)
-        found.append(f"{value:.2f}" if key in _ALONE else f"{value:.2f} ({floor:.2f})")
+        value = getattr(row.scores, key)
+        alone = key in _ALONE or row.floor is None
+        text = "-" if math.isnan(value) else f"{value:.2f}"
+        found.append(text if alone else f"{text} ({getattr(row.floor, key):.2f})")
     return found
 
 
@@ -367,7 +376,9 @@ def prove(
 
 
 def localize(
-    scenes: Annotated[Path, typer.Argument(help="The scene file, .npz; truth in it is not looked at.")],
+    scenes: Annotated[
+        Path, typer.Argument(help="The scene file; of a truth in it only --num-sources truth reads anything.")
+    ],
     out: Annotated[Path, typer.Option(help="The estimate file to write, .npz.")],
     checkpoint: Checkpoint = None,
     weights: Weights = None,
@@ -384,7 +395,7 @@ def localize(
     target = options.check_output(out, suffix=".npz")
     find_device(device)
     method = methods.choose(checkpoint, weights, estimator, set_, device)
-    batch = load_scenes(scenes, method.geometry)
+    batch = load_scenes(scenes, method.geometry, truth=num_sources == "truth" or method.needs_truth)
     found, seconds = _located(method, batch, num_sources, device)
     save_estimates(target, found)
     result = {

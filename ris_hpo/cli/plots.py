@@ -46,7 +46,9 @@ def error_against_snr(evaluation: Evaluation, name: str, path: Path) -> None:
     panels = figure.subplots(2, 3, sharex=True).flat
     for panel, (key, title) in zip(panels, _PANELS.items(), strict=True):
         for label, side, style in ((name, "scores", "o-"), ("floor (CRB, count known)", "floor", "k--")):
-            panel.plot(labels, [getattr(getattr(row, side), key) for row in rows], style, label=label, markersize=4)
+            figures = [getattr(row, side) for row in rows]
+            if None not in figures:  # no floor without a complete truth
+                panel.plot(labels, [getattr(each, key) for each in figures], style, label=label, markersize=4)
         if key.startswith("rmse"):
             panel.set_yscale("log")
         panel.set_title(title, fontsize=10)

@@ -21,7 +21,7 @@ from ris_hpo.physics.array import Geometry, cosine_steering, steering, to_cosine
 from ris_hpo.physics.grid import GridSpec, dictionary
 from ris_hpo.physics.scene import Scenes
 from ris_hpo.physics.sources import Sources
-from ris_hpo.scoring.matching import match
+from ris_hpo.scoring.matching import assignment, distances, match
 
 SUBSPACE_LOADING = 3e-4
 
@@ -109,8 +109,13 @@ def detection(outputs: Outputs, truth: Sources, grid: GridSpec) -> Tensor:
     """Cross-entropy of "a source is here": over cells (sum, nearest cell positive), or over matched slots (mean)."""
     if outputs.cell_logit is None:
         slots = _slots(outputs, truth.max_sources)
-        matched, padded, _ = match(slots, truth)
-        return F.binary_cross_entropy_with_logits(matched.power, padded.mask.float())
+        width = max(slots.max_sources, truth.max_sources)
+        slots, truth = slots.padded(width), truth.padded(width)
+        order = assignment(distances(slots, truth), truth.mask, slots.mask)
+        logits = F.pad(outputs.existence[:, :width], (0, width - outputs.existence[:, :width].shape[1]))
+        cost = F.binary_cross_entropy_with_logits(logits.gather(1, order), truth.mask.float(), reduction="none")
+        real = slots.mask.gather(1, order)  # not what a wide truth was padded with
+        return (cost * real).sum() / real.sum()
     index, _ = cell_targets(truth, grid)
     target = torch.zeros_like(outputs.cell_logit).flatten(1)
     target = target.scatter_reduce(1, index, truth.mask.to(target.dtype), reduce="amax")
@@ -202,7 +207,7 @@ def cross(outputs: Outputs, geometry: Geometry, slots: int) -> Tensor:
     The angle factor is the plane wave toward the slot, the range factor what the exact wave has beyond it.
     """
     coordinates = outputs.cosines(slots)
-    planar = cosine_steering(geometry.replaced({"wave": "planar"}), coordinates)
+    planar = cosine_steering(geometry.model_copy(update={"wave": "planar"}), coordinates)
     curvature = cosine_steering(geometry, coordinates) * planar.conj()
     angle, radial = _normalised_gram(planar.mT), _normalised_gram(curvature.mT)
     return _mean_off_diagonal((angle.abs() - radial.abs()).square())
@@ -271,10 +276,9 @@ def _logit(share: Tensor, edge: float) -> Tensor:
 
 
 def _slots(outputs: Outputs, slots: int) -> Sources:
-    """The slots as sources; existence logits travel in ``power``, for the detection term."""
-    azimuth, elevation, range_m = slot_geometry(outputs, slots)
-    existence = outputs.existence[:, :slots]
-    return Sources(azimuth, elevation, range_m, existence, torch.ones_like(existence, dtype=torch.bool))
+    """The slots as sources, all of them present."""
+    power = outputs.power[:, :slots]
+    return Sources(*slot_geometry(outputs, slots), power, torch.ones_like(power, dtype=torch.bool))
 
 
 def _normalised_gram(columns: Tensor) -> Tensor:

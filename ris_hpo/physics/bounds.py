@@ -1,6 +1,7 @@
 r"""Cramer-Rao bounds of the source positions, deterministic and stochastic.
 
-With T_l = H diag(c_l) (the true channel), g_k,l = T_l a_k, d_ki,l = T_l da_k / dtheta_i and theta = (az, el, r):
+With T_l = H diag(c_l) (the true channel; likewise the true noise power), g_k,l = T_l a_k, d_ki,l = T_l da_k / dtheta_i
+and theta = (az, el, r):
 
 *Deterministic*: the symbols are unknown constants. Eliminating them (Stoica and Nehorai, "MUSIC, maximum likelihood,
 and Cramer-Rao bound", IEEE Trans. ASSP 37(5), 1989) leaves, for a manifold that changes with every snapshot,
@@ -129,7 +130,7 @@ def _received(scenes: Scenes) -> tuple[Tensor, Tensor, Tensor]:
     sensing = (channel.unsqueeze(1) * scenes.ris_codes.unsqueeze(2)).to(a.dtype)
     seen = torch.bmm(sensing.flatten(1, 2), atoms.mT).unflatten(1, sensing.shape[1:3])
     k = truth.max_sources
-    noise = scenes.noise_power.double()
+    noise = (scenes.noise_power if scenes.true_noise_power is None else scenes.true_noise_power).double()
     if not bool((noise > 0).all()):
         raise NumericalError("the bound of scenes without noise is zero: every noise power must be positive")
     return seen[..., :k], seen[..., k:], noise

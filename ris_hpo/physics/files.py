@@ -2,11 +2,12 @@
 
 A scene file holds ``y`` complex [B, L, M], ``bs_ris_channel`` complex [B, M, N], ``ris_codes`` complex [B, L, N] and
 ``noise_power`` [B]. One channel [M, N], one code book [L, N] and one noise power serve all scenes of a file. Where the
-truth is known it holds ``num_sources`` [B] with ``azimuth``, ``elevation`` (rad) and ``range_m`` [B, K_max], whatever
-beyond ``num_sources``. ``snr_db`` [B], ``power`` [B, K_max], ``symbols`` complex [B, L, K_max], ``true_channel``
-complex [B, M, N] and the surface as JSON in ``geometry_json`` are optional. Any width, byte order and memory order is
-read; files are written in single precision. An estimate file holds ``num_sources``, ``azimuth``, ``elevation``,
-``range_m``, ``existence`` [B, K_max] and, where the method gives one, ``covariance_m2`` [B, K_max, 3, 3].
+truth is known it holds ``num_sources`` [B] and those of ``azimuth``, ``elevation`` (rad) and ``range_m`` [B, K_max]
+that are known, whatever beyond ``num_sources``. ``snr_db`` [B], ``power`` [B, K_max], ``symbols`` complex
+[B, L, K_max], ``true_channel`` complex [B, M, N], ``true_noise_power`` [B] and the surface as JSON in ``geometry_json``
+are optional. Any width, byte order and memory order is read; files are written in single precision. An estimate file
+holds ``num_sources``, ``azimuth``, ``elevation``, ``range_m``, ``existence`` [B, K_max] and, where the method gives
+one, ``covariance_m2`` [B, K_max, 3, 3].
 
 Names, shapes and types are checked when a file is opened, values when they are read. A refusal lists all misfits.
 """
@@ -65,6 +66,7 @@ _LAYOUTS: Final = {
     "snr_db": _Layout("B", "real"),
     "symbols": _Layout("B L K", "complex"),
     "true_channel": _Layout("B M N", "complex", shared=True),
+    "true_noise_power": _Layout("B", "real", shared=True),
     "existence": _Layout("B K", "real"),
     "covariance_m2": _Layout("B K 3 3", "real"),
 }
@@ -89,14 +91,14 @@ class SceneFile:
         remarks: one line on each array that is not as files are written: cast, or shared by all scenes.
     """
 
-    def __init__(self, arrays: Arrays, geometry: Geometry | None) -> None:
+    def __init__(self, arrays: Arrays, geometry: Geometry | None, *, truth: bool = True) -> None:
         self._arrays = arrays
         self.path, self.kind = arrays.path, arrays.kind
         problems = _Problems(arrays.path)
         self.sizes: dict[str, int] = {}
-        self._used = _fitted(arrays, self._wanted(arrays), self.sizes, problems)
         self.has_noise_power = "noise_power" in arrays
-        self.has_truth = any(name in arrays for name in _TRUTH)
+        self.has_truth = truth and any(name in arrays for name in _TRUTH)
+        self._used = _fitted(arrays, self._wanted(arrays), self.sizes, problems)
         for axis, meaning in (("B", "scenes"), ("L", "snapshots"), ("M", "antennas"), ("N", "elements")):
             if self.sizes.get(axis) == 0:
                 owner = "bs_ris_channel" if axis == "N" else "y"
@@ -116,12 +118,12 @@ class SceneFile:
         problems.raise_any()
         self.remarks = [remark for entry in self._used.values() for remark in entry.remarks]
 
-    @staticmethod
-    def _wanted(arrays: Arrays) -> list[str]:
-        names = list(_REQUIRED)
-        if any(name in arrays for name in _TRUTH):
-            names += [*_TRUTH, *(name for name in ("power", "symbols") if name in arrays)]
-        return names + [name for name in ("noise_power", "snr_db", "true_channel") if name in arrays]
+    def _wanted(self, arrays: Arrays) -> list[str]:
+        optional = ["noise_power", "snr_db"]
+        if self.has_truth:
+            optional += [*_TRUTH[1:], "power", "symbols", "true_channel", "true_noise_power"]
+        counts = _TRUTH[:1] if self.has_truth else ()
+        return [*_REQUIRED, *counts, *(name for name in optional if name in arrays)]
 
     def __len__(self) -> int:
         return self.sizes["B"]
@@ -146,9 +148,11 @@ class SceneFile:
         problems = _Problems(self.path)
         values = {name: _values(name, entry, part, problems) for name, entry in self._used.items()}
         count = len(range(*part.indices(len(self))))
-        if "noise_power" in values:
-            problems.require("noise_power", values["noise_power"] > 0, "every value must be positive")
-        truth = _truth(values, problems) if self.has_truth else None
+        for name in ("noise_power", "true_noise_power"):
+            if name in values:
+                problems.require(name, values[name] > 0, "every value must be positive")
+        truth = _truth(values, self._slots(), problems) if self.has_truth else None
+        complete = all(name in values for name in _TRUTH)
         problems.raise_any()
 
         def tensor(name: str) -> Tensor | None:
@@ -167,11 +171,18 @@ class SceneFile:
             bs_ris_channel=channel,
             ris_codes=codes,
             noise_power=torch.full((count,), torch.nan) if noise is None else noise,
-            truth=truth,
+            truth=truth if complete else None,
             snr_db=tensor("snr_db"),
             symbols=tensor("symbols"),
             true_channel=tensor("true_channel"),
+            true_noise_power=tensor("true_noise_power"),
+            partial_truth=None if complete else truth,
         )
+
+    def _slots(self) -> int:
+        """K; of counts alone the largest, at least 1."""
+        counts = self._used["num_sources"].array
+        return self.sizes.get("K") or max(1, int(np.max(np.asarray(counts[slice(None) if counts.shape else ()]))))
 
     def parts(self, size: int = 256) -> Iterator[Scenes]:
         """Read the file in parts of ``size`` scenes, so that a large one needs little memory."""
@@ -179,13 +190,14 @@ class SceneFile:
             yield self.read(start, start + size)
 
 
-def open_scenes(path: Path | str, geometry: Geometry | None = None) -> SceneFile:
+def open_scenes(path: Path | str, geometry: Geometry | None = None, *, truth: bool = True) -> SceneFile:
     """Open a scene file and check names, shapes and types.
 
     Args:
         path: npz, MATLAB or HDF5 file as described above.
         geometry: the surface, used where the file does not say; a file that says otherwise wins. Without either, the
             default surface is assumed if its number of elements fits.
+        truth: False leaves aside what the file says of the sources, whatever it is.
 
     Raises:
         SceneFileError: missing, damaged or of another kind, or arrays that do not fit: one line that lists each with
@@ -193,19 +205,19 @@ def open_scenes(path: Path | str, geometry: Geometry | None = None) -> SceneFile
     """
     arrays = open_arrays(Path(path))
     try:
-        return SceneFile(arrays, geometry)
+        return SceneFile(arrays, geometry, truth=truth)
     except SceneFileError:
         arrays.close()
         raise
 
 
-def load_scenes(path: Path | str, geometry: Geometry | None = None) -> Scenes:
+def load_scenes(path: Path | str, geometry: Geometry | None = None, *, truth: bool = True) -> Scenes:
     """Read all scenes of a file; see :func:`open_scenes`.
 
     Raises:
         SceneFileError: as :func:`open_scenes`, or values that do not fit, or no noise power.
     """
-    with open_scenes(path, geometry) as file:
+    with open_scenes(path, geometry, truth=truth) as file:
         if not file.has_noise_power:
             raise SceneFileError(
                 f"{path}: array 'noise_power' is missing{suggestion('noise_power', list(file._arrays))}"
@@ -226,9 +238,10 @@ def save_scenes(path: Path | str, scenes: Scenes) -> None:
         "noise_power": _numpy(scenes.noise_power, np.float32),
         "geometry_json": np.array(json.dumps(scenes.geometry.model_dump(mode="json"), sort_keys=True)),
     }
-    if scenes.truth is not None:
-        order = _packed(scenes.truth)
-        arrays |= _source_arrays(scenes.truth.take(order))
+    truth = scenes.partial_truth if scenes.truth is None else scenes.truth
+    if truth is not None:
+        order = _packed(truth)
+        arrays |= _source_arrays(truth.take(order))
         if scenes.symbols is not None:
             index = order.unsqueeze(1).expand(-1, scenes.symbols.shape[1], -1)
             arrays["symbols"] = _numpy(scenes.symbols.gather(2, index))
@@ -236,6 +249,8 @@ def save_scenes(path: Path | str, scenes: Scenes) -> None:
         arrays["snr_db"] = _numpy(scenes.snr_db, np.float32)
     if scenes.true_channel is not None:
         arrays["true_channel"] = _numpy(scenes.true_channel)
+    if scenes.true_noise_power is not None:
+        arrays["true_noise_power"] = _numpy(scenes.true_noise_power, np.float32)
     write_arrays(Path(path), arrays)
 
 
@@ -268,7 +283,7 @@ def load_estimates(path: Path | str) -> Sources:
         used = _fitted(arrays, [*_TRUTH, "existence", *optional], {}, problems)
         problems.raise_any()
         values = {name: _values(name, entry, slice(None), problems) for name, entry in used.items()}
-    sources = _truth(values, problems)
+    sources = _truth(values, values["azimuth"].shape[1], problems)
     existence = values["existence"]
     problems.require("existence", (existence >= 0) & (existence <= 1), "every value must be a probability")
     covariance = None
@@ -330,8 +345,9 @@ def _fitted(arrays: Arrays, names: Sequence[str], sizes: dict[str, int], problem
     fitted: dict[str, _Entry] = {}
     for name in names:
         if name not in arrays:
-            whole = f"; the truth needs all of {', '.join(_TRUTH)}" if name in _TRUTH else ""
-            problems.add(f"array '{name}' is missing{whole or suggestion(name, list(arrays))}")
+            told = any(each in arrays for each in _TRUTH) and "y" in arrays
+            hint = "; a truth needs it" if name in _TRUTH and told else suggestion(name, list(arrays))
+            problems.add(f"array '{name}' is missing{hint}")
             continue
         entry = _entry(name, arrays, sizes, problems)
         if entry is not None:
@@ -418,14 +434,16 @@ def _values(name: str, entry: _Entry, part: slice, problems: _Problems) -> Array
     return cast
 
 
-def _truth(values: dict[str, Array], problems: _Problems) -> Sources:
-    """The sources of checked arrays; a value beyond ``num_sources`` has no meaning."""
-    count, azimuth, elevation, range_m = (values[name] for name in _TRUTH)
-    slots = azimuth.shape[1]
+def _truth(values: dict[str, Array], slots: int, problems: _Problems) -> Sources:
+    """The sources of checked arrays; a value beyond ``num_sources`` has no meaning, a coordinate not given is NaN."""
+    count = values["num_sources"]
     problems.require("num_sources", (count >= 0) & (count <= slots), f"every value must lie within 0..{slots}")
     mask = np.arange(slots) < count[:, None]
+    nowhere = np.full(mask.shape, np.nan, np.float32)
+    azimuth, elevation, range_m = (values.get(name, nowhere) for name in _TRUTH[1:])
     for name, value in zip(_TRUTH[1:], (azimuth, elevation, range_m), strict=True):
-        problems.require(name, np.isfinite(value[mask]), "values of a source must be finite")
+        if name in values:
+            problems.require(name, np.isfinite(value[mask]), "values of a source must be finite")
     for name, value in (("azimuth", azimuth), ("elevation", elevation)):
         angles = value[mask]
         problems.require(name, ~(np.abs(angles) >= np.pi / 2 + 1e-4), "radians within -pi/2..pi/2 are expected")
@@ -467,7 +485,9 @@ def _source_arrays(sources: Sources) -> dict[str, Array]:
     beyond = ~sources.mask
     arrays = {"num_sources": _numpy(sources.num_sources, np.int64)}
     for name in ("azimuth", "elevation", "range_m"):
-        arrays[name] = _numpy(getattr(sources, name).masked_fill(beyond, torch.nan), np.float32)
+        value = getattr(sources, name).masked_fill(beyond, torch.nan)
+        if not bool(value[sources.mask].isnan().any()):  # a coordinate that is not known is not written
+            arrays[name] = _numpy(value, np.float32)
     arrays["power"] = _numpy(sources.power.masked_fill(beyond, 0.0), np.float32)
     return arrays
 

@@ -72,10 +72,12 @@ class Scenes:
         bs_ris_channel: complex64 [B, M, N], H as the receiver knows it.
         ris_codes: complex64 [B, L, N], unit modulus.
         noise_power: float32 [B], per complex entry of y, as the receiver knows it.
-        truth: the sources, or None.
+        truth: the sources, or None where they are not known, or not completely.
         snr_db: float32 [B], or None.
         symbols: complex64 [B, L, K_max] as sent (power included), or None; the deterministic bound needs them.
         true_channel: complex64 [B, M, N] where it differs from the known one, else None.
+        true_noise_power: float32 [B] where it differs from the known one, else None.
+        partial_truth: the sources where a coordinate is not known; it is NaN there, and ``truth`` is None.
     """
 
     geometry: Geometry
@@ -87,6 +89,8 @@ class Scenes:
     snr_db: Tensor | None = None
     symbols: Tensor | None = None
     true_channel: Tensor | None = None
+    true_noise_power: Tensor | None = None
+    partial_truth: Sources | None = None
 
     def __len__(self) -> int:
         return self.y.shape[0]
@@ -119,14 +123,30 @@ class Scenes:
         return self.bs_ris_channel.unsqueeze(1) * self.ris_codes.unsqueeze(2)
 
     def require_truth(self) -> Sources:
-        """The true sources.
+        """The true sources, all of their coordinates.
+
+        Raises:
+            ConfigError: the scenes carry no truth, or lack a coordinate.
+        """
+        if self.truth is None and self.partial_truth is not None:
+            lacking = [
+                name
+                for name in ("azimuth", "elevation", "range_m")
+                if bool(getattr(self.partial_truth, name)[self.partial_truth.mask].isnan().any())
+            ]
+            raise ConfigError(f"the truth of these scenes lacks {', '.join(lacking)}, which is needed here")
+        return self.known_truth()
+
+    def known_truth(self) -> Sources:
+        """What is known of the true sources; a coordinate that is not known is NaN for every source.
 
         Raises:
             ConfigError: the scenes carry no truth.
         """
-        if self.truth is None:
+        known = self.partial_truth if self.truth is None else self.truth
+        if known is None:
             raise ConfigError("these scenes carry no truth (num_sources, azimuth, elevation, range_m); cannot score")
-        return self.truth
+        return known
 
     @staticmethod
     def cat(parts: Sequence[Scenes]) -> Scenes:
@@ -137,7 +157,7 @@ class Scenes:
             if any(value is None for value in values):
                 fields[field.name] = None
             else:
-                fields[field.name] = Sources.cat(values) if field.name == "truth" else torch.cat(values)
+                fields[field.name] = Sources.cat(values) if isinstance(values[0], Sources) else torch.cat(values)
         return Scenes(**fields)
 
     def _map(self, function: Any) -> Scenes:
@@ -215,7 +235,7 @@ def simulate(
     noise = random.complex_normal("noise", num_snapshots, num_antennas)
     y = clean + noise * noise_power.sqrt()[:, None, None]
 
-    known, true_channel = channel, None
+    known, true_channel, true_noise_power = channel, None, None
     if spec.channel_error_db is not None:
         error_db = random.between("channel_error_db", spec.channel_error_db)
         scale = (10 ** (error_db / 10) * channel.abs().square().mean((1, 2))).sqrt()
@@ -223,8 +243,9 @@ def simulate(
         known, true_channel = channel + scale[:, None, None] * error, channel
     if spec.noise_power_error_db:
         bound = spec.noise_power_error_db
+        true_noise_power = noise_power
         noise_power = noise_power * 10 ** (random.between("noise_power_error", (-bound, bound)) / 10)
-    return Scenes(geometry, y, known, codes, noise_power, truth, snr_db, symbols, true_channel)
+    return Scenes(geometry, y, known, codes, noise_power, truth, snr_db, symbols, true_channel, true_noise_power)
 
 
 def grid_of_cells(
@@ -251,7 +272,7 @@ def rician_channel(spec: SceneSpec, random: SceneRandom) -> Tensor:
     sine = random.between("bs_direction", (-1.0, 1.0)).unsqueeze(-1)
     elements = torch.arange(num_antennas, device=sine.device, dtype=sine.dtype)
     a_bs = torch.polar(torch.ones_like(sine * elements), math.pi * sine * elements)
-    planar = geometry.replaced({"wave": "planar"})
+    planar = geometry.model_copy(update={"wave": "planar"})  # known to be valid, and once a batch
     azimuth = random.between("ris_azimuth", spec.azimuth_deg).deg2rad()
     elevation = random.between("ris_elevation", spec.elevation_deg).deg2rad()
     a_ris = steering(planar, azimuth, elevation, torch.ones_like(azimuth)) * math.sqrt(geometry.num_elements)

@@ -22,18 +22,20 @@ SNR_BINS_DB = (-5.0, 0.0, 5.0, 10.0, 15.0, 20.0)
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Scores of one group of scenes beside the floor on the same scenes."""
+    """Scores of one group of scenes beside the floor on the same scenes; None where the truth is not complete."""
 
     label: str
     scores: Scores
-    floor: Scores
+    floor: Scores | None
 
     def efficiency(self, name: str = "k_loc") -> float | None:
         """How near the floor a figure is: 1 at the floor.
 
         Higher-is-better figures: value / floor. Errors: floor / value. k_loc: (7 - value) / (7 - floor), the share of
-        the way from the worst score to the floor. None where that says nothing (0 / 0, or no source to measure at).
+        the way from the worst score to the floor. None where that says nothing (0 / 0, no source, no floor).
         """
+        if self.floor is None:
+            return None
         value, floor = getattr(self.scores, name), getattr(self.floor, name)
         if name == "k_loc":
             return efficiency(value, floor)
@@ -47,7 +49,7 @@ class Row:
         return {
             "label": self.label,
             "scores": self.scores.as_dict(),
-            "floor": self.floor.as_dict(),
+            "floor": None if self.floor is None else self.floor.as_dict(),
             "efficiency": efficiency,
         }
 
@@ -61,8 +63,8 @@ class Evaluation:
         by_snr: one row per SNR value, or per 5 dB bin where SNRs are spread; empty when the SNR is not known.
         by_count: one row per true number of sources.
         confusion: [K_max + 1, K_max + 1] scenes with true count (row) and estimated count (column).
-        errors: per scene, for whoever wants other groups.
-        floor: likewise, ``draws`` times the scenes.
+        errors: per scene, to be grouped in other ways.
+        floor: likewise, ``draws`` times the scenes; None where the truth is not complete.
     """
 
     overall: Row
@@ -70,7 +72,7 @@ class Evaluation:
     by_count: list[Row]
     confusion: Tensor
     errors: SceneErrors
-    floor: SceneErrors
+    floor: SceneErrors | None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -87,19 +89,20 @@ def evaluate(estimate: Sources, scenes: Scenes, *, draws: int = 8) -> Evaluation
 
     Args:
         estimate: [B].
-        scenes: with truth.
+        scenes: with truth, complete or in part.
         draws: draws from the Cramer-Rao bound per scene for the floor.
 
     Raises:
         ConfigError: scenes without truth, none at all, or not as many as estimates.
         NumericalError: an estimate that is not finite.
     """
-    truth = scenes.require_truth()
-    errors, floor = scene_errors(estimate, truth), floor_errors(scenes, draws)
-    repeats = len(floor) // len(errors)
+    truth = scenes.known_truth()
+    errors = scene_errors(estimate, truth)
+    floor = None if scenes.truth is None else floor_errors(scenes, draws)
 
     def row(label: str, chosen: Tensor) -> Row:
-        return Row(label, errors[chosen].scores(), floor[chosen.repeat(repeats)].scores())
+        bound = None if floor is None else floor[chosen.repeat(len(floor) // len(errors))].scores()
+        return Row(label, errors[chosen].scores(), bound)
 
     everything = torch.ones(len(errors), dtype=torch.bool, device=errors.num_true.device)
     by_snr = [] if scenes.snr_db is None else [row(label, mask) for label, mask in _snr_groups(scenes.snr_db).items()]

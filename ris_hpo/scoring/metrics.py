@@ -4,6 +4,9 @@
 
 RMSEs run over the max(K, K^) slots of every scene with errors capped at 10 deg, 10 deg and 2 m; a missed source or a
 ghost counts as a capped error, so the composite is bounded and no scene is ever dropped.
+
+A coordinate that the truth does not give is NaN there. Figures that need it are NaN (``null`` in JSON); the others are
+computed from what is known, a hit being a pair within the tolerances of the known coordinates.
 """
 
 from __future__ import annotations
@@ -20,10 +23,11 @@ from ris_hpo.errors import ConfigError, NumericalError
 from ris_hpo.physics.bounds import deterministic_crb
 from ris_hpo.physics.scene import Scenes
 from ris_hpo.physics.sources import TOLERANCE, Sources
-from ris_hpo.scoring.matching import match
+from ris_hpo.scoring.matching import assignment, distances, match
 
 CAP = (math.radians(10), math.radians(10), 2.0)
 GOSPA_CUTOFF_M = 2.0
+COORDINATES = ("azimuth", "elevation", "range_m")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +35,11 @@ class Scores:
     """Figures over a set of scenes; angles in degrees, lengths in metres.
 
     ``k_acc``, ``k_under``, ``k_over`` sum to 1. ``success`` is the share of scenes with K^ = K and every source within
-    5 deg, 5 deg and 1 m. ``rmspe_m`` and the medians run over matched pairs, uncapped; without any pair they are
-    infinite (``null`` in JSON). ``gospa_m`` has p = 2, alpha = 2 and a cut-off of 2 m (Rahmathullah,
-    Garcia-Fernandez and Svensson, "Generalized optimal sub-pattern assignment metric", FUSION 2017).
+    5 deg, 5 deg and 1 m. ``precision``, ``recall`` and ``f1`` count pairs within the same tolerances, over all scenes
+    together. ``rmspe_m`` and the medians run over matched pairs, uncapped; without any pair they are infinite. All of
+    these share the assignment of least total distance. ``gospa_m`` is the mean over scenes of the GOSPA metric with
+    p = 2, alpha = 2 and a cut-off of 2 m, a minimum over assignments of its own (Rahmathullah, Garcia-Fernandez and
+    Svensson, "Generalized optimal sub-pattern assignment metric", FUSION 2017).
     """
 
     k_loc: float
@@ -55,12 +61,12 @@ class Scores:
     num_scenes: int
 
     def as_dict(self) -> dict[str, float | None]:
-        """Name to figure, fit for JSON: None where infinite."""
+        """Name to figure, fit for JSON: None where infinite or not known."""
         return {name: value if math.isfinite(value) else None for name, value in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Scores:
-        """Inverse of :meth:`as_dict`."""
+        """Inverse of :meth:`as_dict`, for scores against a complete truth."""
         finite: dict[str, Any] = {name: math.inf if value is None else value for name, value in values.items()}
         return cls(**finite)
 
@@ -75,6 +81,8 @@ class SceneErrors:
         paired: [B, W] bool.
         num_true: [B] int64.
         num_estimated: [B] int64.
+        gospa: [B] m.
+        known: which of azimuth, elevation and range the truth gives.
     """
 
     error: Tensor
@@ -82,16 +90,20 @@ class SceneErrors:
     paired: Tensor
     num_true: Tensor
     num_estimated: Tensor
+    gospa: Tensor
+    known: tuple[bool, bool, bool] = (True, True, True)
 
     def __getitem__(self, index: Any) -> SceneErrors:
-        return SceneErrors(*(getattr(self, field.name)[index] for field in dataclasses.fields(self)))
+        names = [field.name for field in dataclasses.fields(self) if field.name != "known"]
+        return dataclasses.replace(self, **{name: getattr(self, name)[index] for name in names})
 
     def __len__(self) -> int:
         return len(self.num_true)
 
     def hits(self) -> Tensor:
-        """[B, W] bool: paired and within 5 deg, 5 deg, 1 m."""
-        return self.paired & (self.error < self.error.new_tensor(TOLERANCE)).all(-1)
+        """[B, W] bool: paired and within 5 deg, 5 deg, 1 m, as far as these are known."""
+        unknown = ~torch.tensor(self.known, device=self.error.device)
+        return self.paired & ((self.error < self.error.new_tensor(TOLERANCE)) | unknown).all(-1)
 
     def success(self) -> Tensor:
         """[B] bool: right count and every source within the tolerance."""
@@ -109,35 +121,30 @@ class SceneErrors:
 
         right = (self.num_true == self.num_estimated).double().mean().item()
         under = (self.num_estimated < self.num_true).double().mean().item()
-        success = self.success().double().mean().item()
-        hits = self.hits().sum().item()
-        precision = hits / max(1, int(self.num_estimated.sum().item()))
-        recall = hits / max(1, int(self.num_true.sum().item()))
-        gospa = (
-            self.distance.clamp(max=GOSPA_CUTOFF_M).square().mul(self.paired).sum(-1)
-            + GOSPA_CUTOFF_M**2 / 2 * (self.num_true + self.num_estimated - 2 * self.paired.sum(-1))
-        ).sqrt()
+        located, complete = any(self.known), all(self.known)
+        success = self.success().double().mean().item() if located else math.nan
+        hits = self.hits().sum().item() if located else math.nan
         pairs = self.error[self.paired]
-        medians = pairs.median(0).values.tolist() if len(pairs) else [math.inf] * 3
+        medians = pairs.quantile(0.5, dim=0).tolist() if len(pairs) else [math.inf] * 3
         rmspe = self.distance[self.paired].square().mean().sqrt().item() if len(pairs) else math.inf
-        k_loc = (1 - right) + rmse_az / 5 + rmse_el / 5 + rmse_r - success
+        azimuth, elevation, range_m = (1.0 if known else math.nan for known in self.known)
         return Scores(
-            k_loc=k_loc,
+            k_loc=(1 - right) + rmse_az / 5 + rmse_el / 5 + rmse_r - success,
             k_acc=right,
             k_under=under,
             k_over=max(0.0, 1 - right - under),
-            precision=precision,
-            recall=recall,
+            precision=hits / max(1, int(self.num_estimated.sum().item())),
+            recall=hits / max(1, int(self.num_true.sum().item())),
             f1=2 * hits / max(1, int((self.num_true + self.num_estimated).sum().item())),
             success=success,
-            rmse_azimuth_deg=rmse_az,
-            rmse_elevation_deg=rmse_el,
-            rmse_range_m=rmse_r,
-            rmspe_m=rmspe,
-            gospa_m=gospa.double().mean().item(),
-            median_azimuth_deg=math.degrees(medians[0]),
-            median_elevation_deg=math.degrees(medians[1]),
-            median_range_m=medians[2],
+            rmse_azimuth_deg=rmse_az * azimuth,
+            rmse_elevation_deg=rmse_el * elevation,
+            rmse_range_m=rmse_r * range_m,
+            rmspe_m=rmspe if complete else math.nan,
+            gospa_m=self.gospa.mean().item() if complete else math.nan,
+            median_azimuth_deg=math.degrees(medians[0]) * azimuth,
+            median_elevation_deg=math.degrees(medians[1]) * elevation,
+            median_range_m=medians[2] * range_m,
             num_scenes=len(self),
         )
 
@@ -145,17 +152,32 @@ class SceneErrors:
 def scene_errors(estimate: Sources, truth: Sources) -> SceneErrors:
     """Match and measure.
 
+    Args:
+        estimate: [B].
+        truth: [B]; a coordinate that is NaN for a source is not known of any.
+
     Raises:
         ConfigError: no scene, or not as many estimates as true ones.
         NumericalError: an estimate that is not finite.
     """
     if len(estimate) != len(truth) or len(truth) == 0:
         raise ConfigError(f"estimates of {len(estimate)} scenes beside the truth of {len(truth)}; cannot score them")
-    for name in ("azimuth", "elevation", "range_m"):
+    for name in COORDINATES:
         if not torch.isfinite(getattr(estimate, name)[estimate.mask]).all():
             raise NumericalError(f"estimated {name} is not finite; cannot score it")
+    azimuth, elevation, range_m = (not bool(getattr(truth, n)[truth.mask].isnan().any()) for n in COORDINATES)
+    known = (azimuth, elevation, range_m)
+    if not all(known):
+        return _partial_errors(estimate.detach(), truth, known)
     matched, truth, paired = match(estimate.detach(), truth)
-    return _errors(matched, truth, paired)
+    return SceneErrors(
+        _coordinate_errors(matched, truth),
+        (matched.positions() - truth.positions()).norm(dim=-1).double(),
+        paired,
+        truth.num_sources,
+        matched.num_sources,
+        _gospa(matched, truth),
+    )
 
 
 def score(estimate: Sources, truth: Sources) -> Scores:
@@ -166,8 +188,9 @@ def score(estimate: Sources, truth: Sources) -> Scores:
 def floor_errors(scenes: Scenes, draws: int = 8, seed: int = 0) -> SceneErrors:
     """What the deterministic Cramer-Rao bound leaves possible on these very scenes, K being known.
 
-    Errors in (az, el, r) are drawn from N(0, CRB) of every scene ``draws`` times, antithetically paired, and measured
-    like an estimate's. A direction in which the scene carries no information gives a capped error.
+    Errors in (az, el, r) are drawn from N(0, CRB) of every scene ``draws`` times, every second one the negative of
+    another. Each belongs to its own source: only GOSPA looks for another assignment, being a minimum over all. A
+    direction in which the scene carries no information gives a capped error.
 
     Returns:
         SceneErrors [draws * B], draws outermost.
@@ -187,7 +210,9 @@ def floor_errors(scenes: Scenes, draws: int = 8, seed: int = 0) -> SceneErrors:
         elevation=repeated.elevation + error[..., 1],
         range_m=repeated.range_m + error[..., 2],
     )
-    return _errors(drawn, repeated, repeated.mask)
+    distance = (drawn.positions() - repeated.positions()).norm(dim=-1)
+    count = repeated.num_sources
+    return SceneErrors(error.abs(), distance, repeated.mask, count, count, _gospa(drawn, repeated))
 
 
 def floor_scores(scenes: Scenes, draws: int = 8) -> Scores:
@@ -195,14 +220,38 @@ def floor_scores(scenes: Scenes, draws: int = 8) -> Scores:
     return floor_errors(scenes, draws).scores()
 
 
-def _errors(matched: Sources, truth: Sources, paired: Tensor) -> SceneErrors:
-    error = torch.stack(
-        [
-            (matched.azimuth - truth.azimuth).abs(),
-            (matched.elevation - truth.elevation).abs(),
-            (matched.range_m - truth.range_m).abs(),
-        ],
-        dim=-1,
-    ).double()
-    distance = (matched.positions() - truth.positions()).norm(dim=-1).double()
-    return SceneErrors(error, distance, paired, truth.num_sources, matched.num_sources)
+def _coordinate_errors(estimate: Sources, truth: Sources) -> Tensor:
+    """Absolute errors [..., 3] of slot against slot; azimuth the short way round."""
+    azimuth, elevation, range_m = ((getattr(estimate, n) - getattr(truth, n)).abs() for n in COORDINATES)
+    azimuth = torch.where(azimuth > math.pi, (2 * math.pi - azimuth).abs(), azimuth)
+    return torch.stack([azimuth, elevation, range_m], dim=-1).double()
+
+
+def _gospa(estimate: Sources, truth: Sources) -> Tensor:
+    """GOSPA of every scene, float64 [B] in m: the least root of sum_pairs min(d, c)^2 + (c^2 / 2) * unpaired ones.
+
+    A pair costs at most what its two members cost unpaired, so the minimum has as many pairs as both sides allow.
+    """
+    cost = distances(estimate, truth).clamp(max=GOSPA_CUTOFF_M).square()
+    order = assignment(cost, truth.mask, estimate.mask)
+    paired = truth.mask & estimate.mask.gather(1, order)
+    total = (cost.gather(2, order.unsqueeze(-1)).squeeze(-1) * paired).sum(-1)
+    unpaired = truth.num_sources + estimate.num_sources - 2 * paired.sum(-1)
+    return (total + GOSPA_CUTOFF_M**2 / 2 * unpaired).sqrt()
+
+
+def _partial_errors(estimate: Sources, truth: Sources, known: tuple[bool, bool, bool]) -> SceneErrors:
+    """Errors where the truth lacks a coordinate: pairs by what is known, in tolerances; no pairs by counts alone."""
+    width = max(estimate.max_sources, truth.max_sources)
+    estimate, truth = estimate.padded(width), truth.padded(width)
+    estimate_slots, truth_slots = (
+        dataclasses.replace(each, **{name: getattr(each, name).unsqueeze(dim) for name in COORDINATES})
+        for each, dim in ((estimate, 1), (truth, 2))
+    )
+    error = _coordinate_errors(estimate_slots, truth_slots)[..., list(known)]
+    cost = (error / error.new_tensor(TOLERANCE)[list(known)]).square().sum(-1).sqrt()
+    matched = estimate.take(assignment(cost, truth.mask, estimate.mask))
+    paired = matched.mask & truth.mask & any(known)
+    nothing = torch.full(truth.mask.shape, torch.nan, dtype=torch.float64, device=truth.mask.device)
+    counts = truth.num_sources, matched.num_sources
+    return SceneErrors(_coordinate_errors(matched, truth), nothing, paired, *counts, nothing[:, 0], known)

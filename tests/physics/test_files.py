@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ris_hpo.errors import OutputError, SceneFileError
+from ris_hpo.errors import ConfigError, OutputError, SceneFileError
 from ris_hpo.physics.array import Geometry
 from ris_hpo.physics.containers import open_arrays
 from ris_hpo.physics.files import load_estimates, load_scenes, open_scenes, save_estimates, save_scenes
@@ -78,6 +78,61 @@ def test_the_true_channel_travels_along(tmp_path):
     assert torch.equal(load_scenes(tmp_path / "s.npz").true_channel, scenes.true_channel)
 
 
+def test_the_true_noise_power_travels_along(tmp_path):
+    scenes = simulate(SPEC.replaced({"noise_power_error_db": 6.0}), 1, range(3))
+    save_scenes(tmp_path / "s.npz", scenes)
+    back = load_scenes(tmp_path / "s.npz")
+    assert torch.equal(back.true_noise_power, scenes.true_noise_power)
+    assert torch.equal(back.noise_power, scenes.noise_power)
+
+
+@pytest.mark.parametrize("lacking", [("range_m",), ("azimuth", "elevation"), ("azimuth", "elevation", "range_m")])
+def test_a_truth_may_be_incomplete(lacking, scenes, arrays, tmp_path):
+    """A coordinate that is not in the file is NaN for every source, and is not written back."""
+    for name in lacking:
+        del arrays[name]
+    np.savez(tmp_path / "partial.npz", **arrays)
+    back = load_scenes(tmp_path / "partial.npz")
+    assert back.truth is None
+    known = back.partial_truth
+    assert torch.equal(known.num_sources, scenes.truth.num_sources)
+    for name in ("azimuth", "elevation", "range_m"):
+        value = getattr(known, name)[known.mask]
+        if name in lacking:
+            assert value.isnan().all()
+        else:
+            assert torch.equal(value, getattr(scenes.truth, name)[scenes.truth.mask])
+    save_scenes(tmp_path / "again.npz", back)
+    with np.load(tmp_path / "again.npz") as again:
+        assert {"num_sources", "azimuth", "elevation", "range_m"} - set(again.files) == set(lacking)
+    joined = Scenes.cat([back[:2], back[2:]])
+    assert torch.equal(joined.known_truth().mask, known.mask)
+    with pytest.raises(ConfigError, match=f"lacks {', '.join(lacking)}"):
+        back.require_truth()
+
+
+def test_counts_alone_have_one_width_in_every_part_of_a_file(arrays, tmp_path):
+    for name in ("azimuth", "elevation", "range_m", "power", "symbols"):
+        del arrays[name]
+    arrays["num_sources"] = np.array([1, 1, 2, 4, 1, 1])
+    np.savez(tmp_path / "counts.npz", **arrays)
+    with open_scenes(tmp_path / "counts.npz") as file:
+        parts = Scenes.cat(list(file.parts(2)))
+    assert parts.known_truth().num_sources.tolist() == [1, 1, 2, 4, 1, 1]
+
+
+def test_a_truth_can_be_left_aside(arrays, tmp_path):
+    """Whatever it is: a method that needs none must not fail because of it."""
+    arrays["azimuth"] = np.array(["north"])
+    arrays["num_sources"] = np.full(6, -1)
+    np.savez(tmp_path / "odd.npz", **arrays)
+    back = load_scenes(tmp_path / "odd.npz", truth=False)
+    assert back.truth is None
+    assert back.partial_truth is None
+    with pytest.raises(SceneFileError, match="azimuth"):
+        load_scenes(tmp_path / "odd.npz")
+
+
 def changed(name: str, function):
     def change(arrays: dict[str, np.ndarray]) -> None:
         arrays[name] = function(arrays[name])
@@ -118,7 +173,7 @@ MALFORMED = {
     "noise zero": (changed("noise_power", with_value(0, 0)), r"'noise_power': every value must be positive"),
     "noise shape": (changed("noise_power", lambda a: a[:, None]), r"'noise_power' has shape \(6, 1\)"),
     "count large": (changed("num_sources", with_value(9, 0)), r"'num_sources': every value must lie within 0..5"),
-    "azimuth missing": (removed("azimuth"), r"array 'azimuth' is missing; the truth needs all of"),
+    "count missing": (removed("num_sources"), r"array 'num_sources' is missing; a truth needs it"),
     "azimuth degrees": (changed("azimuth", with_value(45.0, 0, 0)), r"'azimuth': radians"),
     "azimuth nan": (changed("azimuth", with_value(np.nan, 0, 0)), r"'azimuth': values of a source must be finite"),
     "no slots": (
@@ -329,11 +384,11 @@ def test_a_refusal_lists_everything(arrays, tmp_path):
     arrays["y"] = arrays["y"].astype(str)
     arrays["bs_ris_channel"] = arrays["bs_ris_channel"].swapaxes(1, 2)[:, :, :3]
     arrays["ris_codes"] = arrays["ris_codes"][:, :2]
-    del arrays["range_m"]
+    del arrays["num_sources"]
     np.savez(tmp_path / "s.npz", **arrays)
     with pytest.raises(SceneFileError) as caught:
         load_scenes(tmp_path / "s.npz")
-    for name in ("'y'", "'bs_ris_channel'", "'ris_codes'", "'range_m' is missing"):
+    for name in ("'y'", "'bs_ris_channel'", "'ris_codes'", "'num_sources' is missing"):
         assert name in str(caught.value), name
     assert "\n" not in str(caught.value)
 
