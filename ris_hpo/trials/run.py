@@ -325,16 +325,17 @@ class _Attempt:
         if self.figures is not None:
             self.figures.conclude(trainer.history, conclusion)
         network, pipeline = conclusion.network, conclusion.pipeline
-        self.floor = conclusion.floor.k_loc
-        score = network if self.seat.spec.objective == "network" else pipeline
-        value = finite_score(score.k_loc)
+        by_network = self.seat.spec.objective == "network"
+        value = finite_score((network if by_network else pipeline).k_loc)
+        floor: float = (conclusion.floor if by_network else conclusion.pipeline_floor).k_loc  # of the same scenes
+        self.floor = floor
         marks = {
             **marks,
             names.COMPONENTS: network.as_dict(),
             names.PIPELINE: pipeline.as_dict(),
             names.PIPELINE_FLOOR: conclusion.pipeline_floor.k_loc,
             names.PARAMETERS: sum(conclusion.parameters.values()),
-            names.EFFICIENCY: efficiency(value, conclusion.floor.k_loc),
+            names.EFFICIENCY: efficiency(value, floor),
             **self._figures(trainer),
         }
         self._finish(TrialState.COMPLETE, value, marks)

@@ -32,6 +32,7 @@ from ris_hpo.workers.lost import LostTrials
 from ris_hpo.workers.worker import WorkerJob, run_worker
 
 from .conftest import DOUBLE, make_spec
+from .double import FLOOR, PIPELINE_FLOOR
 
 
 def begin(store: Store, spec: StudySpec, program: Program, n_trials: int, **options: Any) -> Study:
@@ -425,6 +426,23 @@ def test_a_name_that_leads_elsewhere_is_refused(name: str, sqlite_store: Store, 
     sqlite_store.create_new_study([optuna.study.StudyDirection.MINIMIZE], name)  # made by somebody else
     with pytest.raises(StudyError, match="folders are called by it"):
         stored_spec(get_study(sqlite_store, name))
+
+
+@pytest.mark.parametrize("objective", ["network", "pipeline"])
+def test_value_floor_and_efficiency_stand_on_the_same_scenes(
+    objective: str, sqlite_store: Store, program: Program, tmp_path: Path
+) -> None:
+    study = begin(sqlite_store, make_spec(study={"objective": objective}, pruner={"name": "none"}), program, 1)
+    work(sqlite_store, study, tmp_path)
+    [trial] = study.get_trials()
+    marks = trial.user_attrs
+    network, pipeline = marks[names.COMPONENTS]["k_loc"], marks[names.PIPELINE]["k_loc"]
+    assert pipeline == pytest.approx(network - 0.3)
+    value, floor = (network, FLOOR.k_loc) if objective == "network" else (pipeline, PIPELINE_FLOOR.k_loc)
+    assert trial.value == value
+    assert marks[names.FLOOR] == floor
+    assert marks[names.EFFICIENCY] == pytest.approx((7 - value) / (7 - floor))
+    assert marks[names.PIPELINE_FLOOR] == PIPELINE_FLOOR.k_loc
 
 
 def test_two_objectives_under_nsga2(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
