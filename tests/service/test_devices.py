@@ -21,8 +21,9 @@ from ris_hpo.trials.run import is_out_of_memory
 from ris_hpo.workers import devices
 from ris_hpo.workers import local as pool
 from ris_hpo.workers.devices import Slot, plan_slots
+from tests.postgres import Postgres
 
-from .conftest import HERE, Postgres, make_spec
+from .conftest import HERE, make_spec
 
 DRIVER = """#!/bin/sh
 echo '0, GPU-aaaa, Big One, 80000, 70000'

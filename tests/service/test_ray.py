@@ -21,8 +21,9 @@ from ris_hpo.store.attributes import Cause
 from ris_hpo.store.cache import Store
 from ris_hpo.store.open import open_store
 from ris_hpo.workers.ray import RayPool
+from tests.postgres import Postgres
 
-from .conftest import DOUBLE, HERE, Postgres, make_spec
+from .conftest import DOUBLE, HERE, make_spec
 from .pools import same_curves, slow_base
 
 pytestmark = [

@@ -26,8 +26,7 @@ from ris_hpo.store import open as module
 from ris_hpo.store.cache import Store, ticket
 from ris_hpo.store.credentials import redact
 from ris_hpo.store.open import open_store
-
-from .conftest import Postgres
+from tests.postgres import Postgres
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
