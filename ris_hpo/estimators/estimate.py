@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal, get_args
 
 from pydantic import Field
@@ -12,8 +13,9 @@ from ris_hpo.errors import ConfigError
 from ris_hpo.estimators.covariance import (
     CountCriterion,
     count_from_snapshots,
-    least_squares_covariance,
+    least_squares_snapshots,
     source_covariance,
+    trace_normalised,
 )
 from ris_hpo.estimators.maximum_likelihood import LikelihoodSpec, deterministic_ml, ols, spectrum_maxima
 from ris_hpo.estimators.observation import known_count, require_finite
@@ -54,7 +56,7 @@ def estimate(
         num_sources: the count where it is known, [B] or one for all.
 
     Returns:
-        Sources [B, max_sources] on the scenes' device.
+        Sources [B, max_sources] on the scenes' device, powers in the units of |y|^2 / |H|^2.
 
     Raises:
         ConfigError: an unknown name, no scene, a count out of bounds, or ``covariance = "truth"`` without truth.
@@ -80,18 +82,24 @@ def _from_covariance(
     method: Literal["music", "mvdr", "modified-music"], scenes: Scenes, spec: EstimatorSpec, count: Tensor | None
 ) -> Sources:
     settings = spec.likelihood
+    scenes, power_unit = scenes.in_unit_levels()
     if spec.covariance == "refined" or (spec.count == "evidence" and count is None):
         found = _among_maxima(scenes, spec, count)
         count = found.num_sources
         covariance = source_covariance(scenes.geometry, found)
+        total = (found.power * found.mask).sum(-1)
     if spec.covariance == "truth":
-        covariance = source_covariance(scenes.geometry, scenes.require_truth())
+        truth = scenes.require_truth()
+        covariance = source_covariance(scenes.geometry, truth)
+        total = (truth.power * truth.mask).sum(-1) / power_unit
     elif spec.covariance == "least-squares":
-        covariance = least_squares_covariance(scenes)
+        snapshots = least_squares_snapshots(scenes)
+        covariance = trace_normalised(snapshots.mT @ snapshots.conj())
+        total = snapshots.abs().square().sum(-1).mean(-1)
     if count is None:
         assert spec.count != "evidence"  # it has given the count above
         count = count_from_snapshots(scenes, spec.count, settings.max_sources)
-    return localize_covariance(
+    found = localize_covariance(
         scenes.geometry,
         covariance,
         method,
@@ -100,6 +108,8 @@ def _from_covariance(
         grid=settings.grid,
         refinement_steps=spec.refinement_steps,
     )
+    scale = power_unit * total / scenes.geometry.num_elements  # the covariances above have trace N
+    return dataclasses.replace(found, power=(found.power * scale.unsqueeze(-1)).float())
 
 
 def _among_maxima(scenes: Scenes, spec: EstimatorSpec, num_sources: Tensor | int | None) -> Sources:

@@ -286,7 +286,7 @@ def _chosen(
         where = (rows.unsqueeze(-1), torch.arange(k, device=device))
         polar[where] = moments[0].gather(1, order.unsqueeze(-1).expand(-1, -1, 3))
         covariance[where] = moments[1].gather(1, order[..., None, None].expand(-1, -1, 3, 3))
-        power[where] = (fit.log_power.exp() * part.noise_power.unsqueeze(-1)).gather(1, order)
+        power[where] = (fit.log_power.exp() * part.power_unit.unsqueeze(-1)).gather(1, order)
         existence[where] = at_least[rows, 1 : k + 1]
     azimuth, elevation, range_m = (value.float() for value in polar.unbind(-1))
     return Sources(azimuth, elevation, range_m, power.float(), mask, existence.float(), covariance.float())

@@ -27,26 +27,28 @@ class Observation:
         geometry: the surface.
         sensing: [B, L M, N] rows of T_l = H diag(c_l), in the precision that products are computed in.
         y: complex128 [B, L, M] snapshots divided by the noise's standard deviation.
-        noise_power: float64 [B], what a power in these units has to be multiplied with; at least 1e-6 (-60 dB) of the
-            received power, since products in single precision tell no less.
+        power_unit: float64 [B], what a power in these units is to be multiplied with to be in the scenes' units.
     """
 
     geometry: Geometry
     sensing: Tensor
     y: Tensor
-    noise_power: Tensor
+    power_unit: Tensor
 
     def __len__(self) -> int:
         return self.y.shape[0]
 
     def __getitem__(self, index: Tensor | slice) -> Observation:
-        return Observation(self.geometry, self.sensing[index], self.y[index], self.noise_power[index])
+        return Observation(self.geometry, self.sensing[index], self.y[index], self.power_unit[index])
 
     @staticmethod
     def of(
         scenes: Scenes, *, channel_error_db: float | None = None, dtype: torch.dtype = torch.complex64
     ) -> Observation:
-        """Whiten scenes.
+        """Whiten scenes: y divided by the noise's standard deviation, H scaled to mean square 1 / M per entry.
+
+        The noise power is taken as at least 1e-6 (-60 dB) of the received power, since products in single precision
+        show no less.
 
         Args:
             scenes: what was received.
@@ -59,6 +61,7 @@ class Observation:
             NumericalError: y, channel, codes or noise power are not finite, or the noise power is not positive.
         """
         require_finite(scenes)
+        scenes, power_unit = scenes.in_unit_levels()
         y = scenes.y.to(torch.complex128)
         received = y.abs().square().mean((1, 2))
         noise = scenes.noise_power.double().maximum(_LEAST_NOISE * received)
@@ -68,11 +71,11 @@ class Observation:
             noise = noise + (error * gain).double() * (received - noise).clamp(min=0)
             scenes = dataclasses.replace(scenes, bs_ris_channel=channel)
         sensing = scenes.sensing_matrices().flatten(1, 2).to(dtype)
-        return Observation(scenes.geometry, sensing, y * noise.rsqrt()[:, None, None], noise)
+        return Observation(scenes.geometry, sensing, y * noise.rsqrt()[:, None, None], noise * power_unit)
 
     def double(self) -> Observation:
         """The same with products in complex128."""
-        return Observation(self.geometry, self.sensing.to(torch.complex128), self.y, self.noise_power)
+        return Observation(self.geometry, self.sensing.to(torch.complex128), self.y, self.power_unit)
 
     def see(self, vectors: Tensor) -> Tensor:
         """T_l x for vectors [B, C, N]: [B, L, M, C] in the sensing matrices' precision."""
@@ -95,7 +98,7 @@ def as_sources(observation: Observation, u: Tensor, power: Tensor, mask: Tensor)
         azimuth.masked_fill(unused, 0).float(),
         elevation.masked_fill(unused, 0).float(),
         range_m.masked_fill(unused, 1).float(),
-        (power * observation.noise_power.unsqueeze(-1)).masked_fill(unused, 0).float(),
+        (power * observation.power_unit.unsqueeze(-1)).masked_fill(unused, 0).float(),
         mask,
     )
 

@@ -113,7 +113,8 @@ def localize_covariance(
         refinement_steps: Gauss-Newton steps after the grid; 0 for the grid alone.
 
     Returns:
-        Sources [B, max_sources], by falling spectrum, with powers fitted to the covariance by least squares.
+        Sources [B, max_sources], by falling spectrum, with powers fitted to the covariance by least squares, in its
+        units.
 
     Raises:
         ConfigError: a count outside 0..max_sources or a covariance of another shape.
@@ -134,7 +135,8 @@ def localize_covariance(
     power = torch.zeros(batch, max_sources, dtype=torch.float64, device=device)
     for k in sorted(set(num_sources.tolist()) - {0}):
         rows = torch.nonzero(num_sources == k).squeeze(-1)
-        part = covariance[rows].to(torch.complex128)
+        whole = covariance[rows].to(torch.complex128)
+        part = trace_normalised(whole)
         form = mvdr_form(geometry, part) if method == "mvdr" else music_form(geometry, part, k)
         if method == "modified-music":
             u = anti_diagonal_angles(geometry, part, form, k, region)
@@ -144,7 +146,7 @@ def localize_covariance(
         if refinement_steps:
             u = refined_peaks(form, u, region, refinement_steps)
         polar[rows, :k] = torch.stack(to_polar(u), dim=-1)
-        power[rows, :k] = _fitted_powers(geometry, part, u)
+        power[rows, :k] = _fitted_powers(geometry, whole, u)
     mask = torch.arange(max_sources, device=device) < num_sources.to(device).unsqueeze(-1)
     azimuth, elevation, range_m = (value.float() for value in polar.unbind(-1))
     return Sources(azimuth, elevation, range_m, power.float(), mask)

@@ -68,6 +68,7 @@ def back_projection(channel: Tensor, codes: Tensor, y: Tensor) -> Tensor:
 
 def spectral_features(scenes: Scenes, grid: GridSpec, *, passes: int, noise_known: bool) -> Features:
     """Features of the spectral front-end; ``noise_known`` False hides the noise power from the network."""
+    scenes, _ = scenes.in_unit_levels()
     loading, context = _levels(scenes, noise_known)
     y, channel = whiten(scenes, loading)
     codes, geometry = scenes.ris_codes, scenes.geometry
@@ -99,6 +100,7 @@ def spectral_features(scenes: Scenes, grid: GridSpec, *, passes: int, noise_know
 
 def token_features(scenes: Scenes, *, noise_known: bool) -> Features:
     """Features of the token front-end: both back-projections of every snapshot, scaled to unit mean power."""
+    scenes, _ = scenes.in_unit_levels()
     loading, context = _levels(scenes, noise_known)
     whitened_y, whitened_channel = whiten(scenes, loading)
     parts = []

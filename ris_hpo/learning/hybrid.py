@@ -63,7 +63,7 @@ def covariances(outputs: Outputs, scenes: Scenes, spec: HybridSpec, beta: float 
 
 
 def _snr_db(scenes: Scenes) -> Tensor:
-    received = scenes.y.detach().abs().square().mean((1, 2)) / scenes.noise_power.clamp(min=1e-30)
+    received = scenes.y.detach().abs().square().mean((1, 2)) / scenes.noise_power.clamp(min=1e-38)
     return 10 * (received - 1).clamp(min=0.1, max=1e4).log10()
 
 

@@ -115,6 +115,7 @@ def localize(
         ConfigError: there is no scene, scenes of another surface, or a count outside 0..K_max.
         NumericalError: scenes that are not finite.
     """
+    scenes, power_unit = scenes.in_unit_levels()
     outputs = predict(network, scenes) if outputs is None else outputs
     if spec.localizer != "polish":
         if spec.hybrid.sharpening:
@@ -130,7 +131,11 @@ def localize(
     prior = outputs.log_count
     found = ols(observed, candidates, likelihood, num_sources=num_sources, log_prior=prior, weights=weights)
     assert found.covariance_m2 is not None
-    return dataclasses.replace(found, covariance_m2=spec.covariance_scale * found.covariance_m2)
+    return dataclasses.replace(
+        found,
+        power=(found.power * power_unit.unsqueeze(-1)).float(),
+        covariance_m2=spec.covariance_scale * found.covariance_m2,
+    )
 
 
 def sharpened(

@@ -118,6 +118,27 @@ class Scenes:
 
         return self._map(converted)
 
+    def in_unit_levels(self) -> tuple[Scenes, Tensor]:
+        """The same scenes in units in which y has mean square 1 and H mean square 1 / M per entry, to a factor of 2.
+
+        The units are powers of two, so that nothing is rounded; what is computed in these units does not depend on the
+        units of the input and neither overflows nor loses small numbers. Truth, symbols and SNR stay as they are.
+
+        Returns:
+            the scenes, and what a power in these units is to be multiplied with, float64 [B].
+        """
+        received = _power_of_two(self.y, 1)
+        channel = _power_of_two(self.bs_ris_channel, self.bs_ris_channel.shape[1])
+        true = self.true_channel
+        scaled = dataclasses.replace(
+            self,
+            y=self.y / received.to(self.y.real.dtype)[:, None, None],
+            bs_ris_channel=self.bs_ris_channel / channel.to(self.bs_ris_channel.real.dtype)[:, None, None],
+            noise_power=(self.noise_power / received.square()).to(self.noise_power.dtype),
+            true_channel=None if true is None else true / channel.to(true.real.dtype)[:, None, None],
+        )
+        return scaled, (received / channel).square()
+
     def sensing_matrices(self) -> Tensor:
         """T_l = H diag(c_l), complex [B, L, M, N]."""
         return self.bs_ris_channel.unsqueeze(1) * self.ris_codes.unsqueeze(2)
@@ -169,6 +190,14 @@ class Scenes:
             else:
                 fields[field.name] = None if value is None else function(value)
         return Scenes(**fields)
+
+
+def _power_of_two(values: Tensor, count: int) -> Tensor:
+    """The power of two nearest to the root of ``count`` times the mean square of each scene, float64 [B]; 1 for 0."""
+    square = values.abs().double().square().mean((1, 2)) * count
+    known = (square > 0) & square.isfinite()
+    exponent = torch.round(torch.where(known, square, torch.ones_like(square)).log2() / 2)
+    return torch.exp2(exponent)
 
 
 def simulate(
