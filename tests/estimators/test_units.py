@@ -59,7 +59,7 @@ def test_estimators_give_the_same_sources_in_any_units(scenes, expected, receive
     other = in_units(scenes, 10**received, 10**channel)
     unit = 10 ** (2 * (received - channel))
     for name, sources in expected.items():
-        same_sources(located(name, other), sources, unit, 1e-2)  # a flat likelihood is left within 1e-5 nats of its minimum
+        same_sources(located(name, other), sources, unit, 1e-2)  # a flat one ends within 1e-5 nats of its minimum
 
 
 def test_powers_are_those_that_were_sent(scenes, expected):
