@@ -133,7 +133,7 @@ def run(
         pool: Any = RayPool(store, made, workers=workers, address=address, gpus=chosen is None, per_gpu=per_gpu)
     else:
         pool = LocalPool(store, made, workers=workers, gpus=chosen, per_gpu=per_gpu)
-    live.follow(kept_current(made, pool.run()), spec.budget.n_trials)
+    live.follow(kept_current(made, store, pool.run()), spec.budget.n_trials)
     standing.show_outcome(store, name, json_=json_)
     if pool.ending == "interrupted":
         display.print_note("interrupted; every trial is checkpointed, and the same command goes on from there")

@@ -156,7 +156,8 @@ class Dashboard:
         gc.disable()
         try:
             for study in self.storage.get_all_studies():
-                self.storage.get_all_trials(study._study_id, deepcopy=False)
+                study_id = self.storage.get_study_id_from_name(study.study_name)
+                self.storage.get_all_trials(study_id, deepcopy=False)
         except (StorageInternalError, StoreError, KeyError) as error:  # a study deleted meanwhile, a store that is away
             log.info("reading ahead stopped: %s", type(error).__name__)
         finally:

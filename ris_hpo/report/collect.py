@@ -6,6 +6,7 @@ and no script at all, so it opens anywhere, prints as it looks, and stays at a f
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 import statistics
@@ -18,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
 import optuna
-from optuna.distributions import BaseDistribution
+from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
@@ -203,7 +204,8 @@ def _distributions(trials: Sequence[FrozenTrial]) -> dict[str, BaseDistribution]
 
 
 def _dimension(distribution: BaseDistribution) -> dict[str, Any]:
-    tree = {name: value for name, value in distribution._asdict().items() if value is not None}
+    written = json.loads(distribution_to_json(distribution))["attributes"]
+    tree = {name: value for name, value in written.items() if value is not None}
     return {"kind": type(distribution).__name__.removesuffix("Distribution").lower(), **tree}
 
 

@@ -12,6 +12,7 @@ from typing import Any, Final, TypeVar
 
 import optuna
 from optuna.artifacts import get_all_artifact_meta
+from optuna.storages import BaseStorage
 from optuna_dashboard import get_note, save_note, save_plotly_graph_object
 
 from ris_hpo.report.collect import Report, Trial, choices, collect
@@ -28,25 +29,27 @@ MAX_POINTS: Final = 300
 Snapshot = TypeVar("Snapshot")
 
 
-def kept_current(study: optuna.Study, snapshots: Iterable[Snapshot], every_s: float = EVERY_S) -> Iterator[Snapshot]:
+def kept_current(
+    study: optuna.Study, storage: BaseStorage, snapshots: Iterable[Snapshot], every_s: float = EVERY_S
+) -> Iterator[Snapshot]:
     """Hand on a pool's snapshots, and bring the study's page up to date before, between and after them.
 
     Not after an error: the store may be away, and whoever stops a run is not made to wait for a note.
     """
-    write_page(study)
+    write_page(study, storage)
     due = time.monotonic() + every_s
     for snapshot in snapshots:
         if time.monotonic() >= due:
-            write_page(study)
+            write_page(study, storage)
             due = time.monotonic() + every_s
         yield snapshot
-    write_page(study)
+    write_page(study, storage)
 
 
-def write_page(study: optuna.Study) -> bool:
+def write_page(study: optuna.Study, storage: BaseStorage) -> bool:
     """Write the note and the plots, if they have anything new to say; returns whether they had."""
     report = collect(study)
-    text = note(report) + figures(study, report)
+    text = note(report) + figures(study, storage, report)
     if get_note(study) == text:
         return False
     save_note(study, text)
@@ -97,13 +100,15 @@ def note(report: Report) -> str:
     return "\n".join(lines).strip() + "\n"
 
 
-def figures(study: optuna.Study, report: Report) -> str:
+def figures(study: optuna.Study, storage: BaseStorage, report: Report) -> str:
     """The best trial's figures as they are served, Markdown."""
     if report.best is None:
         return ""
     trial = study.get_trials(deepcopy=False)[report.best.number]
-    metas = {meta.filename: meta.artifact_id for meta in get_all_artifact_meta(trial, storage=study._storage)}
-    place = f"/artifacts/{study._study_id}/{trial._trial_id}"
+    metas = {meta.filename: meta.artifact_id for meta in get_all_artifact_meta(trial, storage=storage)}
+    study_id = storage.get_study_id_from_name(study.study_name)
+    trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
+    place = f"/artifacts/{study_id}/{trial_id}"
     shown = [f"![{title}]({place}/{metas[name]})" for name, title in FIGURES.items() if name in metas]
     return "\n\n".join(["", f"## Trial {trial.number}", *shown, ""]) if shown else ""
 

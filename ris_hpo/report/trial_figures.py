@@ -88,7 +88,7 @@ class TrialFigures:
         self._begun = clock()
         self._spent = 0.0
         self._store = _Folder(artifacts)
-        known = get_all_artifact_meta(trial, storage=study._storage)
+        known = get_all_artifact_meta(trial)
         self._identifiers = {meta.filename: meta.artifact_id for meta in known}
         self._reference = _k_loc(study.user_attrs.get(names.REFERENCE, {}).get("ml"))
 
@@ -132,7 +132,6 @@ class TrialFigures:
                     artifact_store=self._store,
                     file_path=str(file),
                     study_or_trial=self._trial,
-                    storage=self._study._storage,
                     mimetype=MIMETYPES[file.suffix],
                 )
             return
@@ -145,8 +144,12 @@ class _Folder(FileSystemArtifactStore):
     A full disk is met when that file is written, before the trial is told that it has an artifact.
     """
 
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.folder = folder
+
     def write(self, artifact_id: str, content_body: BinaryIO) -> None:
-        os.replace(content_body.name, self._get_filepath(artifact_id))
+        os.replace(content_body.name, self.folder / artifact_id)
 
 
 @dataclass(frozen=True, slots=True)

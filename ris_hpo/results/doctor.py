@@ -23,6 +23,7 @@ from ris_hpo.search.files import list_studies
 from ris_hpo.store.cache import Store
 from ris_hpo.store.credentials import redact
 from ris_hpo.store.open import default_url, file_system_of, open_store
+from ris_hpo.store.tickets import OPTUNA
 from ris_hpo.workers import devices
 
 _GIB = 1024**3
@@ -66,8 +67,8 @@ def _versions() -> Iterator[Finding]:
         except metadata.PackageNotFoundError:
             yield Finding(package, "problem", "not installed", f"pip install {package}")
             continue
-        if package == "optuna" and not found.startswith("5."):
-            yield Finding(package, "problem", found, "pip install 'optuna>=5,<6'")
+        if package == "optuna" and not found.startswith(f"{OPTUNA}."):
+            yield Finding(package, "problem", found, f"pip install 'optuna=={OPTUNA}.*'")
         else:
             yield Finding(package, "ok", found)
     for extra, module in (("postgres", "psycopg"), ("ray", "ray")):
@@ -145,18 +146,18 @@ def _opened_store(store: Store) -> Iterator[Finding]:
     else:
         yield Finding("schema", "problem", f"{current}, this Optuna has {head}", "optuna storage upgrade --storage URL")
     began = time.perf_counter()
-    with tickets.transaction() as session:
-        session.execute(sqlalchemy.text("SELECT 1"))
-        version = session.connection().dialect.server_version_info
+    with tickets.transaction() as connection:
+        connection.execute(sqlalchemy.text("SELECT 1"))
+        dialect, version = connection.dialect.name, connection.dialect.server_version_info
     seconds = time.perf_counter() - began
-    dialect = tickets.engine.dialect.name
     found = f"{dialect} {'.'.join(str(part) for part in version or ())}, write lock in {1000 * seconds:.1f} ms"
     if seconds > _SLOW_WRITE_S:
         yield Finding("latency", "note", found, "many workers at work, or a slow disk or network")
     else:
         yield Finding("latency", "ok", found)
     for frozen in store.get_all_studies():
-        counts = counting.tally(store.get_all_trials(frozen._study_id, deepcopy=False))
+        study_id = store.get_study_id_from_name(frozen.study_name)
+        counts = counting.tally(store.get_all_trials(study_id, deepcopy=False))
         found = ", ".join(f"{count} {name}" for name, count in counts.as_dict().items() if count)
         if counts.running:
             yield Finding(f"study {frozen.study_name}", "note", found, "lost trials come back when a worker looks")

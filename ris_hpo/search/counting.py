@@ -121,7 +121,7 @@ def fill(store: Store, study_id: int, n_trials: int, first: Callable[[], list[Fr
         waiting = [trial for trial in live if trial.state == TrialState.WAITING]
         # last the ones that hold work: put back half-way, or continuing a lost trial
         waiting.sort(key=lambda trial: (bool(trial.params), -trial.number))
-        store.withdraw([trial._trial_id for trial in waiting[:surplus]])
+        store.withdraw(study_id, [trial.number for trial in waiting[:surplus]])
     return added
 
 
@@ -162,6 +162,7 @@ def successor_of(trial: FrozenTrial, cause: Cause, retries: RetrySpec) -> Frozen
 
 def fail_trial(
     store: Store,
+    study_id: int,
     trial: FrozenTrial,
     cause: Cause,
     error: str,
@@ -174,6 +175,7 @@ def fail_trial(
 
     Args:
         store: the store.
+        study_id: the study.
         trial: the trial as it stands.
         cause: why.
         error: one line for people.
@@ -183,7 +185,7 @@ def fail_trial(
     """
     last = trial.last_step
     marks = {names.CAUSE: cause.value, names.ERROR: error, names.LAST_STEP: last, **(marks or {})}
-    return store.retire(trial._trial_id, owner, marks, lambda latest: successor_of(latest, cause, retries))
+    return store.retire(study_id, trial.number, owner, marks, lambda latest: successor_of(latest, cause, retries))
 
 
 # -- owners ----------------------------------------------------------------------------------------------------------

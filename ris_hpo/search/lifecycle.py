@@ -136,9 +136,10 @@ def _write(study: Study, spec: StudySpec, attributes: dict[str, Any]) -> None:
 
 def _resumed(store: Store, study: Study, spec: StudySpec, attributes: dict[str, Any]) -> Study:
     title = study.study_name
+    study_id = store.get_study_id_from_name(title)
     deadline = time.monotonic() + _SETTLING_S
     while names.SPACE_FINGERPRINT not in study.user_attrs:
-        if store.get_all_trials(study._study_id, deepcopy=False):
+        if store.get_all_trials(study_id, deepcopy=False):
             raise StudyError(f"study '{title}' was not made by ris-hpo: it carries no specification")
         if time.monotonic() > deadline:  # its maker died between creating and describing it
             _write(study, spec, attributes)
@@ -206,7 +207,7 @@ def fill_budget(store: Store, study: Study, n_trials: int, *, program: Program |
             opening += _warm_tickets(store, source, spec, base)
         return opening
 
-    return counting.fill(store, study._study_id, n_trials, first)
+    return counting.fill(store, store.get_study_id_from_name(study.study_name), n_trials, first)
 
 
 def _warm_tickets(store: Store, source: str, spec: StudySpec, base: dict[str, Any]) -> list[FrozenTrial]:
@@ -237,7 +238,7 @@ def status(store: Store, name: str) -> StudyStatus:
         StudyError: there is no such study.
     """
     study = get_study(store, name)
-    return study_status(name, store.get_all_trials(study._study_id, deepcopy=False))
+    return study_status(study.study_name, study.get_trials(deepcopy=False))
 
 
 def versions() -> dict[str, str]:

@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Container
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable, Container
+from typing import Any, cast
 
+import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner, MedianPruner, SuccessiveHalvingPruner, WilcoxonPruner
-from optuna.study import Study, StudyDirection
+from optuna.samplers import RandomSampler
+from optuna.storages import BaseStorage
+from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from ris_hpo.search.counting import lineage_root
 from ris_hpo.search.spec import StudySpec, derived_seed
 
-if TYPE_CHECKING:
-    from optuna.storages import BaseStorage
 
-
-def build_pruner(spec: StudySpec, *, first_scenes: int, max_scenes: int) -> BasePruner:
+def build_pruner(spec: StudySpec, storage: BaseStorage, *, first_scenes: int, max_scenes: int) -> BasePruner:
     """Return the pruner of one trial.
 
     Args:
         spec: the study.
+        storage: where its trials are.
         first_scenes: scenes at the first validation: the first rung unless the study names one.
         max_scenes: scenes of a full trial; it sets the number of hyperband's brackets.
     """
-    return Judge(spec, spec.pruner.first_scenes or first_scenes, max_scenes)
+    return Judge(spec, storage, spec.pruner.first_scenes or first_scenes, max_scenes)
 
 
 class Judge(BasePruner):
@@ -38,8 +39,9 @@ class Judge(BasePruner):
     reason; within its bracket it is successive halving.
     """
 
-    def __init__(self, spec: StudySpec, first_scenes: int, max_scenes: int) -> None:
+    def __init__(self, spec: StudySpec, storage: BaseStorage, first_scenes: int, max_scenes: int) -> None:
         self._spec = spec.pruner
+        self._storage_of_all = storage
         self._seed = spec.seed
         self._first_scenes = first_scenes
         reduction = self._spec.reduction
@@ -64,7 +66,12 @@ class Judge(BasePruner):
         if self._spec.name == "none" or step is None or step < self._spec.warmup_scenes:
             return False
         bracket = self.bracket(lineage_root(trial))
-        verdict = self._inner(bracket).prune(cast(Study, _Competition(study, self, bracket)), trial)
+        others: Any = _Competition(
+            self._storage_of_all,
+            lambda other: other.state != TrialState.FAIL and self.bracket(lineage_root(other)) == bracket,
+        )
+        competition = optuna.load_study(study_name=study.study_name, storage=others, sampler=RandomSampler(0))
+        verdict = self._inner(bracket).prune(competition, trial)
         # asked even while patience holds, since asking is what registers the trial on its rung
         return bool(verdict) and not self._still_improving(trial)
 
@@ -91,26 +98,19 @@ class Judge(BasePruner):
 
 
 class _Competition:
-    """What a pruner sees of a study: the trials that have not failed, of one bracket."""
+    """A storage of which a pruner sees some trials only: those that have not failed, of one bracket."""
 
-    def __init__(self, study: Study, judge: Judge, bracket: int) -> None:
-        self._study = study
-        self._judge = judge
-        self._bracket = bracket
-        self._storage: BaseStorage = study._storage
-        self.direction = StudyDirection.MINIMIZE
+    def __init__(self, storage: BaseStorage, keep: Callable[[FrozenTrial], bool]) -> None:
+        self._all = storage
+        self._keep = keep
 
-    def get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None) -> list[FrozenTrial]:
-        trials = self._study.get_trials(deepcopy=deepcopy, states=states)
-        return [
-            trial
-            for trial in trials
-            if trial.state != TrialState.FAIL and self._judge.bracket(lineage_root(trial)) == self._bracket
-        ]
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._all, name)
 
-    @property
-    def best_trial(self) -> FrozenTrial:
-        complete = self.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if not complete:
-            raise ValueError("no trial is complete")  # what wilcoxon expects of a study without one
-        return min(complete, key=lambda trial: trial.value if trial.value is not None else math.inf)
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        return [trial for trial in self._all.get_all_trials(study_id, deepcopy, states) if self._keep(trial)]
+
+    def get_best_trial(self, study_id: int) -> FrozenTrial:
+        return BaseStorage.get_best_trial(cast(BaseStorage, self), study_id)  # its own look at all trials, kept ones

@@ -6,26 +6,25 @@ one worker repeats bit for bit, a restarted worker goes on where it was, and no 
 
 from __future__ import annotations
 
+import math
 import warnings
-from typing import TYPE_CHECKING
+from typing import Any
 
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import (
     BaseSampler,
     CmaEsSampler,
     GPSampler,
     NSGAIISampler,
-    QMCSampler,
     RandomSampler,
     TPESampler,
 )
 from optuna.study import Study
 from optuna.trial import FrozenTrial
+from scipy.stats.qmc import Sobol
 
 from ris_hpo.search.spec import StudySpec, derived_seed
-
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
 
 
 def build_sampler(spec: StudySpec, root: int) -> BaseSampler:
@@ -61,21 +60,17 @@ def build_sampler(spec: StudySpec, root: int) -> BaseSampler:
                 return NSGAIISampler(seed=seed, population_size=sampler.population)
 
 
-class _TicketQMCSampler(QMCSampler):
+class _TicketQMCSampler(BaseSampler):
     """A scrambled Sobol sequence whose point is the ticket's number.
 
-    Optuna counts the points in a study attribute that it reads and writes in two steps, so that two workers may draw
-    the same one; the sequence itself must have one seed in the whole study.
+    Optuna's own counts the points in a study attribute that it reads and writes in two steps, so that two workers may
+    draw the same one. The draws are the same: point n of ``optuna.samplers.QMCSampler`` with the study's seed.
     """
 
     def __init__(self, spec: StudySpec, root: int) -> None:
-        super().__init__(
-            scramble=True,
-            seed=derived_seed(spec.seed, 0, "qmc"),
-            independent_sampler=RandomSampler(seed=derived_seed(spec.seed, root, "sampler")),
-            warn_independent_sampling=False,
-        )
+        self._seed = derived_seed(spec.seed, 0, "qmc")  # one sequence for the whole study
         self._point = root
+        self._independent = RandomSampler(seed=derived_seed(spec.seed, root, "sampler"))
         self._space: dict[str, BaseDistribution] = {
             path: dimension.distribution() for path, dimension in spec.space.items() if not dimension.when
         }
@@ -83,8 +78,34 @@ class _TicketQMCSampler(QMCSampler):
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return self._space
 
-    def _find_sample_id(self, study: Study, search_space: dict[str, BaseDistribution]) -> int:
-        return self._point
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        if not search_space:
+            return {}
+        sequence = Sobol(len(search_space), scramble=True, seed=self._seed)
+        if self._point > 0:  # nothing to skip is an error to scipy
+            sequence.fast_forward(self._point)
+        (point,) = sequence.random(1)
+        shares = dict(zip(search_space, point.tolist(), strict=True))
+        return {path: _value_at(distribution, shares[path]) for path, distribution in search_space.items()}
+
+    def sample_independent(self, study: Study, trial: FrozenTrial, name: str, distribution: BaseDistribution) -> Any:
+        return self._independent.sample_independent(study, trial, name, distribution)
 
 
-# -- pruning ---------------------------------------------------------------------------------------------------------
+def _value_at(distribution: BaseDistribution, share: float) -> Any:
+    """Return the value below which ``share`` in [0, 1) of a distribution lies."""
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices[int(share * len(distribution.choices))]
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    step = distribution.step or 0.0
+    low, high = distribution.low - step / 2, distribution.high + step / 2  # each step is as wide as the next
+    if distribution.log:
+        value = math.exp(math.log(low) + share * math.log(high / low))
+    else:
+        value = low + share * (high - low)
+    if step:
+        value = distribution.low + step * math.floor((value - distribution.low) / step + 0.5)
+    value = min(max(value, distribution.low), distribution.high)
+    return int(value) if isinstance(distribution, IntDistribution) else value

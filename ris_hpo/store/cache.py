@@ -1,32 +1,67 @@
-"""The storage that is handed to Optuna: a read cache over the ticket storage."""
+"""The storage that is handed to Optuna: patient with a server that is away, and reading no trial twice in vain."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+import functools
+import threading
+from collections.abc import Callable, Container, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar, cast
 
-from optuna.storages._cached_storage import _CachedStorage, _StudyInfo
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from ris_hpo.store.credentials import redact
 from ris_hpo.store.patience import patiently
 from ris_hpo.store.tickets import Seen, TicketStorage
 
-_CHUNK = 500  # trials asked for by id in one statement
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+_ONE_BY_ONE = 16
+"""Trials that are read one at a time; more than that, and all of the study are read at once."""
 
 
-_NO_ID = 2**31 - 1
+def _patient(method: Method) -> Method:
+    """Return a method that makes the same call of ``TicketStorage``, patiently."""
+
+    @functools.wraps(method, updated=())  # without the mark of an abstract method
+    def call(self: Store, *args: Any, **kwargs: Any) -> Any:
+        return patiently(getattr(self.tickets, method.__name__))(*args, **kwargs)
+
+    return cast(Method, call)
 
 
-class Store(_CachedStorage):
-    """The storage handed to Optuna: a read cache over ``TicketStorage``, and its ticket operations."""
+class _Known:
+    """What is known of one study: its trials and their ids, by number."""
+
+    def __init__(self) -> None:
+        self.trials: dict[int, FrozenTrial] = {}
+        self.seen: dict[int, Seen] = {}
+        self.newest = -1
+
+
+class Store(BaseStorage):
+    """Optuna's storage over ``TicketStorage``, with its ticket transactions.
+
+    Every call outlives a server that is away for a while. Trials are kept once read: a finished one never changes, and
+    a ticket that nobody ever took has not changed either, so that a look at a thousand trials is one short query and
+    the few that are running. Optuna's own cache would read all waiting trials again on each look.
+    """
 
     def __init__(self, backend: TicketStorage, address: str) -> None:
-        super().__init__(backend)
         self.tickets = backend
         self.address = address
         """What a worker in another process needs to open the same store; holds the password if the URL did."""
+        self._studies: dict[int, _Known] = {}
+        self._finished: dict[int, FrozenTrial] = {}
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"tickets": self.tickets, "address": self.address}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["tickets"], state["address"])  # type: ignore[misc]
 
     @property
     def redacted(self) -> str:
@@ -40,34 +75,108 @@ class Store(_CachedStorage):
 
     def close(self) -> None:
         """Give the connections of this process back."""
-        self.tickets.scoped_session.remove()
-        self.tickets.engine.dispose()
+        self.tickets.close()
 
-    def _read_trials_from_remote_storage(self, study_id: int) -> None:
-        """Refresh the cache without reading waiting tickets again: Optuna's own would load all of them on each look."""
+    def remove_session(self) -> None:
+        """Give back the connection that this thread holds."""
+        self.tickets.remove_session()
+
+    # -- Optuna's calls: all of them may be repeated after a lost acknowledgement, but for ``create_new_trial`` --------
+
+    create_new_study = _patient(BaseStorage.create_new_study)  # repeated, it finds its own study: DuplicatedStudyError
+    set_study_user_attr = _patient(BaseStorage.set_study_user_attr)
+    set_study_system_attr = _patient(BaseStorage.set_study_system_attr)
+    get_study_id_from_name = _patient(BaseStorage.get_study_id_from_name)
+    get_study_name_from_id = _patient(BaseStorage.get_study_name_from_id)
+    get_study_directions = _patient(BaseStorage.get_study_directions)
+    get_study_user_attrs = _patient(BaseStorage.get_study_user_attrs)
+    get_study_system_attrs = _patient(BaseStorage.get_study_system_attrs)
+    get_all_studies = _patient(BaseStorage.get_all_studies)
+    set_trial_param = _patient(BaseStorage.set_trial_param)
+    set_trial_state_values = _patient(BaseStorage.set_trial_state_values)
+    set_trial_intermediate_value = _patient(BaseStorage.set_trial_intermediate_value)
+    set_trial_user_attr = _patient(BaseStorage.set_trial_user_attr)
+    set_trial_system_attr = _patient(BaseStorage.set_trial_system_attr)
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        """See ``RDBStorage.create_new_trial``; tickets are made by ``fill``, which can be repeated."""
+        return self.tickets.create_new_trial(study_id, template_trial)
+
+    def delete_study(self, study_id: int) -> None:
+        """See ``RDBStorage.delete_study``."""
+        patiently(self.tickets.delete_study)(study_id)
         with self._lock:
-            study = self._studies.setdefault(study_id, _StudyInfo())
-            newest = max((trial._trial_id for trial in study.trials.values()), default=-1)
-            seen: dict[int, Seen] = patiently(self.tickets.trial_states)(study_id, newest)
-            if not seen and newest == -1:
-                self.tickets.get_study_directions(study_id)  # raises KeyError where there is no such study
-            known = {
-                trial._trial_id: (trial.state, trial.datetime_start is not None)
-                for trial in study.trials.values()
-                if not trial.state.is_finished()
-            }
-            # tickets that nobody ever took cannot have changed
-            untouched = (TrialState.WAITING, False)
-            stale = [key for key, now in seen.items() if now != untouched or known.get(key) != untouched]
-            stale += [key for key in known if key not in seen]  # ended since the last look
-            for start in range(0, len(stale), _CHUNK):
-                few = stale[start : start + _CHUNK]
-                self._add_trials_to_cache(
-                    study_id,
-                    self._backend._get_trials(
-                        study_id, None, included_trial_ids=set(few), trial_id_greater_than=_NO_ID
-                    ),
-                )
+            known = self._studies.pop(study_id, _Known())
+            for seen in known.seen.values():
+                self._finished.pop(seen.trial_id, None)
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        """See ``RDBStorage.record_heartbeat``."""
+        patiently(self.tickets.record_heartbeat)(trial_id)
+
+    def get_heartbeat_interval(self) -> int | None:
+        """Seconds between heartbeats of a running trial; None where there are none."""
+        return self.tickets.get_heartbeat_interval()
+
+    # -- trials that were read before ----------------------------------------------------------------------------------
+
+    def get_trial_id_from_study_id_trial_number(self, study_id: int, trial_number: int) -> int:
+        """See ``RDBStorage.get_trial_id_from_study_id_trial_number``."""
+        known = self._studies.get(study_id)
+        if known is not None and trial_number in known.seen:
+            return known.seen[trial_number].trial_id
+        found = patiently(self.tickets.get_trial_id_from_study_id_trial_number)(study_id, trial_number)
+        return int(found)
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        """See ``RDBStorage.get_trial``."""
+        kept = self._finished.get(trial_id)
+        trial: FrozenTrial = patiently(self.tickets.get_trial)(trial_id) if kept is None else kept
+        return trial
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        """See ``RDBStorage.get_all_trials``; the trials of a study by number."""
+        with self._lock:
+            known = self._studies.setdefault(study_id, _Known())
+            patiently(self._refresh)(study_id, known)
+            trials = [
+                known.trials[number]
+                for number in sorted(known.trials)
+                if states is None or known.trials[number].state in states
+            ]
+        return copy.deepcopy(trials) if deepcopy else trials
+
+    def _refresh(self, study_id: int, known: _Known) -> None:
+        """Read again what may have changed: what runs or ran until now, and what is new."""
+        now = self.tickets.trial_states(study_id, known.newest)
+        untouched = {number for number, seen in now.items() if seen.state is TrialState.WAITING and not seen.begun}
+        stale = {number for number in now if number not in untouched or known.seen.get(number) != now[number]}
+        stale |= {  # ended since the last look
+            number for number, seen in known.seen.items() if not seen.state.is_finished() and number not in now
+        }
+        if not stale:
+            return
+        fresh: dict[int, FrozenTrial] = {}
+        if sum(now[number].state is TrialState.RUNNING for number in stale & now.keys()) > 1:
+            running = self.tickets.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,))
+            fresh = {trial.number: trial for trial in running}
+        if len(stale - fresh.keys()) > _ONE_BY_ONE:  # the first look at a study
+            fresh = {trial.number: trial for trial in self.tickets.get_all_trials(study_id, deepcopy=False)}
+        ids = {number: seen.trial_id for number, seen in (*known.seen.items(), *now.items())}
+        for number in stale - fresh.keys():
+            fresh[number] = self.tickets.get_trial(ids[number])
+        for number, trial in fresh.items():
+            if number not in ids:
+                continue  # made after the first look
+            known.trials[number] = trial
+            known.seen[number] = Seen(ids[number], trial.state, trial.datetime_start is not None)
+            known.newest = max(known.newest, ids[number])
+            if trial.state.is_finished():
+                self._finished[ids[number]] = trial
+
+    # -- tickets -------------------------------------------------------------------------------------------------------
 
     def fill(self, study_id: int, tickets: Callable[[list[FrozenTrial]], list[FrozenTrial]]) -> int:
         """See ``TicketStorage.fill``."""
@@ -75,35 +184,36 @@ class Store(_CachedStorage):
 
     def claim(self, study_id: int, owner: str) -> int | None:
         """See ``TicketStorage.claim``."""
-        trial_id: int | None = patiently(self.tickets.claim)(study_id, owner)
-        return trial_id
+        number: int | None = patiently(self.tickets.claim)(study_id, owner)
+        return number
 
-    def release(self, trial_id: int, owner: str | None, marks: Mapping[str, Any]) -> bool:
+    def release(self, study_id: int, number: int, owner: str | None, marks: Mapping[str, Any]) -> bool:
         """See ``TicketStorage.release``."""
-        return bool(patiently(self.tickets.release)(trial_id, owner, marks))
+        return bool(patiently(self.tickets.release)(study_id, number, owner, marks))
 
     def retire(
         self,
-        trial_id: int,
+        study_id: int,
+        number: int,
         owner: str | None,
         marks: Mapping[str, Any],
         successor: Callable[[FrozenTrial], FrozenTrial | None],
     ) -> bool:
         """See ``TicketStorage.retire``."""
-        return bool(patiently(self.tickets.retire)(trial_id, owner, marks, successor))
+        return bool(patiently(self.tickets.retire)(study_id, number, owner, marks, successor))
 
     def heartbeats(self, study_id: int) -> dict[int, datetime]:
         """See ``TicketStorage.heartbeats``."""
         beats: dict[int, datetime] = patiently(self.tickets.heartbeats)(study_id)
         return beats
 
-    def withdraw(self, trial_ids: Sequence[int]) -> None:
+    def withdraw(self, study_id: int, numbers: Sequence[int]) -> None:
         """See ``TicketStorage.withdraw``."""
-        patiently(self.tickets.withdraw)(trial_ids)
+        patiently(self.tickets.withdraw)(study_id, numbers)
 
-    def mark(self, trial_id: int, marks: Mapping[str, Any]) -> None:
+    def mark(self, study_id: int, number: int, marks: Mapping[str, Any]) -> None:
         """See ``TicketStorage.mark``."""
-        patiently(self.tickets.mark)(trial_id, marks)
+        patiently(self.tickets.mark)(study_id, number, marks)
 
 
 def ticket(params: Mapping[str, Any] | None = None, marks: Mapping[str, Any] | None = None) -> FrozenTrial:

@@ -150,7 +150,7 @@ def _open_postgres(url: sqlalchemy.URL, address: str, heartbeat: int | None, pat
 
 def _opened(url: str, kwargs: dict[str, Any], heartbeat: int | None) -> TicketStorage:
     try:
-        return TicketStorage(url, kwargs, heartbeat, first=True)
+        return TicketStorage(url, kwargs, heartbeat, create=True)
     except RuntimeError as error:  # what Optuna raises on another schema
         raise StoreError(f"{redact(url)}: made by another Optuna ({reason(error)})") from None
     except (StorageInternalError, sql_errors.SQLAlchemyError) as error:

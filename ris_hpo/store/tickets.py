@@ -1,9 +1,23 @@
-"""The trial store: Optuna's RDB storage on SQLite (WAL) or PostgreSQL, with the few operations an exact budget needs.
+"""The transactions that an exact budget needs, on top of Optuna's RDB storage (SQLite or PostgreSQL).
 
-Optuna's storage is used as it is, behind its cache. What it lacks are transactions that cover more than one of its
-calls, and each of these is added here as one transaction that is safe to repeat after a lost acknowledgement:
-``fill`` (a study has exactly N tickets), ``claim`` (one worker takes one ticket and its name stands on it), ``release``
-(it goes back), ``retire`` (a trial fails and its successor stands in the queue).
+A ticket is a WAITING trial. ``fill`` gives a study its tickets, ``claim`` hands one to a worker and writes the worker's
+name on it, ``release`` puts it back, ``retire`` fails a trial and queues its successor. Each is one transaction, and
+each may be repeated after an acknowledgement was lost on the way.
+
+Why not a ticket table of our own: a claim, an end and a successor change a ticket and Optuna's trial together. Two
+tables in two transactions would need a repair for every crash between them, and an outside reader (dashboard, SQL, an
+older version) would see trials that are running twice or not at all. So Optuna's trials are the tickets, and its own
+public calls do the writing: inside ``transaction`` they join ours, because the session they use is bound to our
+connection and commits no more than a savepoint there.
+
+What this package knows of Optuna beyond its documented interface stands in this module and in no other:
+
+- ``RDBStorage.engine`` and ``RDBStorage.scoped_session``, attributes without documentation: ``transaction`` binds the
+  session to its own connection.
+- Five tables with the columns declared below, at revision ``SCHEMA`` of the database schema: reads of a few columns,
+  row locks, blank trials in bulk, and several attributes at once, for which there is no call.
+
+No name with a leading underscore is used here or anywhere else; a test searches for them.
 """
 
 from __future__ import annotations
@@ -13,27 +27,55 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 import sqlalchemy
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import RDBStorage
-from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import orm
+from sqlalchemy import Connection, Select, column
+from sqlalchemy.dialects import postgresql, sqlite
 
 from ris_hpo.store import attributes as names
-from ris_hpo.store.patience import patiently
 
-Seen = tuple[TrialState, bool]
+OPTUNA: Final = "5.0"
+"""Version of Optuna that this module was read against; the package requires it to the minor number."""
+
+SCHEMA: Final = "v3.2.0.a"
+"""Revision of Optuna's database schema that the tables below were read from."""
+
+_STUDIES = sqlalchemy.table("studies", column("study_id"))
+_TRIALS = sqlalchemy.table(
+    "trials",
+    column("trial_id"),
+    column("number"),
+    column("study_id"),
+    column("state", sqlalchemy.Enum(TrialState)),
+    column("datetime_start"),
+)
+_MARKS = sqlalchemy.table("trial_user_attributes", column("trial_id"), column("key"), column("value_json"))
+_BEATS = sqlalchemy.table("trial_heartbeats", column("trial_id"), column("heartbeat", sqlalchemy.DateTime))
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A trial in the few columns that tell whether it has to be read again."""
+
+    trial_id: int
+    state: TrialState
+    begun: bool
 
 
 class TicketStorage(RDBStorage):
-    """Optuna's RDB storage: state changes that are atomic on SQLite too, and calls that outlive a server restart."""
+    """Optuna's RDB storage with ticket transactions, and with state changes that are atomic on SQLite too.
 
-    def __init__(self, url: str, engine_kwargs: dict[str, Any], heartbeat: int | None, *, first: bool) -> None:
-        self._in_transaction = threading.local()
+    Trials are named by study and number; a trial that does not exist is a ``KeyError``, as in Optuna's own calls.
+    """
+
+    def __init__(self, url: str, engine_kwargs: dict[str, Any], heartbeat: int | None, *, create: bool) -> None:
+        self._here = threading.local()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeat_interval is marked so
             super().__init__(
@@ -41,16 +83,16 @@ class TicketStorage(RDBStorage):
                 engine_kwargs=engine_kwargs,
                 heartbeat_interval=heartbeat,
                 grace_period=None if heartbeat is None else 3 * heartbeat,
-                skip_table_creation=not first,
+                skip_table_creation=not create,
             )
 
     def __getstate__(self) -> dict[Any, Any]:
         state: dict[Any, Any] = super().__getstate__()
-        del state["_in_transaction"]
+        del state["_here"]
         return state
 
     def __setstate__(self, state: dict[Any, Any]) -> None:
-        self._in_transaction = threading.local()
+        self._here = threading.local()
         super().__setstate__(state)
 
     @property
@@ -58,62 +100,77 @@ class TicketStorage(RDBStorage):
         """Whether the store is a file on this machine."""
         return bool(self.engine.dialect.name == "sqlite")
 
+    def close(self) -> None:
+        """Give the connections of this process back."""
+        self.scoped_session.remove()
+        self.engine.dispose()
+
     @contextmanager
-    def transaction(self, study_id: int | None = None) -> Iterator[orm.Session]:
-        """Open a session that excludes every other writer of the study (SQLite: of the file) until it commits."""
-        with orm.Session(self.engine) as session, session.begin():
+    def transaction(self, study_id: int | None = None) -> Iterator[Connection]:
+        """Open a transaction that every Optuna call of this thread joins until it commits.
+
+        It excludes every other writer of the file on SQLite, and of the study on PostgreSQL where one is named.
+
+        Raises:
+            KeyError: no such study.
+        """
+        with self.engine.connect() as connection, connection.begin():
             if self.is_sqlite:
                 # without it a read before the first write stands outside: two workers would both find WAITING
-                session.connection().exec_driver_sql("BEGIN IMMEDIATE")
-            elif study_id is not None:
-                models.StudyModel.find_or_raise_by_id(study_id, session, for_update=True)
-            yield session
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+            self.scoped_session.remove()
+            self.scoped_session(bind=connection, join_transaction_mode="create_savepoint")
+            self._here.joined = True
+            try:
+                if study_id is not None:
+                    locked = sqlalchemy.select(_STUDIES.c.study_id).where(_STUDIES.c.study_id == study_id)
+                    if connection.scalar(locked.with_for_update()) is None:
+                        raise KeyError(f"no study with id {study_id}")
+                yield connection
+            finally:
+                self._here.joined = False
+                self.scoped_session.remove()
 
-    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Any = None) -> bool:
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         """Change a trial's state; on SQLite as one immediate transaction, where Optuna's own reads first and races."""
-        if not self.is_sqlite:
-            return bool(patiently(super().set_trial_state_values)(trial_id, state, values))
-        return bool(patiently(self._set_state_on_sqlite)(trial_id, state, values))
+        if self.is_sqlite and not getattr(self._here, "joined", False):
+            with self.transaction():
+                return bool(super().set_trial_state_values(trial_id, state, values))
+        return bool(super().set_trial_state_values(trial_id, state, values))
 
-    def _set_state_on_sqlite(self, trial_id: int, state: TrialState, values: Any) -> bool:
-        with self.transaction() as session:
-            trial: Any = models.TrialModel.find_or_raise_by_id(trial_id, session)
-            self.check_trial_is_updatable(trial_id, trial.state)
-            if state == TrialState.RUNNING and trial.state != TrialState.WAITING:
-                return False
-            for objective, value in enumerate(values or ()):
-                self._set_trial_value_without_commit(session, trial, objective, value)
-            trial.state = state
-            if state == TrialState.RUNNING:
-                trial.datetime_start = datetime.now()
-            if state.is_finished():
-                trial.datetime_complete = datetime.now()
-        return True
+    # -- reading -----------------------------------------------------------------------------------------------------
 
     def trial_states(self, study_id: int, after: int) -> dict[int, Seen]:
-        """Return the state of every unfinished trial, and of every one whose id is above ``after``.
+        """Return by number every unfinished trial of a study, and every one whose id is above ``after``.
 
-        Beside it stands whether the trial was ever begun.
+        Raises:
+            KeyError: no such study.
         """
-        trials = models.TrialModel
-        begun = trials.__table__.c.datetime_start
-        query = sqlalchemy.select(trials.trial_id, trials.state, begun.is_not(None)).where(
-            trials.study_id == study_id,
-            sqlalchemy.or_(trials.state.in_((TrialState.RUNNING, TrialState.WAITING)), trials.trial_id > after),
+        unfinished = _TRIALS.c.state.in_((TrialState.RUNNING, TrialState.WAITING))
+        wanted = sqlalchemy.and_(
+            _TRIALS.c.study_id == _STUDIES.c.study_id, sqlalchemy.or_(unfinished, _TRIALS.c.trial_id > after)
         )
-        with orm.Session(self.engine) as session:
-            return {trial_id: (state, begun) for trial_id, state, begun in session.execute(query)}
+        query = (
+            sqlalchemy.select(_TRIALS.c.number, _TRIALS.c.trial_id, _TRIALS.c.state, _TRIALS.c.datetime_start)
+            .select_from(_STUDIES.outerjoin(_TRIALS, wanted))
+            .where(_STUDIES.c.study_id == study_id)
+        )
+        with self.engine.connect() as connection:
+            rows = connection.execute(query).all()
+        if not rows:
+            raise KeyError(f"no study with id {study_id}")
+        trials = (row for row in rows if row.trial_id is not None)
+        return {row.number: Seen(row.trial_id, row.state, row.datetime_start is not None) for row in trials}
 
     def heartbeats(self, study_id: int) -> dict[int, datetime]:
-        """Return the last heartbeat of every running trial that has one, by the database's clock."""
-        beats, trials = models.TrialHeartbeatModel, models.TrialModel
+        """Return by number the last heartbeat of every running trial that has one, by the database's clock."""
         query = (
-            sqlalchemy.select(beats.trial_id, beats.heartbeat)
-            .join(trials, trials.trial_id == beats.trial_id)
-            .where(trials.study_id == study_id, trials.state == TrialState.RUNNING)
+            sqlalchemy.select(_TRIALS.c.number, _BEATS.c.heartbeat)
+            .join_from(_TRIALS, _BEATS, _BEATS.c.trial_id == _TRIALS.c.trial_id)
+            .where(_TRIALS.c.study_id == study_id, _TRIALS.c.state == TrialState.RUNNING)
         )
-        with orm.Session(self.engine) as session:
-            return {row.trial_id: row.heartbeat for row in session.execute(query)}
+        with self.engine.connect() as connection:
+            return {row.number: row.heartbeat for row in connection.execute(query)}
 
     # -- tickets -----------------------------------------------------------------------------------------------------
 
@@ -123,67 +180,73 @@ class TicketStorage(RDBStorage):
         Counting and appending are one transaction, so that two supervisors, or a repetition after a lost
         acknowledgement, add nothing twice.
         """
-        with self.transaction(study_id) as session:
-            rows = session.query(models.TrialModel).filter(models.TrialModel.study_id == study_id)
-            present = [
-                self._build_frozen_trial_from_trial_model(row) for row in rows.order_by(models.TrialModel.trial_id)
-            ]
+        with self.transaction(study_id) as connection:
+            present = self.get_all_trials(study_id, deepcopy=False)
             missing = tickets(present)
-            for template in missing:
-                self._get_prepared_new_trial(study_id, template, session)
+            blank: list[dict[str, Any]] = []
+            for number, template in enumerate(missing, start=len(present)):
+                if template.user_attrs or template.system_attrs or template.params:
+                    if blank:
+                        connection.execute(sqlalchemy.insert(_TRIALS), blank)
+                        blank = []
+                    self.create_new_trial(study_id, template)
+                else:  # hundreds at once; one by one they take eight statements each
+                    blank.append({"study_id": study_id, "number": number, "state": TrialState.WAITING})
+            if blank:
+                connection.execute(sqlalchemy.insert(_TRIALS), blank)
         return len(missing)
 
     def claim(self, study_id: int, owner: str) -> int | None:
-        """Take the first waiting trial, put ``owner`` on it, and return its id; None when nothing waits.
+        """Take the first waiting trial, put ``owner`` on it, and return its number; None when nothing waits.
 
         Successors of lost trials come before new ones, so that what was begun is finished.
 
         ``owner`` must be new for each claim: finding it on a running trial means that an earlier attempt did commit.
         """
-        trials = models.TrialModel
-        with self.transaction() as session:
-            mine = session.execute(
-                sqlalchemy.select(trials.trial_id)
-                .join(models.TrialUserAttributeModel, models.TrialUserAttributeModel.trial_id == trials.trial_id)
-                .where(
-                    trials.study_id == study_id,
-                    trials.state == TrialState.RUNNING,
-                    models.TrialUserAttributeModel.key == names.OWNER,
-                    models.TrialUserAttributeModel.value_json == json.dumps(owner),
-                )
-            ).scalar_one_or_none()
+        of_study = _TRIALS.c.study_id == study_id
+        chosen = sqlalchemy.select(_TRIALS.c.number, _TRIALS.c.trial_id)
+        held = chosen.join_from(_TRIALS, _MARKS, _MARKS.c.trial_id == _TRIALS.c.trial_id).where(
+            of_study,
+            _TRIALS.c.state == TrialState.RUNNING,
+            _MARKS.c.key == names.OWNER,
+            _MARKS.c.value_json == json.dumps(owner),
+        )
+        of_trial = _MARKS.c.trial_id == _TRIALS.c.trial_id
+        continued = sqlalchemy.exists().where(of_trial, _MARKS.c.key == names.PREDECESSOR)
+        waiting = (
+            chosen.where(of_study, _TRIALS.c.state == TrialState.WAITING)
+            .order_by(continued.desc(), _TRIALS.c.number)
+            .limit(1)
+            .with_for_update(skip_locked=True, of=_TRIALS)  # left out on SQLite, where the whole file is ours already
+        )
+        with self.transaction() as connection:
+            mine = connection.execute(held).one_or_none()
             if mine is not None:
-                return int(mine)
-            waiting = session.query(trials).filter(trials.study_id == study_id, trials.state == TrialState.WAITING)
-            marks = models.TrialUserAttributeModel
-            continued = sqlalchemy.exists().where(marks.trial_id == trials.trial_id, marks.key == names.PREDECESSOR)
-            # what was begun goes on first; the lock is left out on SQLite, where the whole file is ours already
-            ordered = waiting.order_by(continued.desc(), trials.number).with_for_update(skip_locked=True, of=trials)
-            row: Any = ordered.first()
+                return int(mine.number)
+            row = connection.execute(waiting).one_or_none()
             if row is None:
                 return None
-            row.state = TrialState.RUNNING
-            row.datetime_start = datetime.now()
-            trial_id = row.trial_id
-            self._put_attributes(session, trial_id, {names.OWNER: owner})
-            return int(trial_id)
+            self.set_trial_state_values(row.trial_id, TrialState.RUNNING)
+            self._put(connection, row.trial_id, {names.OWNER: owner})
+            return int(row.number)
 
-    def release(self, trial_id: int, owner: str | None, marks: Mapping[str, Any]) -> bool:
+    def release(self, study_id: int, number: int, owner: str | None, marks: Mapping[str, Any]) -> bool:
         """Put a running trial back into the queue with ``marks`` as attributes; False when it is not ``owner``'s.
 
         Only for an owner that gives up its own trial, or is known to be dead: another one is not fenced off by this.
         """
-        with self.transaction() as session:
-            row = self._running(session, trial_id, owner)
-            if row is None:
+        with self.transaction() as connection:
+            trial_id = self._held(connection, study_id, number, owner)
+            if trial_id is None:
                 return False
-            row.state = TrialState.WAITING
-            self._put_attributes(session, trial_id, {**marks, names.OWNER: None})
+            self._put(connection, trial_id, {**marks, names.OWNER: None})
+            self.set_trial_state_values(trial_id, TrialState.WAITING)
         return True
 
     def retire(
         self,
-        trial_id: int,
+        study_id: int,
+        number: int,
         owner: str | None,
         marks: Mapping[str, Any],
         successor: Callable[[FrozenTrial], FrozenTrial | None],
@@ -193,7 +256,8 @@ class TicketStorage(RDBStorage):
         From then on every write of a late owner raises ``UpdateFinishedTrialError``.
 
         Args:
-            trial_id: the trial.
+            study_id: the study.
+            number: the trial.
             owner: who must hold it; None for anyone.
             marks: user attributes, ``cause`` above all.
             successor: makes a WAITING template from the trial as it stands in the transaction, or None where the line
@@ -202,91 +266,70 @@ class TicketStorage(RDBStorage):
         Returns:
             False when the trial is not running any more, or belongs to another owner.
         """
-        with self.transaction() as session:
-            row = self._running(session, trial_id, owner)
-            if row is None:
+        with self.transaction() as connection:
+            trial_id = self._held(connection, study_id, number, owner)
+            if trial_id is None:
                 return False
-            study_id = row.study_id
-            if not self.is_sqlite:
-                models.StudyModel.find_or_raise_by_id(study_id, session, for_update=True)
-            template = successor(self._build_frozen_trial_from_trial_model(row))
-            self._put_attributes(session, trial_id, marks)
-            row.state = TrialState.FAIL
-            row.datetime_complete = datetime.now()
+            template = successor(self.get_trial(trial_id))
+            self._put(connection, trial_id, marks)
+            self.set_trial_state_values(trial_id, TrialState.FAIL)
             if template is not None:
-                self._get_prepared_new_trial(study_id, template, session)
+                self.create_new_trial(study_id, template)
         return True
 
-    def withdraw(self, trial_ids: Sequence[int]) -> None:
+    def withdraw(self, study_id: int, numbers: Sequence[int]) -> None:
         """Take waiting trials out of the queue for good; one that a worker has claimed meanwhile stays."""
-        with self.transaction() as session:
-            for trial_id in trial_ids:
-                row = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
+        with self.transaction() as connection:
+            for number in numbers:
+                row = self._locked(connection, study_id, number)
                 if row.state != TrialState.WAITING:
                     continue
-                row.state = TrialState.FAIL
-                row.datetime_complete = datetime.now()
-                self._put_attributes(session, trial_id, {names.CAUSE: names.Cause.WITHDRAWN.value})
+                self._put(connection, row.trial_id, {names.CAUSE: names.Cause.WITHDRAWN.value})
+                self.set_trial_state_values(row.trial_id, TrialState.FAIL)
 
-    def mark(self, trial_id: int, marks: Mapping[str, Any]) -> None:
-        """Write several user attributes of an unfinished trial in one transaction."""
-        with self.transaction() as session:
-            row: Any = models.TrialModel.find_or_raise_by_id(trial_id, session)
-            self.check_trial_is_updatable(trial_id, row.state)
-            self._put_attributes(session, trial_id, marks)
+    def mark(self, study_id: int, number: int, marks: Mapping[str, Any]) -> None:
+        """Write several user attributes of an unfinished trial in one transaction.
 
-    def _running(self, session: orm.Session, trial_id: int, owner: str | None) -> Any:
-        row = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
-        if row.state != TrialState.RUNNING:
-            return None
-        if owner is not None:
-            held = session.execute(
-                sqlalchemy.select(models.TrialUserAttributeModel.value_json).where(
-                    models.TrialUserAttributeModel.trial_id == trial_id,
-                    models.TrialUserAttributeModel.key == names.OWNER,
-                )
-            ).scalar_one_or_none()
-            if held is None or json.loads(held) != owner:
-                return None
+        Raises:
+            UpdateFinishedTrialError: it has ended.
+        """
+        with self.transaction() as connection:
+            row = self._locked(connection, study_id, number)
+            self.check_trial_is_updatable(row.trial_id, row.state)
+            self._put(connection, row.trial_id, marks)
+
+    def _locked(self, connection: Connection, study_id: int, number: int) -> Any:
+        query: Select[Any] = sqlalchemy.select(_TRIALS.c.trial_id, _TRIALS.c.state).where(
+            _TRIALS.c.study_id == study_id, _TRIALS.c.number == number
+        )
+        row = connection.execute(query.with_for_update()).one_or_none()
+        if row is None:
+            raise KeyError(f"no trial {number} in the study with id {study_id}")
         return row
 
-    def _put_attributes(self, session: orm.Session, trial_id: int, marks: Mapping[str, Any]) -> None:
-        table = models.TrialUserAttributeModel
-        present = session.query(table).filter(table.trial_id == trial_id, table.key.in_(list(marks)))
-        rows: dict[Any, Any] = {row.key: row for row in present}
-        for key, value in marks.items():
-            if key in rows:
-                rows[key].value_json = json.dumps(value)
-            else:
-                session.add(table(trial_id=trial_id, key=key, value_json=json.dumps(value)))
+    def _held(self, connection: Connection, study_id: int, number: int, owner: str | None) -> int | None:
+        """Return the id of a running trial that ``owner`` holds (None: anyone), locked; None where it is not so."""
+        row = self._locked(connection, study_id, number)
+        if row.state != TrialState.RUNNING:
+            return None
+        if owner is not None and self._mark(connection, row.trial_id, names.OWNER) != owner:
+            return None
+        return int(row.trial_id)
 
+    def _mark(self, connection: Connection, trial_id: int, key: str) -> Any:
+        query = sqlalchemy.select(_MARKS.c.value_json).where(_MARKS.c.trial_id == trial_id, _MARKS.c.key == key)
+        text = connection.scalar(query)
+        return None if text is None else json.loads(text)
 
-# Every call of Optuna's that may be repeated without harm. ``create_new_trial`` is not among them: tickets are made by
-# ``fill`` alone. ``create_new_study`` repeats into DuplicatedStudyError, which its caller expects anyway.
-for _name in (
-    "create_new_study",
-    "delete_study",
-    "set_study_user_attr",
-    "set_study_system_attr",
-    "get_study_id_from_name",
-    "get_study_name_from_id",
-    "get_study_directions",
-    "get_study_user_attrs",
-    "get_study_system_attrs",
-    "get_all_studies",
-    "_set_trial_param",
-    "get_trial",
-    "_get_trials",
-    "get_trial_id_from_study_id_trial_number",
-    "get_trial_system_attrs",
-    "get_trial_user_attrs",
-    "set_trial_intermediate_value",
-    "set_trial_user_attr",
-    "set_trial_system_attr",
-    "record_heartbeat",
-    "_get_best_trial_id",
-):
-    setattr(TicketStorage, _name, patiently(vars(RDBStorage).get(_name) or getattr(RDBStorage, _name)))
-
-
-# -- opening ---------------------------------------------------------------------------------------------------------
+    def _put(self, connection: Connection, trial_id: int, marks: Mapping[str, Any]) -> None:
+        """Insert or replace user attributes in one statement; Optuna's call takes four for each."""
+        if not marks:
+            return
+        rows = [{"trial_id": trial_id, "key": key, "value_json": json.dumps(value)} for key, value in marks.items()]
+        dialect: Any = sqlite if self.is_sqlite else postgresql
+        insert = dialect.insert(_MARKS).values(rows)
+        connection.execute(
+            insert.on_conflict_do_update(
+                index_elements=["trial_id", "key"], set_={"value_json": insert.excluded.value_json}
+            )
+        )

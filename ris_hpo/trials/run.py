@@ -23,8 +23,9 @@ from typing import Any, Literal, Protocol
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
+from optuna.pruners import NopPruner
 from optuna.study import Study
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from ris_hpo.errors import (
     CheckpointError,
@@ -136,12 +137,12 @@ class Seat:
     figures: Callable[[optuna.Trial, Path], Figures] | None = None
 
 
-def run_trial(seat: Seat, trial_id: int, owner: str) -> Outcome:
+def run_trial(seat: Seat, number: int, owner: str) -> Outcome:
     """Run one claimed trial to its end and write that end into the store.
 
     Args:
         seat: the worker's surroundings.
-        trial_id: a trial this worker has claimed.
+        number: a trial this worker has claimed.
         owner: the name it was claimed under; every write that ends the trial asks for it.
 
     Raises:
@@ -149,17 +150,21 @@ def run_trial(seat: Seat, trial_id: int, owner: str) -> Outcome:
         TrialBugError: an unforeseen exception; the trial is FAIL with cause ``bug`` and the traceback by then.
         StoreError: the store stays away; the trial will be recovered by whoever finds it.
     """
-    store, study, spec = seat.store, seat.study, seat.spec
+    store, spec = seat.store, seat.spec
+    study_id = store.get_study_id_from_name(seat.study.study_name)
+    trial_id = store.get_trial_id_from_study_id_trial_number(study_id, number)
     frozen = store.get_trial(trial_id)
     root = lineage_root(frozen)
     seat.started(frozen.number)
     begun = time.monotonic()
     with _heartbeat(store, trial_id):
-        study._thread_local.cached_all_trials = None  # Optuna keeps the list of trials it saw during the last one
-        study.sampler = build_sampler(spec, root)
+        # a fresh one for each trial: Optuna keeps the list of trials that it saw during the last one
+        study = optuna.load_study(
+            study_name=seat.study.study_name, storage=store, sampler=build_sampler(spec, root), pruner=NopPruner()
+        )
         trial = optuna.Trial(study, trial_id)
         try:
-            return _Attempt(seat, trial, root, owner, begun).run()
+            return _Attempt(seat, study_id, trial, frozen, owner, begun).run()
         except UpdateFinishedTrialError:
             return Outcome(
                 "fenced", trial.number, error="declared lost while this worker was silent; left to its successor"
@@ -168,7 +173,7 @@ def run_trial(seat: Seat, trial_id: int, owner: str) -> Outcome:
             raise
         except Exception as error:  # whatever a trial dies of must be written down, or it would look lost and come back
             if _is_of_the_surroundings(error):
-                store.release(trial_id, owner, {})
+                store.release(study_id, number, owner, {})
                 raise UnfitHostError(f"trial {trial.number} was put back: {_one_line(error)}") from error
             cause = Cause.OUT_OF_MEMORY if is_out_of_memory(error) else Cause.BUG
             seconds = frozen.user_attrs.get(names.SECONDS, 0.0) + time.monotonic() - begun
@@ -177,7 +182,7 @@ def run_trial(seat: Seat, trial_id: int, owner: str) -> Outcome:
                 marks[names.TRACEBACK] = redact("".join(traceback.format_exception(error))[-4000:])
             line = _one_line(error)
             current = store.get_trial(trial_id)
-            if not counting.fail_trial(store, current, cause, line, spec.retries, owner=owner, marks=marks):
+            if not counting.fail_trial(store, study_id, current, cause, line, spec.retries, owner=owner, marks=marks):
                 return Outcome("fenced", trial.number, error=line)
             if cause is Cause.BUG:
                 raise TrialBugError(f"trial {trial.number} failed: {line}") from error
@@ -187,11 +192,15 @@ def run_trial(seat: Seat, trial_id: int, owner: str) -> Outcome:
 class _Attempt:
     """The straight path of one trial: everything here may raise, and ``run_trial`` names what that means."""
 
-    def __init__(self, seat: Seat, trial: optuna.Trial, root: int, owner: str, begun: float) -> None:
+    def __init__(
+        self, seat: Seat, study_id: int, trial: optuna.Trial, frozen: FrozenTrial, owner: str, begun: float
+    ) -> None:
         self.last_step = 0
         self.seat = seat
+        self.study_id = study_id
         self.trial = trial
-        self.root = root
+        self.reported = set(frozen.intermediate_values)
+        self.root = lineage_root(frozen)
         self.owner = owner
         self.begun = begun
         self.floor: float | None = None
@@ -202,7 +211,8 @@ class _Attempt:
         params = seat.spec.suggest(trial)
         config: Any = seat.spec.config(params, self.root, seat.program.config)
         seat.store.mark(
-            trial._trial_id,
+            self.study_id,
+            trial.number,
             {
                 names.CONFIG_FINGERPRINT: config.fingerprint(),
                 names.SEED: config.seed,
@@ -211,8 +221,8 @@ class _Attempt:
                 names.THREADS: _threads(),
             },
         )
-        seat.study.pruner = build_pruner(
-            seat.spec, first_scenes=config.budget.validate_every, max_scenes=config.budget.scenes
+        trial.study.pruner = build_pruner(
+            seat.spec, seat.store, first_scenes=config.budget.validate_every, max_scenes=config.budget.scenes
         )
         self.last_step = config.budget.scenes
         directory = seat.directory(trial.number)
@@ -267,7 +277,7 @@ class _Attempt:
 
     def _left_behind(self) -> Path | None:
         """Return the directory of the nearest predecessor that has one; one that died early may have none."""
-        trials = self.seat.store.get_all_trials(self.seat.study._study_id, deepcopy=False)
+        trials = self.seat.store.get_all_trials(self.study_id, deepcopy=False)
         number = self.trial.user_attrs.get(names.PREDECESSOR)
         while number is not None:
             source = self.seat.directory(number)
@@ -290,12 +300,14 @@ class _Attempt:
         trial, step = self.trial, validation.scenes_seen
         value = finite_score(validation.network.k_loc)
         self.floor = validation.floor.k_loc
-        known = step in trial._cached_frozen_trial.intermediate_values
+        known = step in self.reported
+        self.reported.add(step)
         if not known:
             if len(self.seat.spec.directions) == 1:
                 trial.report(value, step)
             else:  # Optuna's report refuses two objectives, its store does not
-                self.seat.store.set_trial_intermediate_value(trial._trial_id, step, value)
+                trial_id = self.seat.store.get_trial_id_from_study_id_trial_number(self.study_id, trial.number)
+                self.seat.store.set_trial_intermediate_value(trial_id, step, value)
         passed = step - resumed_at
         seconds = max(time.monotonic() - self.begun, 1e-9)
         self.seat.notify(
@@ -349,7 +361,7 @@ class _Attempt:
     def _requeued(self) -> Outcome:
         before = self.trial.user_attrs.get(names.PREEMPTIONS, 0)
         marks = {names.PREEMPTIONS: before + 1, names.SECONDS: self._spent()}
-        back = self.seat.store.release(self.trial._trial_id, self.owner, marks)
+        back = self.seat.store.release(self.study_id, self.trial.number, self.owner, marks)
         return Outcome("requeued" if back else "fenced", self.trial.number)
 
     def _spent(self) -> float:
@@ -368,14 +380,14 @@ class _Attempt:
         }
 
     def _finish(self, state: TrialState, value: float | None, marks: Mapping[str, Any]) -> None:
-        self.seat.store.mark(self.trial._trial_id, marks)
+        self.seat.store.mark(self.study_id, self.trial.number, marks)
         values: list[float] | None = None
         if value is not None:
             values = [value]
             if len(self.seat.spec.directions) > 1:
                 cost = marks.get(names.PARAMETERS if self.seat.spec.cost == "parameters" else names.SECONDS, 0.0)
                 values.append(float(cost))
-        self.seat.study.tell(self.trial, values, state=state)
+        self.trial.study.tell(self.trial, values, state=state)
 
 
 # -- surroundings ----------------------------------------------------------------------------------------------------
@@ -394,7 +406,7 @@ def _heartbeat(store: Store, trial_id: int) -> Iterator[None]:
         while not done.wait(interval):
             with suppress(StoreError):  # the trial itself will meet it; a store that comes back finds this one beating
                 store.record_heartbeat(trial_id)
-        store.tickets.remove_session()
+        store.remove_session()
 
     thread = threading.Thread(target=beat, name=f"heartbeat-{trial_id}", daemon=True)
     thread.start()

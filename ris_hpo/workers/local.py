@@ -152,7 +152,8 @@ class LocalPool:
         self._environment = dict(environment or {})
         slots = plan_slots(workers, gpus, per_gpu, threads)
         self._places = [_Place(slot, WorkerView(slot.index, slot.device, "starting")) for slot in slots]
-        self._lost = LostTrials(store, study._study_id, spec.retries)
+        self._study_id = store.get_study_id_from_name(study.study_name)
+        self._lost = LostTrials(store, self._study_id, spec.retries)
         self._messages: deque[str] = deque(maxlen=200)
         self._bugs: list[str] = []
         self._selector = selectors.DefaultSelector()
@@ -195,7 +196,7 @@ class LocalPool:
 
     def snapshot(self) -> PoolSnapshot:
         """Return the run as it stands."""
-        trials = self._store.get_all_trials(self._study._study_id, deepcopy=False)
+        trials = self._store.get_all_trials(self._study_id, deepcopy=False)
         counts = counting.tally(trials)
         messages = list(self._messages)
         self._messages.clear()
@@ -288,7 +289,7 @@ class LocalPool:
         free, total = figures
         peaks = [
             trial.user_attrs.get(names.PEAK_MEMORY, 0)
-            for trial in self._store.get_all_trials(self._study._study_id, deepcopy=False)
+            for trial in self._store.get_all_trials(self._study_id, deepcopy=False)
             if trial.user_attrs.get(names.DEVICE) == "cuda"
         ]
         sharing = sum(place.slot.mask == slot.mask for place in self._places)
@@ -391,15 +392,17 @@ class LocalPool:
 
     def _retire_trials_of(self, pid: int, place: _Place, status: int) -> bool:
         lost = False
-        for trial in self._store.get_all_trials(self._study._study_id, deepcopy=False, states=(TrialState.RUNNING,)):
+        for trial in self._store.get_all_trials(self._study_id, deepcopy=False, states=(TrialState.RUNNING,)):
             owner = trial.user_attrs.get(names.OWNER)
             if owner is None or owner.split(":")[1] != str(pid) or not is_dead_here(owner):
                 continue
             cause = Cause.TIMEOUT if place.killed_for is not None else Cause.LOST_WORKER
             reason = place.killed_for or f"worker {place.slot.index} ended with {_ending(status)}"
             if self._stop():
-                self._store.release(trial._trial_id, owner, _preempted(trial.user_attrs))
-            elif counting.fail_trial(self._store, trial, cause, reason, self._spec.retries, owner=owner):
+                self._store.release(self._study_id, trial.number, owner, _preempted(trial.user_attrs))
+            elif counting.fail_trial(
+                self._store, self._study_id, trial, cause, reason, self._spec.retries, owner=owner
+            ):
                 self._messages.append(f"trial {trial.number}: {reason}")
                 lost = True
         return lost
@@ -420,7 +423,7 @@ class LocalPool:
     def _look_at_store(self, now: float) -> None:
         lost = self._lost.recover(self._kill_workers_of)
         self._messages.extend(f"trial {number}: its worker is gone or silent" for number in lost)
-        trials = self._store.get_all_trials(self._study._study_id, deepcopy=False)
+        trials = self._store.get_all_trials(self._study_id, deepcopy=False)
         counts = counting.tally(trials)
         if counts.open == 0:
             self._settled = self._settled or now

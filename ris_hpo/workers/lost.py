@@ -50,7 +50,7 @@ class LostTrials:
         beats = self._store.heartbeats(self._study_id) if running and self._interval else {}
         now = time.monotonic()
         passed, self._last_look = min(now - self._last_look, self._interval), now
-        seen = {trial._trial_id: beats.get(trial._trial_id) for trial in running}
+        seen = {trial.number: beats.get(trial.number) for trial in running}
         self._silence = {
             key: self._silence[key] + passed if key in self._beats and self._beats[key] == beat else 0.0
             for key, beat in seen.items()
@@ -61,7 +61,7 @@ class LostTrials:
             owner = trial.user_attrs.get(names.OWNER)
             if owner is not None and is_dead_here(owner):
                 lost.append((trial, f"worker {owner} is gone"))
-            elif self._silence[trial._trial_id] >= self._grace:
+            elif self._silence[trial.number] >= self._grace:
                 lost.append((trial, f"no heartbeat from {owner or 'its worker'} for {self._grace:.0f} s"))
         if lost:
             before([trial.number for trial, _ in lost])
@@ -69,4 +69,4 @@ class LostTrials:
 
     def _fail(self, trial: FrozenTrial, reason: str) -> bool:
         owner = trial.user_attrs.get(names.OWNER)
-        return fail_trial(self._store, trial, Cause.LOST_WORKER, reason, self._retries, owner=owner)
+        return fail_trial(self._store, self._study_id, trial, Cause.LOST_WORKER, reason, self._retries, owner=owner)

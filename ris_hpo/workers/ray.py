@@ -101,7 +101,8 @@ class RayPool:
         self._environment = dict(environment or {})
         self._stop = StopSignals()
         self._begun = time.monotonic()
-        self._lost = LostTrials(store, study._study_id, self._spec.retries)
+        self._study_id = store.get_study_id_from_name(study.study_name)
+        self._lost = LostTrials(store, self._study_id, self._spec.retries)
         self._job = WorkerJob(
             address=store.address,
             study=study.study_name,
@@ -162,7 +163,7 @@ class RayPool:
                         index = work.index(task)
                         finished[index] = True
                         messages += self._outcome(index, task)
-                    trials = self._store.get_all_trials(self._study._study_id, deepcopy=False)
+                    trials = self._store.get_all_trials(self._study_id, deepcopy=False)
                     counts = counting.tally(trials)
                     if self._stop():
                         self.ending = "interrupted"
@@ -218,7 +219,7 @@ class RayPool:
         ray.wait(work, num_returns=len(work), timeout=_GRACE_S)
 
     def _snapshot(self, messages: list[str]) -> PoolSnapshot:
-        trials = self._store.get_all_trials(self._study._study_id, deepcopy=False)
+        trials = self._store.get_all_trials(self._study_id, deepcopy=False)
         counts = counting.tally(trials)
         views: list[WorkerView] = []
         for trial in trials:

@@ -121,7 +121,7 @@ def run_worker(
     try:
         study = get_study(store, job.study)
         spec = stored_spec(study)
-        study_id = study._study_id
+        study_id = store.get_study_id_from_name(job.study)
         root = Path(job.directory) if job.directory is not None else storage_directory() / "trials" / job.study
         seat = Seat(
             store=store,
@@ -158,8 +158,8 @@ def run_worker(
                 lost.recover()
                 next_look = time.monotonic() + (job.heartbeat or HEARTBEAT_S) / 2
             owner = owner_name(next(sequence))
-            trial_id = store.claim(study_id, owner)
-            if trial_id is None:
+            number = store.claim(study_id, owner)
+            if number is None:
                 open_states = (TrialState.RUNNING, TrialState.WAITING)
                 if not store.get_all_trials(study_id, deepcopy=False, states=open_states):
                     reason = "done"
@@ -168,9 +168,8 @@ def run_worker(
                 idle = min(1.5 * idle, _LONGEST_IDLE_S)
                 continue
             idle = 0.05
-            store.get_all_trials(study_id, deepcopy=False)  # Optuna's cache must know a trial before it is written to
             try:
-                outcome = run_trial(seat, trial_id, owner)
+                outcome = run_trial(seat, number, owner)
             except TrialBugError as error:
                 bugs += 1
                 ended += 1

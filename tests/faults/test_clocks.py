@@ -10,7 +10,6 @@ from pathlib import Path
 import psutil
 import pytest
 import sqlalchemy
-from optuna.storages._rdb import models
 from optuna.trial import TrialState
 
 from ris_hpo.programs.program import Program
@@ -20,7 +19,7 @@ from ris_hpo.store.cache import Store
 from ris_hpo.store.owner import is_dead_here, owner_name
 from ris_hpo.workers import lost as lost_module
 from ris_hpo.workers.lost import LostTrials
-from tests.service.conftest import make_spec
+from tests.service.conftest import id_of, make_spec
 from tests.service.pools import begin, pool_of, same_curves, slow_base
 
 
@@ -64,24 +63,28 @@ def test_the_databases_clock_is_set_by_hours(
 ) -> None:
     """Heartbeats are stamped by the database: after a step they are all far in the past, or in the future."""
     study = begin(store, program, 2)
-    alive, dead = (store.claim(study._study_id, f"elsewhere:{pid}:0:0") for pid in (1, 2))
+    alive, dead = (store.claim(id_of(store, study), f"elsewhere:{pid}:0:0") for pid in (1, 2))
     assert alive is not None
     assert dead is not None
-    for trial_id in (alive, dead):
+    ids = [store.get_trial_id_from_study_id_trial_number(id_of(store, study), number) for number in (alive, dead)]
+    for trial_id in ids:
         store.record_heartbeat(trial_id)
-    shift = timedelta(hours=hours)
-    with sqlalchemy.orm.Session(store.tickets.engine) as session, session.begin():
-        for beat in session.query(models.TrialHeartbeatModel):
-            beat.heartbeat -= shift
+    table = sqlalchemy.Table("trial_heartbeats", sqlalchemy.MetaData(), autoload_with=store.tickets.engine)
+
+    def shift(beats: sqlalchemy.ColumnElement[bool], by: timedelta) -> None:
+        with store.tickets.engine.begin() as connection:
+            for row in connection.execute(sqlalchemy.select(table).where(beats)).all():
+                change = sqlalchemy.update(table).where(table.c.trial_id == row.trial_id)
+                connection.execute(change.values(heartbeat=row.heartbeat + by))
+
+    shift(sqlalchemy.true(), timedelta(hours=-hours))
     clock = [1000.0]
     monkeypatch.setattr(lost_module.time, "monotonic", lambda: clock[0])
-    lost = LostTrials(store, study._study_id, make_spec().retries)
+    lost = LostTrials(store, id_of(store, study), make_spec().retries)
     found: list[int] = []
     for _ in range(8):
         clock[0] += 5
-        with sqlalchemy.orm.Session(store.tickets.engine) as session, session.begin():
-            beat = session.query(models.TrialHeartbeatModel).filter_by(trial_id=alive).one()
-            beat.heartbeat += timedelta(seconds=5)  # it beats on, by the database's new clock
+        shift(table.c.trial_id == ids[0], timedelta(seconds=5))  # it beats on, by the database's new clock
         found += lost.recover()
     assert found == [1]
     failed = study.get_trials(states=[TrialState.FAIL])

@@ -30,6 +30,7 @@ from ris_hpo.trials.run import UnfitHostError
 from ris_hpo.workers import local as pool
 from ris_hpo.workers.local import LocalPool
 from ris_hpo.workers.worker import Event, WorkerJob, run_worker
+from tests.service.conftest import id_of
 from tests.service.pools import begin, pool_of, same_curves, slow_base
 from tests.training.conftest import TINY
 
@@ -179,8 +180,8 @@ def test_a_store_that_turns_read_only_says_so_and_goes_on_later(
     sqlalchemy.event.listen(engine, "connect", refuse_writes)
     engine.dispose()
     with pytest.raises(StoreError, match="the store refused: attempt to write a readonly database"):
-        sqlite_store.claim(study._study_id, "here:1:0:0")
+        sqlite_store.claim(id_of(sqlite_store, study), "here:1:0:0")
     sqlalchemy.event.remove(engine, "connect", refuse_writes)
     engine.dispose()
     assert counting.tally(study.get_trials()).waiting == 2
-    assert sqlite_store.claim(study._study_id, "here:1:0:0") is not None
+    assert sqlite_store.claim(id_of(sqlite_store, study), "here:1:0:0") is not None

@@ -19,7 +19,7 @@ from ris_hpo.store import patience
 from ris_hpo.store.open import open_store
 from ris_hpo.workers.local import LocalPool
 from tests.postgres import Postgres
-from tests.service.conftest import DOUBLE, HERE, make_spec
+from tests.service.conftest import DOUBLE, HERE, id_of, make_spec
 from tests.service.pools import same_curves, slow_base
 
 pytestmark = pytest.mark.postgres
@@ -96,6 +96,6 @@ def test_a_server_that_stays_away_is_one_line(
     monkeypatch.setattr(patience, "PATIENCE_S", 0.5)
     own_server.server.stop()
     with pytest.raises(StoreError, match="has not answered for 0 s") as caught:
-        store.claim(study._study_id, "here:1:0:0")
+        store.claim(id_of(store, study), "here:1:0:0")
     assert "\n" not in str(caught.value)
     store.close()

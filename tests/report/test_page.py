@@ -24,7 +24,7 @@ def graphs(study):
 
 def test_the_note_tells_command_space_floor_best_and_efficiency():
     study = make_study()
-    assert write_page(study)
+    assert write_page(study, study._storage)
     text = get_note(study)
     best = collect(study).best
     for piece in (
@@ -45,10 +45,10 @@ def test_the_note_tells_command_space_floor_best_and_efficiency():
 
 def test_it_is_written_only_when_it_has_news():
     study = make_study()
-    assert write_page(study)
-    assert not write_page(study)
+    assert write_page(study, study._storage)
+    assert not write_page(study, study._storage)
     fill(study, trials=5, seed=9)
-    assert write_page(study)
+    assert write_page(study, study._storage)
 
 
 def test_it_is_kept_current_while_a_pool_runs():
@@ -60,7 +60,7 @@ def test_it_is_kept_current_while_a_pool_runs():
             yield seed
         fill(study, trials=4, seed=3)
 
-    seen = [(snapshot, get_note(study)) for snapshot in kept_current(study, snapshots(), every_s=0)]
+    seen = [(snapshot, get_note(study)) for snapshot in kept_current(study, study._storage, snapshots(), every_s=0)]
     assert [number for number, _ in seen] == [0, 1, 2]
     assert len({text for _, text in seen}) == 3
     assert get_note(study) == note(collect(study)) != seen[-1][1]
@@ -71,14 +71,14 @@ def test_an_empty_study_has_a_note_and_values_cannot_break_the_table():
     study.set_user_attr(names.WINNER, {"verdict": "a | b\nc <script>", "winner": "base", "candidates": []})
     text = note(collect(study))
     assert "a \\| b c &lt;script>" in text
-    assert write_page(study)
+    assert write_page(study, study._storage)
     assert graphs(study) == {}
 
 
 def test_no_password_in_the_note():
     study = make_study()
     study.set_user_attr(names.COMMAND, f"ris-hpo run --storage postgresql://me:{CANARY}@db/x")
-    write_page(study)
+    write_page(study, study._storage)
     assert CANARY not in str(study._storage.get_study_system_attrs(study._study_id))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import optuna
 import pytest
 
 from ris_hpo.programs.program import Program, load_program
@@ -40,6 +41,10 @@ def study_tree(**changes: object) -> dict[str, object]:
 
 def make_spec(name: str = "unit", **changes: object) -> StudySpec:
     return parse_study(study_tree(**changes), name=name, source="test")
+
+
+def id_of(store: Store, study: optuna.Study) -> int:
+    return int(store.get_study_id_from_name(study.study_name))
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])

@@ -23,7 +23,7 @@ from ris_hpo.workers import local as pool
 from ris_hpo.workers.devices import Slot, plan_slots
 from tests.postgres import Postgres
 
-from .conftest import HERE, make_spec
+from .conftest import HERE, id_of, make_spec
 
 DRIVER = """#!/bin/sh
 echo '0, GPU-aaaa, Big One, 80000, 70000'
@@ -92,9 +92,10 @@ def test_a_second_worker_waits_for_memory(sqlite_store: Store, program: Program,
     made = pool.LocalPool(sqlite_store, study, per_gpu=2, program="double", directory=tmp_path / "trials")
     free = [place for place in made._places if made._has_memory(place.slot)]
     assert [(place.slot.mask, place.slot.rank) for place in free] == [("0", 0), ("1", 0), ("0", 1)]
-    trial_id = sqlite_store.claim(study._study_id, "here:1:0:0")
-    assert trial_id is not None
-    sqlite_store.mark(trial_id, {names.PEAK_MEMORY: 75 * 1024**3, names.DEVICE: "cuda"})
+    study_id = id_of(sqlite_store, study)
+    number = sqlite_store.claim(study_id, "here:1:0:0")
+    assert number is not None
+    sqlite_store.mark(study_id, number, {names.PEAK_MEMORY: 75 * 1024**3, names.DEVICE: "cuda"})
     assert not made._has_memory(made._places[2].slot)  # a trial was seen to need more than is free
 
 
@@ -172,7 +173,7 @@ def test_a_workers_command_line_and_attributes_hold_no_password(
     assert lines
     assert not any(canary in line for line in lines)
     assert canary not in repr(store.get_all_studies())
-    assert canary not in repr(store.get_all_trials(study._study_id))
+    assert canary not in repr(store.get_all_trials(id_of(store, study)))
     for file in tmp_path.rglob("*"):
         assert not file.is_file() or canary.encode() not in file.read_bytes()
     assert "***" in study.user_attrs[names.COMMAND]

@@ -7,14 +7,16 @@ from typing import Any, get_args
 
 import optuna
 import pytest
+from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState, create_trial
 
 from ris_hpo.scoring.k_loc import WORST_K_LOC, finite_score
+from ris_hpo.search.files import parse_study
 from ris_hpo.search.pruners import Judge, build_pruner
 from ris_hpo.search.samplers import build_sampler
-from ris_hpo.search.spec import PrunerSpec, SamplerSpec
+from ris_hpo.search.spec import PrunerSpec, SamplerSpec, derived_seed
 
-from .conftest import make_spec
+from .conftest import make_spec, study_tree
 
 SAMPLERS = get_args(SamplerSpec.model_fields["name"].annotation)
 PRUNERS = get_args(PrunerSpec.model_fields["name"].annotation)
@@ -58,6 +60,28 @@ def test_qmc_covers_the_line_evenly() -> None:
     assert eighths == [8] * 8  # random points would scatter by +-3
 
 
+@pytest.mark.filterwarnings("ignore:QMCSampler is experimental")
+def test_qmc_draws_what_optunas_own_does() -> None:
+    space = {
+        "shape.x": {"low": 0.125, "high": 1.0, "log": True},
+        "pause_s": {"low": 0.0, "high": 1.0, "step": 0.25},
+        "shape.y": {"low": 1, "high": 9, "log": True},
+        "shape.depth": {"low": 1, "high": 4},
+        "shape.kind": {"choices": ["plain", "fancy"]},
+    }
+    spec = parse_study({**study_tree(sampler={"name": "qmc"}), "space": space}, name="unit", source="test")
+    theirs = optuna.create_study(
+        sampler=optuna.samplers.QMCSampler(scramble=True, seed=derived_seed(spec.seed, 0, "qmc"))
+    )
+    for root in range(-1, 20):
+        trial = theirs.ask()
+        params = spec.suggest(trial)
+        if root >= 0:  # its first trial is drawn without the sequence
+            study = optuna.create_study(sampler=build_sampler(spec, root))
+            assert spec.suggest(study.ask()) == pytest.approx(params)
+        theirs.tell(trial, 1.0)
+
+
 def curve(study: optuna.Study, values: list[float], state: TrialState = TrialState.COMPLETE, **marks: Any) -> None:
     study.add_trial(
         create_trial(
@@ -74,68 +98,74 @@ def verdict(study: optuna.Study, judge: Judge, values: list[float]) -> bool:
     trial = study.ask()
     for index, value in enumerate(values):
         trial.report(value, 100 * (index + 1))
-    frozen = study._storage.get_trial(trial._trial_id)
-    return judge.prune(study, frozen)
+    return judge.prune(study, study.get_trials()[trial.number])
 
 
-def judge_of(**pruner: Any) -> Judge:
-    judge = build_pruner(make_spec(pruner=pruner), first_scenes=100, max_scenes=900)
+@pytest.fixture
+def storage() -> InMemoryStorage:
+    return InMemoryStorage()
+
+
+@pytest.fixture
+def study(storage: InMemoryStorage) -> optuna.Study:
+    return optuna.create_study(storage=storage)
+
+
+def judge_of(storage: InMemoryStorage, **pruner: Any) -> Judge:
+    judge = build_pruner(make_spec(pruner=pruner), storage, first_scenes=100, max_scenes=900)
     assert isinstance(judge, Judge)
     return judge
 
 
 @pytest.mark.parametrize("name", [name for name in PRUNERS if name != "none"])
-def test_every_pruner_prunes_the_bad_and_spares_the_good(name: str) -> None:
+def test_every_pruner_prunes_the_bad_and_spares_the_good(
+    name: str, storage: InMemoryStorage, study: optuna.Study
+) -> None:
     good = [5.0, 4.0, 3.5, 3.2, 3.0, 2.9, 2.8, 2.7, 2.6]
-    study = optuna.create_study()
     for shift in range(6):
         curve(study, [value + 0.01 * shift for value in good])
-    judge = judge_of(name=name, startup=2, p_threshold=0.3)
+    judge = judge_of(storage, name=name, startup=2, p_threshold=0.3)
     assert verdict(study, judge, [value + 2 for value in good])
     assert not verdict(study, judge, [value - 1 for value in good[:3]])
 
 
-def test_none_never_prunes() -> None:
-    study = optuna.create_study()
+def test_none_never_prunes(storage: InMemoryStorage, study: optuna.Study) -> None:
     for _ in range(6):
         curve(study, [1.0, 1.0])
-    assert not verdict(study, judge_of(name="none"), [7.0, 7.0, 7.0])
+    assert not verdict(study, judge_of(storage, name="none"), [7.0, 7.0, 7.0])
 
 
-def test_warm_up_shields_the_start() -> None:
-    study = optuna.create_study()
+def test_warm_up_shields_the_start(storage: InMemoryStorage, study: optuna.Study) -> None:
     for _ in range(6):
         curve(study, [3.0, 2.0, 1.0])
-    assert verdict(study, judge_of(name="asha"), [6.0])
-    assert not verdict(study, judge_of(name="asha", warmup_scenes=200), [6.0])
-    assert verdict(study, judge_of(name="asha", warmup_scenes=200), [6.0, 6.0, 6.0])
+    assert verdict(study, judge_of(storage, name="asha"), [6.0])
+    assert not verdict(study, judge_of(storage, name="asha", warmup_scenes=200), [6.0])
+    assert verdict(study, judge_of(storage, name="asha", warmup_scenes=200), [6.0, 6.0, 6.0])
 
 
-def test_patience_lets_a_trial_live_while_it_improves() -> None:
-    study = optuna.create_study()
+def test_patience_lets_a_trial_live_while_it_improves(storage: InMemoryStorage, study: optuna.Study) -> None:
     for _ in range(6):
         curve(study, [3.0, 2.0, 1.0])
-    judge = judge_of(name="median", patience=2, startup=2)
+    judge = judge_of(storage, name="median", patience=2, startup=2)
     assert not verdict(study, judge, [6.0, 5.0, 4.0])
     assert verdict(study, judge, [6.0, 6.0, 6.0])
 
 
-def test_retried_trials_are_out_of_the_competition() -> None:
-    study = optuna.create_study()
+def test_retried_trials_are_out_of_the_competition(storage: InMemoryStorage, study: optuna.Study) -> None:
     curve(study, [2.0, 1.5, 1.0], TrialState.FAIL, cause="lost_worker")
-    assert not verdict(study, judge_of(name="asha"), [3.0])  # alone: the failed trial's rung does not count
+    assert not verdict(study, judge_of(storage, name="asha"), [3.0])  # alone: the failed trial's rung does not count
     curve(study, [2.0, 1.5, 1.0])
-    assert verdict(study, judge_of(name="asha"), [3.1])
+    assert verdict(study, judge_of(storage, name="asha"), [3.1])
 
 
-def test_hyperband_has_brackets_by_line() -> None:
-    judge = judge_of(name="hyperband")
+def test_hyperband_has_brackets_by_line(storage: InMemoryStorage) -> None:
+    judge = judge_of(storage, name="hyperband")
     brackets = [judge.bracket(root) for root in range(400)]
     shares = [brackets.count(index) / 400 for index in range(3)]
     assert set(brackets) == {0, 1, 2}
     assert shares[0] > shares[1] > 0.1
     assert shares[2] > 0.1
-    assert {judge_of(name="asha").bracket(root) for root in range(20)} == {0}
+    assert {judge_of(storage, name="asha").bracket(root) for root in range(20)} == {0}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

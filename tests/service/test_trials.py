@@ -31,7 +31,7 @@ from ris_hpo.workers import lost as lost_module
 from ris_hpo.workers.lost import LostTrials
 from ris_hpo.workers.worker import WorkerJob, run_worker
 
-from .conftest import DOUBLE, make_spec
+from .conftest import DOUBLE, id_of, make_spec
 from .double import FLOOR, PIPELINE_FLOOR
 
 
@@ -52,7 +52,7 @@ def table(store: Store, study: Study) -> list[tuple[Any, ...]]:
     """What must not depend on stops and restarts."""
     return [
         (trial.number, trial.state.name, trial.values, trial.params, trial.intermediate_values)
-        for trial in store.get_all_trials(study._study_id)
+        for trial in store.get_all_trials(id_of(store, study))
     ]
 
 
@@ -135,9 +135,8 @@ def test_a_lost_trial_continues_from_its_checkpoint(store: Store, program: Progr
     # a worker that dies in its third validation of trial 0: the checkpoint is there, the last report is not
     spec = stored_spec(study)
     owner = "elsewhere:1:0:0"
-    trial_id = store.claim(study._study_id, owner)
-    assert trial_id is not None
-    store.get_all_trials(study._study_id)
+    number = store.claim(id_of(store, study), owner)
+    assert number is not None
 
     class KilledError(BaseException):
         pass
@@ -148,10 +147,11 @@ def test_a_lost_trial_continues_from_its_checkpoint(store: Store, program: Progr
 
     seat = Seat(store, study, spec, program, lambda number: tmp_path / "broken" / str(number), notify=killed)
     with pytest.raises(KilledError):
-        run_trial(seat, trial_id, owner)
+        run_trial(seat, number, owner)
     (running,) = study.get_trials(states=[TrialState.RUNNING])
     assert max(running.intermediate_values) == 300
-    assert counting.fail_trial(store, running, Cause.LOST_WORKER, "gone", spec.retries, owner=owner)
+    study_id = id_of(store, study)
+    assert counting.fail_trial(store, study_id, running, Cause.LOST_WORKER, "gone", spec.retries, owner=owner)
 
     job = WorkerJob(store.address, "broken", directory=str(tmp_path / "broken"), program=DOUBLE)
     run_worker(job)
@@ -172,7 +172,7 @@ def test_a_lost_trial_continues_from_its_checkpoint(store: Store, program: Progr
 def test_rungs_of_a_retried_trial_count_once(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
     study = begin(sqlite_store, make_spec(), program, 3)
     work(sqlite_store, study, tmp_path, max_trials=1)
-    trials = sqlite_store.get_all_trials(study._study_id)
+    trials = sqlite_store.get_all_trials(id_of(sqlite_store, study))
     rungs = [key for trial in trials for key in trial.system_attrs if key.startswith("completed_rung")]
     assert rungs
     successor = counting.successor_of(trials[0], Cause.LOST_WORKER, make_spec().retries)
@@ -189,9 +189,11 @@ def test_a_trial_lost_before_its_parameters_draws_the_same_ones(
     work(sqlite_store, undisturbed, tmp_path / "whole")
     study = begin(sqlite_store, make_spec("broken"), program, 4)
     for _ in range(2):  # trial 0 (the base configuration) and trial 1 (the sampler's) die with nothing done
-        sqlite_store.claim(study._study_id, "elsewhere:1:0:0")
+        sqlite_store.claim(id_of(sqlite_store, study), "elsewhere:1:0:0")
         (running,) = study.get_trials(states=[TrialState.RUNNING])
-        counting.fail_trial(sqlite_store, running, Cause.LOST_WORKER, "gone", make_spec().retries)
+        counting.fail_trial(
+            sqlite_store, id_of(sqlite_store, study), running, Cause.LOST_WORKER, "gone", make_spec().retries
+        )
     work(sqlite_store, study, tmp_path / "broken")
     whole = {trial.number: trial.params for trial in undisturbed.get_trials()}
     by_root = {
@@ -208,10 +210,12 @@ def test_a_successor_that_is_lost_at_once_hands_everything_on(
     assert work(sqlite_store, study, tmp_path, stop=CountedStop(14)).requeued == 1
     (begun,) = [trial for trial in study.get_trials() if trial.params and trial.state == TrialState.WAITING]
     for _ in range(3):  # claimed, lost before anything else, three times over
-        sqlite_store.claim(study._study_id, "elsewhere:1:0:0")
+        sqlite_store.claim(id_of(sqlite_store, study), "elsewhere:1:0:0")
         (running,) = study.get_trials(states=[TrialState.RUNNING])
         assert running.params == begun.params
-        counting.fail_trial(sqlite_store, running, Cause.LOST_WORKER, "gone", make_spec().retries)
+        counting.fail_trial(
+            sqlite_store, id_of(sqlite_store, study), running, Cause.LOST_WORKER, "gone", make_spec().retries
+        )
     work(sqlite_store, study, tmp_path)
     last = study.get_trials()[-1]
     assert (last.state, last.params) == (TrialState.COMPLETE, begun.params)
@@ -222,9 +226,9 @@ def test_a_successor_that_is_lost_at_once_hands_everything_on(
 def test_a_line_ends_when_its_retries_are_spent(store: Store, program: Program, tmp_path: Path) -> None:
     study = begin(store, make_spec(retries={"lost_worker": 2}), program, 1)
     for _ in range(3):
-        store.claim(study._study_id, "elsewhere:1:0:0")
+        store.claim(id_of(store, study), "elsewhere:1:0:0")
         (running,) = study.get_trials(states=[TrialState.RUNNING])
-        counting.fail_trial(store, running, Cause.LOST_WORKER, "gone", stored_spec(study).retries)
+        counting.fail_trial(store, id_of(store, study), running, Cause.LOST_WORKER, "gone", stored_spec(study).retries)
     counts = counting.tally(study.get_trials())
     assert (counts.fail, counts.retried, counts.open) == (1, 2, 0)
     assert work(store, study, tmp_path).ended == 0
@@ -233,16 +237,16 @@ def test_a_line_ends_when_its_retries_are_spent(store: Store, program: Program, 
 def test_a_late_owner_is_fenced_off(store: Store, program: Program, tmp_path: Path) -> None:
     study = begin(store, make_spec(), program, 1)
     spec = stored_spec(study)
-    trial_id = store.claim(study._study_id, "late:1:0:0")
-    assert trial_id is not None
-    store.get_all_trials(study._study_id)
+    study_id = id_of(store, study)
+    number = store.claim(study_id, "late:1:0:0")
+    assert number is not None
 
     def declared_lost(report: Any) -> None:
         if report.step == 300:
-            counting.fail_trial(store, store.get_trial(trial_id), Cause.LOST_WORKER, "silent", spec.retries)
+            counting.fail_trial(store, study_id, study.get_trials()[number], Cause.LOST_WORKER, "silent", spec.retries)
 
     seat = Seat(store, study, spec, program, lambda number: tmp_path / str(number), notify=declared_lost)
-    outcome = run_trial(seat, trial_id, "late:1:0:0")
+    outcome = run_trial(seat, number, "late:1:0:0")
     assert outcome.state == "fenced"
     work(store, study, tmp_path)
     failed, successor = study.get_trials()
@@ -275,7 +279,7 @@ def test_seconds_before_a_trial_was_put_back_count(
 ) -> None:
     study = begin(sqlite_store, make_spec(base={"fault": fault}), program, 1)
     (waiting,) = study.get_trials()
-    sqlite_store.set_trial_user_attr(waiting._trial_id, names.SECONDS, 1000.0)
+    sqlite_store.mark(id_of(sqlite_store, study), waiting.number, {names.SECONDS: 1000.0})
     with suppress(WorkerError):
         work(sqlite_store, study, tmp_path, max_bugs=1)
     trial = study.get_trials()[0]
@@ -463,17 +467,17 @@ def test_lost_trials_are_found_by_owner_and_by_heartbeat(
     store: Store, program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = begin(store, make_spec(), program, 4)
-    study_id = study._study_id
+    study_id = id_of(store, study)
     here = owner_name(0)
     host, pid, birth, _ = here.rsplit(":", 3)
     store.claim(study_id, here)  # this process: alive
     store.claim(study_id, f"{host}:{pid}:{birth}1:0")  # its number was used before: dead
     silent = store.claim(study_id, "elsewhere:1:0:0")  # another host, no heartbeat yet
     store.claim(study_id, "elsewhere:2:0:0")
-    ids = [trial._trial_id for trial in store.get_all_trials(study_id)]
     clock, silents = [1000.0], dict.fromkeys([silent])
     monkeypatch.setattr(lost_module.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(type(store), "heartbeats", lambda self, study_id: {**dict.fromkeys(ids, clock[0]), **silents})
+    beats = lambda self, study_id: {**dict.fromkeys(range(4), clock[0]), **silents}  # noqa: E731
+    monkeypatch.setattr(type(store), "heartbeats", beats)
     lost = LostTrials(store, study_id, make_spec().retries)
     assert lost.recover() == [1]
     clock[0] += 3600  # this process slept, or the server was away: an hour of silence that nobody could have broken
@@ -518,10 +522,9 @@ def test_status_is_one_summary(sqlite_store: Store, program: Program, tmp_path: 
 
 def test_a_bug_error_carries_the_trial(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
     study = begin(sqlite_store, make_spec(base={"fault": "bug"}), program, 1)
-    trial_id = sqlite_store.claim(study._study_id, "here:1:0:0")
-    assert trial_id is not None
-    sqlite_store.get_all_trials(study._study_id)
+    number = sqlite_store.claim(id_of(sqlite_store, study), "here:1:0:0")
+    assert number is not None
     seat = Seat(sqlite_store, study, stored_spec(study), program, lambda number: tmp_path / str(number))
     with pytest.raises(TrialBugError, match="trial 0 failed: ZeroDivisionError"):
-        run_trial(seat, trial_id, "here:1:0:0")
+        run_trial(seat, number, "here:1:0:0")
     assert Outcome("complete", 0).cause is None

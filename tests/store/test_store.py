@@ -61,10 +61,8 @@ def new_study(store: Store, tickets: int = 0) -> int:
 
 def test_claims_come_in_order_and_end(store: Store) -> None:
     study_id = new_study(store, 3)
-    ids = [store.claim(study_id, f"here:1:0:{i}") for i in range(4)]
-    assert ids[3] is None
+    assert [store.claim(study_id, f"here:1:0:{i}") for i in range(4)] == [0, 1, 2, None]
     trials = store.get_all_trials(study_id)
-    assert [trial._trial_id for trial in trials] == ids[:3]
     assert [trial.number for trial in trials] == [0, 1, 2]
     assert all(trial.state == TrialState.RUNNING for trial in trials)
     assert trials[1].user_attrs[names.OWNER] == "here:1:0:1"
@@ -86,23 +84,24 @@ def test_fill_counts_what_is_there(store: Store) -> None:
 
 def test_release_asks_for_the_owner(store: Store) -> None:
     study_id = new_study(store, 1)
-    trial_id = store.claim(study_id, "here:1:0:0")
-    assert trial_id is not None
-    assert not store.release(trial_id, "there:2:0:0", {})
-    assert store.release(trial_id, "here:1:0:0", {names.PREEMPTIONS: 1})
+    number = store.claim(study_id, "here:1:0:0")
+    assert number is not None
+    assert not store.release(study_id, number, "there:2:0:0", {})
+    assert store.release(study_id, number, "here:1:0:0", {names.PREEMPTIONS: 1})
     (trial,) = store.get_all_trials(study_id)
     assert trial.state == TrialState.WAITING
     assert trial.user_attrs == {names.OWNER: None, names.PREEMPTIONS: 1}
-    assert store.claim(study_id, "there:2:0:0") == trial_id
+    assert store.claim(study_id, "there:2:0:0") == number
 
 
 def test_retire_fences_the_late_owner(store: Store) -> None:
     study_id = new_study(store, 1)
-    trial_id = store.claim(study_id, "here:1:0:0")
-    assert trial_id is not None
+    number = store.claim(study_id, "here:1:0:0")
+    assert number is not None
+    trial_id = store.get_trial_id_from_study_id_trial_number(study_id, number)
     successor = ticket({"shape.x": 0.25}, {names.PREDECESSOR: 0})
-    assert store.retire(trial_id, "here:1:0:0", {names.CAUSE: "lost_worker"}, lambda trial: successor)
-    assert not store.retire(trial_id, None, {names.CAUSE: "timeout"}, lambda trial: successor)
+    assert store.retire(study_id, number, "here:1:0:0", {names.CAUSE: "lost_worker"}, lambda trial: successor)
+    assert not store.retire(study_id, number, None, {names.CAUSE: "timeout"}, lambda trial: successor)
     failed, queued = store.get_all_trials(study_id)
     assert (failed.state, failed.user_attrs[names.CAUSE]) == (TrialState.FAIL, "lost_worker")
     assert (queued.state, queued.number, queued.user_attrs[names.PREDECESSOR]) == (TrialState.WAITING, 1, 0)
@@ -111,14 +110,14 @@ def test_retire_fences_the_late_owner(store: Store) -> None:
     with pytest.raises(UpdateFinishedTrialError):
         store.set_trial_state_values(trial_id, TrialState.COMPLETE, [1.0])
     with pytest.raises(UpdateFinishedTrialError):
-        store.mark(trial_id, {names.SECONDS: 1.0})
+        store.mark(study_id, number, {names.SECONDS: 1.0})
 
 
 def test_withdraw_leaves_claimed_tickets_alone(store: Store) -> None:
     study_id = new_study(store, 2)
     claimed = store.claim(study_id, "here:1:0:0")
-    store.withdraw([trial._trial_id for trial in store.get_all_trials(study_id)])
-    states = {trial._trial_id: trial.state for trial in store.get_all_trials(study_id)}
+    store.withdraw(study_id, [trial.number for trial in store.get_all_trials(study_id)])
+    states = {trial.number: trial.state for trial in store.get_all_trials(study_id)}
     assert states.pop(claimed) == TrialState.RUNNING
     assert list(states.values()) == [TrialState.FAIL]
 
@@ -127,8 +126,8 @@ def _fill_and_claim(address: str, study_id: int, results: multiprocessing.Queue[
     store = open_store(address)
     added = store.fill(study_id, lambda present: [ticket() for _ in range(60 - len(present))])
     mine: list[int] = []
-    while (trial_id := store.claim(study_id, f"here:{os.getpid()}:0:{len(mine)}")) is not None:
-        mine.append(trial_id)
+    while (number := store.claim(study_id, f"here:{os.getpid()}:0:{len(mine)}")) is not None:
+        mine.append(number)
     results.put((added, mine))
 
 
@@ -145,7 +144,7 @@ def test_processes_never_claim_the_same_ticket_nor_overfill(url: str) -> None:
         process.join(timeout=30)
         assert process.exitcode == 0
     assert sorted(added for added, _ in found) == [0, 0, 60]
-    taken = [trial_id for _, mine in found for trial_id in mine]
+    taken = [number for _, mine in found for number in mine]
     assert len(taken) == len(set(taken)) == 60
     store.close()
 
