@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ris_hpo.cli import display, methods, options, plots, standing
-from ris_hpo.config import read_toml
 from ris_hpo.errors import SceneFileError
 from ris_hpo.text import duration, file_size
 
@@ -56,10 +55,10 @@ def simulate(
     from ris_hpo.physics.files import save_scenes
     from ris_hpo.physics.scene import Scenes, SceneSpec
     from ris_hpo.physics.scene import simulate as draw
+    from ris_hpo.training.files import load_scene
 
     path = options.check_output(out, suffix=".npz")
-    tree = read_toml(config).get("scene", {}) if config else {}
-    spec = options.changed(SceneSpec.parse(tree, source=str(config)), set_)
+    spec = options.changed(load_scene(config) if config else SceneSpec(), set_)
     find_device(device)
     started = time.perf_counter()
     parts = []

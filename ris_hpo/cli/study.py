@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 PANEL = "Studies"
 
-Space = Annotated[str, typer.Option(help="Name of a study file (see 'ris-hpo spaces') or its path.")]
 StudyName = Annotated[
     str | None,
     typer.Option("--study", help="Name of the study.", show_default="the only one in the store"),
@@ -35,11 +34,17 @@ Storage = Annotated[
 
 
 def run(
-    space: Space = "wide",
+    space: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of a study file (see 'ris-hpo spaces') or its path.",
+            show_default="what --study was made with, else wide",
+        ),
+    ] = None,
     n_trials: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Trials of the study that shall end, over all runs and workers.", show_default="the study's"
+            min=1, help="Total number of trials to finish, over all runs and workers.", show_default="the study's"
         ),
     ] = None,
     study: Annotated[str | None, typer.Option(help="Name of the study.", show_default="the space's")] = None,
@@ -73,6 +78,13 @@ def run(
     gpu_hours: Annotated[float | None, typer.Option(min=0, help="Stop after so many device hours.")] = None,
     target: Annotated[float | None, typer.Option(help="Stop when a trial reaches this k_loc.")] = None,
     patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many trials without a better one.")] = None,
+    no_stop: Annotated[bool, typer.Option("--no-stop", help="Drop the stop rules that the study has.")] = False,
+    update: Annotated[
+        bool,
+        typer.Option(
+            "--update", help="Take sampler, pruner, retries, stop rules and time limits from the file as it is now."
+        ),
+    ] = False,
     fork: Annotated[
         str | None, typer.Option(metavar="NEW", help="Go on in a new study of this name, from the old one's best.")
     ] = None,
@@ -84,16 +96,20 @@ def run(
     ] = False,
     json_: options.Json = False,
 ) -> None:
-    """Run a study: train, prune, keep. The same command resumes it, and adds nothing to a finished one."""
+    """Run a study: train, prune, keep. The same command resumes it, and adds nothing to a finished one.
+
+    A study keeps what it was made with; run again, it changes only what the options name.
+    """
     from ris_hpo.report.study_page import kept_current
     from ris_hpo.search.files import load_study
-    from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget
+    from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget, find_spec, stored_spec
+    from ris_hpo.search.spec import StopSpec
     from ris_hpo.store.credentials import redact
     from ris_hpo.store.open import open_store
     from ris_hpo.workers.devices import plan_slots
     from ris_hpo.workers.local import LocalPool
 
-    changes: dict[str, Any] = {
+    given: dict[str, Any] = {
         "sampler.name": sampler,
         "pruner.name": "none" if sampler == "nsga2" and pruner is None else pruner,
         "seed": seed,
@@ -103,14 +119,17 @@ def run(
         "stop.patience": patience,
         "budget.n_trials": n_trials,
     }
-    spec = load_study(space)
-    spec = spec.replaced({key: value for key, value in changes.items() if value is not None})
+    changes = {key: value for key, value in given.items() if value is not None}
+    if no_stop:
+        changes = dict.fromkeys([f"stop.{rule}" for rule in StopSpec.model_fields]) | changes
+    known = find_spec(open_store(storage), study) if space is None and study is not None else None
+    spec = known or load_study(space or "wide")
     base = options.changes(set_)
     if base:
         spec = spec.with_base(base)
     if epochs_per_trial is not None:
         spec = spec.with_epochs(epochs_per_trial)
-    spec.check()
+    spec.replaced(changes).check()
     chosen = _gpus(gpus)
     if engine == "ray" and chosen:
         raise options.UsageError("--gpus LIST counts the GPUs of one machine; with --engine ray leave it out, or none")
@@ -122,18 +141,28 @@ def run(
     proof = "no-proof" if no_proof else _proof(spec)
     command = redact(shlex.join(["ris-hpo", *sys.argv[1:]]))
     made = create_or_resume_study(
-        store, spec, name=study, fork=fork, warm_start=warm_start, proof=proof, command=command
+        store,
+        spec,
+        name=study,
+        changes=changes,
+        update=update,
+        fork=fork,
+        warm_start=warm_start,
+        proof=proof,
+        command=command,
+        note=display.print_note,
     )
     name = made.study_name
-    added = fill_budget(store, made, spec.budget.n_trials)
-    display.print_note(f"study '{name}' in {store.redacted}: {spec.budget.n_trials} trials, {added} to add")
+    added = fill_budget(store, made, n_trials)
+    total = stored_spec(made).budget.n_trials
+    display.print_note(f"study '{name}' in {store.redacted}: {total} trials, {added} to add")
     if engine == "ray":
         from ris_hpo.workers.ray import RayPool
 
         pool: Any = RayPool(store, made, workers=workers, address=address, gpus=chosen is None, per_gpu=per_gpu)
     else:
         pool = LocalPool(store, made, workers=workers, gpus=chosen, per_gpu=per_gpu)
-    live.follow(kept_current(made, store, pool.run()), spec.budget.n_trials)
+    live.follow(kept_current(made, store, pool.run()), total)
     standing.show_outcome(store, name, json_=json_)
     if pool.ending == "interrupted":
         display.print_note("interrupted; every trial is checkpointed, and the same command goes on from there")

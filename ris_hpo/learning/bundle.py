@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
-from ris_hpo.config import Spec
+from ris_hpo.config import SCHEMA, SCHEMA_KEY, Spec, migrated
 from ris_hpo.errors import CheckpointError, ConfigError, OutputError
 from ris_hpo.learning.inference import InferenceSpec, localize
 from ris_hpo.learning.network import Network, NetworkSpec, Outputs
@@ -115,6 +115,7 @@ def save_bundle(
         torch.export.save(_program(network, scene), partial / PROGRAM)
         manifest = {
             "format": FORMAT,
+            SCHEMA_KEY: SCHEMA,
             "network": network.spec.model_dump(mode="json"),
             "inference": inference.model_dump(mode="json"),
             "scene": scene.model_dump(mode="json"),
@@ -157,7 +158,12 @@ def load_bundle(path: Path, *, device: str = "cpu", form: Literal["program", "we
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         raise CheckpointError(f"{path / MANIFEST}: not a bundle of format {FORMAT!r}")
     try:
-        manifest = Manifest.parse(tree, str(path / MANIFEST))
+        settings = ("network", "inference", "scene")
+        stored = {name: tree[name] for name in (SCHEMA_KEY, *settings) if name in tree}
+        current = migrated(stored, "training", str(path / MANIFEST))
+        rest = {name: value for name, value in tree.items() if name not in stored}
+        found = {name: current[name] for name in settings if name in stored}
+        manifest = Manifest.parse(rest | found, str(path / MANIFEST))
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
     for name in (WEIGHTS, PROGRAM):

@@ -39,6 +39,8 @@ class InferenceBudget(Spec):
 class RunConfig(Spec):
     """What an inference trial depends on: whose network, which settings, which scenes."""
 
+    settings = "inference"
+
     checkpoint: str = Field("runs/best", description="folder of the trained network")
     seed: int = Field(0, ge=0, lt=2**63, description="not used: nothing here is random")
     scene_seed: int = Field(VALIDATION_SEED, ge=0, description="the frozen set, common to all trials")

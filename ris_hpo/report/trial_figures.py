@@ -95,7 +95,7 @@ class TrialFigures:
     def begin(self, config: Spec) -> None:
         """Write the configuration."""
         head = f"# Trial {self._trial.number} of study {self._study.study_name}, configuration {config.fingerprint()}\n"
-        self._put("config.toml", lambda: head + to_toml(config.model_dump(mode="json")))
+        self._put("config.toml", lambda: head + to_toml(config.stored()))
 
     def follow(self, history: Sequence[Validation]) -> None:
         """Redraw the curve, unless that has taken too much of the trial's time already."""

@@ -43,9 +43,10 @@ def exported(study: optuna.Study, spec: StudySpec, number: int | None = None) ->
         raise StudyError(f"study '{study.study_name}' has no {wanted}")
     if names.CONFIG_FINGERPRINT not in trial.user_attrs:
         raise StudyError(f"trial {trial.number} of study '{study.study_name}' never got its parameters")
-    config = spec.config(trial.params, lineage_root(trial))
+    root, seed = lineage_root(trial), trial.user_attrs.get(names.SEED)
+    config = spec.config(trial.params, root, seed=seed)
     recorded = trial.user_attrs[names.CONFIG_FINGERPRINT]
-    if config.fingerprint() != recorded:
+    if not spec.ran(recorded, trial.params, root, seed=seed):
         raise StudyError(
             f"trial {trial.number} ran configuration {recorded}, this version builds {config.fingerprint()} from its "
             f"parameters; use the version that ran it ({_versions(study)})"
@@ -114,7 +115,7 @@ def package(checkpoint: Path, out: Path) -> dict[str, Any]:
     network, config = load_network(checkpoint)
     provenance = {
         "config_fingerprint": config.fingerprint(),
-        "config": config.model_dump(mode="json"),
+        "config": config.stored(),
         "parameters": network.parameter_counts(),
         "ris-hpo": version("ris-hpo"),
         "packaged": _now(),

@@ -84,8 +84,10 @@ def replay(
     if not recorded or trial.state in (TrialState.RUNNING, TrialState.WAITING):
         raise StudyError(f"trial {number} of study '{study_name}' has no finished curve to compare with")
     spec = stored_spec(study)
-    program = program or load_program(spec.kind)
-    config = spec.config(trial.params, lineage_root(trial), program.config)
+    program = program or load_program(spec.program or spec.kind)
+    root, seed = lineage_root(trial), trial.user_attrs.get(names.SEED)
+    config = spec.config(trial.params, root, program.config, seed=seed)
+    recorded_as = str(trial.user_attrs.get(names.CONFIG_FINGERPRINT, ""))
     where = device or trial.user_attrs.get(names.DEVICE, "cpu")
     with tempfile.TemporaryDirectory(prefix="ris-hpo-replay-") as scratch:
         return repeated(
@@ -94,7 +96,7 @@ def replay(
             study=study_name,
             number=number,
             threads=trial.user_attrs.get(names.THREADS),
-            fingerprint_agrees=trial.user_attrs.get(names.CONFIG_FINGERPRINT) == config.fingerprint(),
+            fingerprint_agrees=spec.ran(recorded_as, trial.params, root, program.config, seed=seed),
             stop=stop,
         )
 

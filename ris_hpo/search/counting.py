@@ -96,14 +96,22 @@ def best_trial(trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
 # -- tickets ---------------------------------------------------------------------------------------------------------
 
 
-def fill(store: Store, study_id: int, n_trials: int, first: Callable[[], list[FrozenTrial]]) -> int:
+def fill(
+    store: Store,
+    study_id: int,
+    n_trials: int,
+    first: Callable[[], list[FrozenTrial]],
+    *,
+    withdraw: bool = True,
+) -> int:
     """Give a study exactly ``n_trials`` lines: append the missing tickets, withdraw waiting ones that are too many.
 
     Args:
         store: the store.
         study_id: the study.
-        n_trials: lines of trials the study shall have; more that already ran stay.
+        n_trials: lines of trials that the study is to have; more that already ran stay.
         first: tickets with parameters that open an empty study (base configuration, warm start).
+        withdraw: False only appends.
 
     Returns:
         Tickets added; running the same command again adds none.
@@ -115,6 +123,8 @@ def fill(store: Store, study_id: int, n_trials: int, first: Callable[[], list[Fr
         return [*opening, *(ticket() for _ in range(short - len(opening)))][: max(short, 0)]
 
     added = store.fill(study_id, missing)
+    if not withdraw:
+        return added
     live = live_trials(store.get_all_trials(study_id, deepcopy=False))
     surplus = len(live) - n_trials
     if surplus > 0:
@@ -152,7 +162,8 @@ def successor_of(trial: FrozenTrial, cause: Cause, retries: RetrySpec) -> Frozen
         marks[names.ORIGIN] = trial.user_attrs[names.ORIGIN]
     if names.CONFIG_FINGERPRINT in trial.user_attrs:
         # handed on with the parameters: the successor may be lost before it gets to write its own
-        marks[names.CONFIG_FINGERPRINT] = trial.user_attrs[names.CONFIG_FINGERPRINT]
+        handed_on = (names.CONFIG_FINGERPRINT, names.SEED)
+        marks |= {name: trial.user_attrs[name] for name in handed_on if name in trial.user_attrs}
         return create_trial(
             state=TrialState.WAITING, params=trial.params, distributions=trial.distributions, user_attrs=marks
         )

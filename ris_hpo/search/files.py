@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ris_hpo.config import Spec, read_toml, suggestion
+from ris_hpo.config import SCHEMA, SCHEMA_KEY, Spec, read_toml, suggestion
 from ris_hpo.errors import ConfigError, SpaceError
 from ris_hpo.search.spec import Dimension, StudySpec
-
-if TYPE_CHECKING:
-    pass
 
 
 def study_directories() -> list[Path]:
@@ -61,17 +58,21 @@ def load_study(name_or_path: str | Path, *, config_type: type[Spec] | None = Non
 def parse_study(tree: Mapping[str, Any], *, name: str, source: str) -> StudySpec:
     """Turn the tables of a study file into a specification, without looking at the run configuration.
 
+    A file of an older version says ``schema_version = N`` at its top; without it the keys are this version's.
+
     Raises:
         SpaceError: unknown table or key, impossible bounds.
     """
     tables = ("study", "base", "space", "sampler", "pruner", "budget", "retries", "stop")
     for key, value in tree.items():
+        if key == SCHEMA_KEY:
+            continue
         if key not in tables:
             raise SpaceError(f"{source}: unknown table '{key}'{suggestion(key, list(tables))}")
         if not isinstance(value, Mapping):
             raise SpaceError(f"{source}: '{key}' must be a table (found {value!r})")
     head = dict(tree.get("study", {}))
-    heading = ("name", "description", "kind", "seed", "objective", "cost")
+    heading = ("name", "description", "kind", "program", "seed", "objective", "cost")
     for key in head:
         if key not in heading:
             raise SpaceError(f"{source}: unknown key 'study.{key}'{suggestion(key, list(heading))}")
@@ -99,7 +100,7 @@ def parse_study(tree: Mapping[str, Any], *, name: str, source: str) -> StudySpec
         **rest,
     }
     try:
-        return StudySpec.parse(whole, source)
+        return StudySpec.from_stored({SCHEMA_KEY: tree.get(SCHEMA_KEY, SCHEMA), **whole}, source)
     except SpaceError:
         raise
     except ConfigError as error:

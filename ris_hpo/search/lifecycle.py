@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import re
 import time
 import warnings
+from collections.abc import Callable, Mapping
+from datetime import datetime
 from importlib import metadata
 from typing import Any
 
@@ -17,16 +20,17 @@ from optuna.trial import FrozenTrial
 
 from ris_hpo.config import suggestion
 from ris_hpo.errors import SpaceError, StudyError
-from ris_hpo.programs.program import Program, load_program
+from ris_hpo.programs.program import Program
 from ris_hpo.scoring.k_loc import SCORE_VERSION
 from ris_hpo.search import counting
-from ris_hpo.search.spec import NAME, StudySpec
+from ris_hpo.search.spec import NAME, StudySpec, leaves
 from ris_hpo.search.status import StudyStatus, study_status
 from ris_hpo.store import attributes as names
 from ris_hpo.store.cache import Store, ticket
 from ris_hpo.store.credentials import redact
 
 _WARM_TRIALS = 5
+_FIXED = {"name", "description", "kind", "program", "objective", "base", "space", "base_schema"}
 _SETTLING_S = 10.0  # how long a study may stand without attributes while another process is making it
 
 
@@ -64,7 +68,14 @@ def stored_spec(study: Study) -> StudySpec:
     tree = study.user_attrs.get(names.SPEC)
     if tree is None:
         raise StudyError(f"study '{study.study_name}' was not made by ris-hpo: it carries no specification")
-    return StudySpec.parse(tree, f"study '{study.study_name}'")
+    return StudySpec.from_stored(tree, f"study '{study.study_name}'")
+
+
+def find_spec(store: Store, name: str) -> StudySpec | None:
+    """Return the specification of a study, or None where there is no study of that name."""
+    if name not in [study.study_name for study in store.get_all_studies()]:
+        return None
+    return stored_spec(get_study(store, name))
 
 
 def create_or_resume_study(
@@ -72,26 +83,35 @@ def create_or_resume_study(
     spec: StudySpec,
     *,
     name: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+    update: bool = False,
     fork: str | None = None,
     warm_start: str | None = None,
     proof: str | None = None,
     command: str = "",
     score_version: int = SCORE_VERSION,
+    note: Callable[[str], None] = lambda sentence: None,
 ) -> Study:
     """Return the study of ``spec``, new or resumed.
 
+    A study keeps what it was made with. Resumed, it takes from ``spec`` nothing but what ``changes`` or ``update``
+    name, and each of these is recorded in the study's attributes.
+
     Args:
         store: the store.
-        spec: what is searched.
+        spec: what is searched, as the study file has it.
         name: the study's name; the specification's own by default.
+        changes: settings other than the file's, by dotted ``StudySpec`` keys such as ``sampler.name``.
+        update: also take the file's sampler, pruner, retries, stop rules, and time limits of trials.
         fork: make a new study of this name instead, warm-started from the study ``name`` where that exists.
         warm_start: another study of the store whose best trials are tried first.
         proof: fingerprint of the phase-0 certificate, or ``no-proof``.
         command: the command line, for the record.
         score_version: version of the score; this program's by default.
+        note: called with one sentence on each setting that was changed, or that differs and was not.
 
     Raises:
-        SpaceError: the study exists with another space, or was scored by another version.
+        SpaceError: the study exists with another space, base or number of objectives, or was scored by another version.
         StudyError: the fork exists already; the study to start from does not; a name that no folder can have.
     """
     quiet_optuna()
@@ -105,9 +125,10 @@ def create_or_resume_study(
         warm_start = warm_start or (source if source in existing else None)
     if warm_start is not None and warm_start not in existing:
         raise StudyError(f"no study '{warm_start}' to start from{suggestion(warm_start, existing)}")
+    made = spec.replaced(changes or {})
     attributes: dict[str, Any] = {
-        names.SPEC: spec.model_dump(mode="json"),
-        names.SPACE_FINGERPRINT: spec.space_fingerprint(),
+        names.SPEC: made.whole().stored(),
+        names.SPACE_FINGERPRINT: made.space_fingerprint(),
         names.SCORE_VERSION: score_version,
         names.PROOF: proof,
         names.COMMAND: redact(command),
@@ -116,11 +137,16 @@ def create_or_resume_study(
         names.FORKED_FROM: source if fork is not None else None,
     }
     try:
-        store.create_new_study([optuna.study.StudyDirection.MINIMIZE] * len(spec.directions), title)
+        store.create_new_study([optuna.study.StudyDirection.MINIMIZE] * len(made.directions), title)
     except DuplicatedStudyError:
-        return _resumed(store, get_study(store, title), spec, attributes)
+        study = get_study(store, title)
+        if _is_made(store, study):
+            check_version(study, score_version)
+            _check_same_search(study, stored_spec(study), spec, _free_name(store, title))
+            _change(study, spec, dict(changes or {}), update=update, note=note)
+            return study
     study = get_study(store, title)
-    _write(study, spec, attributes)
+    _write(study, made, attributes)
     return study
 
 
@@ -134,30 +160,96 @@ def _write(study: Study, spec: StudySpec, attributes: dict[str, Any]) -> None:
             study.set_user_attr(key, attributes[key])
 
 
-def _resumed(store: Store, study: Study, spec: StudySpec, attributes: dict[str, Any]) -> Study:
-    title = study.study_name
-    study_id = store.get_study_id_from_name(title)
+def _is_made(store: Store, study: Study) -> bool:
+    """Wait until whoever creates the study has described it; False where its maker died before it did."""
+    study_id = store.get_study_id_from_name(study.study_name)
     deadline = time.monotonic() + _SETTLING_S
     while names.SPACE_FINGERPRINT not in study.user_attrs:
         if store.get_all_trials(study_id, deepcopy=False):
-            raise StudyError(f"study '{title}' was not made by ris-hpo: it carries no specification")
-        if time.monotonic() > deadline:  # its maker died between creating and describing it
-            _write(study, spec, attributes)
-            return study
+            raise StudyError(f"study '{study.study_name}' was not made by ris-hpo: it carries no specification")
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.1)
-    stored = study.user_attrs
-    fork = f"--fork {_free_name(store, title)}"
-    if stored[names.SPACE_FINGERPRINT] != attributes[names.SPACE_FINGERPRINT]:
-        changed = _difference(stored_spec(study), spec)
-        raise SpaceError(f"study '{title}' was made with another space ({changed}); add {fork} to start a new one")
-    if stored[names.SCORE_VERSION] != attributes[names.SCORE_VERSION]:
+    return True
+
+
+def check_version(study: Study, score_version: int = SCORE_VERSION) -> None:
+    """Refuse a study whose trials this program would score by another rule.
+
+    Raises:
+        SpaceError: it was scored by another version of ``k_loc``.
+    """
+    recorded = study.user_attrs.get(names.SCORE_VERSION, score_version)
+    if recorded != score_version:
         raise SpaceError(
-            f"study '{title}' was scored by version {stored[names.SCORE_VERSION]} of k_loc, this program has "
-            f"{attributes[names.SCORE_VERSION]}; add {fork} to start a new one"
+            f"study '{study.study_name}' was scored by version {recorded} of k_loc, this program has {score_version}; "
+            "go on with the version that made it, or add --fork NEW to start a new one"
         )
-    if stored[names.SPEC] != attributes[names.SPEC]:  # the sampler, pruner, budget or stop rules may change
-        study.set_user_attr(names.SPEC, attributes[names.SPEC])
-    return study
+
+
+def _check_same_search(study: Study, old: StudySpec, new: StudySpec, free_name: str) -> None:
+    """Refuse to add trials that could not be compared with those that the study has.
+
+    Raises:
+        SpaceError: space, base configuration, program or objective are not the study's.
+    """
+    title = study.study_name
+    fork = f"--fork {free_name}"
+    for path in sorted({*old.space, *new.space}):
+        before, now = old.space.get(path), new.space.get(path)
+        if before != now or before is None or now is None or before.is_integer != now.is_integer:
+            raise SpaceError(
+                f"study '{title}' was made with another space ('space.{path}' differs); add {fork} to start a new one"
+            )
+    for field in ("kind", "program", "objective"):
+        if getattr(old, field) != getattr(new, field):
+            raise SpaceError(f"study '{title}' was made with another {field}; add {fork} to start a new one")
+    before_values, now_values = (dict(leaves(spec.config({}).model_dump(mode="json"))) for spec in (old, new))
+    for path in sorted({*before_values, *now_values}):
+        was, has = before_values.get(path), now_values.get(path)
+        if was != has and path in new.base:
+            raise SpaceError(
+                f"study '{title}' was made with another base ('base.{path}' differs: it was {was!r}, now {has!r}); "
+                f"add {fork} to start a new one"
+            )
+        if was != has:
+            raise SpaceError(
+                f"study '{title}' was made with {path} = {was!r}, the default of this version is {has!r}; go on with "
+                f"--set {path}={json.dumps(was)}, or add {fork} to start a new one"
+            )
+
+
+_UPDATED = ("sampler", "pruner", "retries", "stop", "budget.trial_timeout_s", "budget.stall_timeout_s")
+
+
+def _change(
+    study: Study, spec: StudySpec, changes: dict[str, Any], *, update: bool, note: Callable[[str], None]
+) -> None:
+    """Change the settings of a study that are named, record each, and say which of the file's are not taken."""
+    stored = stored_spec(study)
+    old, filed = (dict(leaves(each.model_dump(mode="json", exclude=_FIXED))) for each in (stored, spec))
+    differing = {key: value for key, value in filed.items() if old[key] != value and key not in changes}
+    if update:
+        taken = {key: value for key, value in differing.items() if key.startswith(_UPDATED)}
+        changes |= taken
+        differing = {key: value for key, value in differing.items() if key not in taken}
+    if differing:
+        kept = [f"{key} {json.dumps(old[key])} (the file has {json.dumps(differing[key])})" for key in differing]
+        note(f"study '{study.study_name}' keeps what it was made with: {', '.join(kept)}")
+    changed = stored.replaced(changes)
+    if changed.metric_names != stored.metric_names:
+        raise SpaceError(
+            f"study '{study.study_name}' minimises {' and '.join(stored.metric_names)}, the sampler "
+            f"{changed.sampler.name} {' and '.join(changed.metric_names)}; add --fork NEW to start a new one"
+        )
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    new = dict(leaves(changed.model_dump(mode="json", exclude=_FIXED)))
+    entries = [{"time": now, "key": key, "old": old[key], "new": new[key]} for key in new if old[key] != new[key]]
+    if entries:
+        study.set_user_attr(names.CHANGES, [*study.user_attrs.get(names.CHANGES, []), *entries])
+        study.set_user_attr(names.SPEC, changed.stored())
+    for entry in entries:
+        note(f"study '{study.study_name}': {entry['key']} was {entry['old']!r}, is {entry['new']!r} from now on")
 
 
 def _free_name(store: Store, title: str) -> str:
@@ -168,17 +260,7 @@ def _free_name(store: Store, title: str) -> str:
     return f"{title}-{number}"
 
 
-def _difference(old: StudySpec, new: StudySpec) -> str:
-    before = {**old.model_dump(mode="json", include={"base", "space"})}
-    after = {**new.model_dump(mode="json", include={"base", "space"})}
-    for table in ("space", "base"):
-        for key in sorted({*before[table], *after[table]}):
-            if before[table].get(key) != after[table].get(key):
-                return f"'{table}.{key}' differs"
-    return "its objective differs"
-
-
-def fill_budget(store: Store, study: Study, n_trials: int, *, program: Program | None = None) -> int:
+def fill_budget(store: Store, study: Study, n_trials: int | None = None, *, program: Program | None = None) -> int:
     """Give the study its tickets, so that exactly ``n_trials`` of its trials will end.
 
     The base configuration is the first, the best of a warm start's trials come next, the rest is the sampler's.
@@ -186,7 +268,8 @@ def fill_budget(store: Store, study: Study, n_trials: int, *, program: Program |
     Args:
         store: the store.
         study: the study.
-        n_trials: trials of the study that shall end for good, those that already have included.
+        n_trials: trials of the study that are to end for good, those that already have included; waiting ones beyond
+            that number are withdrawn. None: as many as the study has been given, and none is withdrawn.
         program: the training program; it defines the base values.
 
     Returns:
@@ -195,29 +278,34 @@ def fill_budget(store: Store, study: Study, n_trials: int, *, program: Program |
     Raises:
         StudyError: not a number of trials.
     """
-    if n_trials < 1:
-        raise StudyError(f"number of trials: {n_trials} is not above 0")
     spec = stored_spec(study)
+    wanted = spec.budget.n_trials if n_trials is None else n_trials
+    if wanted < 1:
+        raise StudyError(f"number of trials: {wanted} is not above 0")
 
     def first() -> list[FrozenTrial]:
-        base = spec.base_params((program or load_program(spec.kind)).config)
+        base = spec.base_params(None if program is None else program.config)
         opening = [ticket(base, {names.ORIGIN: "base"})]
         source = study.user_attrs.get(names.WARM_START)
         if source is not None:
             opening += _warm_tickets(store, source, spec, base)
         return opening
 
-    return counting.fill(store, store.get_study_id_from_name(study.study_name), n_trials, first)
+    study_id = store.get_study_id_from_name(study.study_name)
+    return counting.fill(store, study_id, wanted, first, withdraw=n_trials is not None)
 
 
 def _warm_tickets(store: Store, source: str, spec: StudySpec, base: dict[str, Any]) -> list[FrozenTrial]:
     tickets: list[FrozenTrial] = []
     seen = [base]
-    for trial in counting.ranked(get_study(store, source).get_trials(deepcopy=False)):
+    study = get_study(store, source)
+    other = stored_spec(study)
+    for trial in counting.ranked(study.get_trials(deepcopy=False)):
+        values = dict(leaves(other.config(trial.params).model_dump(mode="json")))
         params: dict[str, Any] = {}
         for path, dimension in spec.space.items():
             if dimension.active(params):
-                value = trial.params.get(path, base.get(path))
+                value = values.get(path, base.get(path))
                 if value is None or not dimension.contains(value):
                     value = base.get(path)
                 if value is None:

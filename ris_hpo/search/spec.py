@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
@@ -19,8 +19,21 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import Trial
 from pydantic import Field, model_validator
 
-from ris_hpo.config import Spec, dotted_keys, fingerprint, suggestion
+from ris_hpo.config import (
+    SCHEMA,
+    SCHEMA_KEY,
+    Spec,
+    defaults_of,
+    differing,
+    dotted_keys,
+    filled,
+    fingerprint,
+    migrated,
+    stored_defaults,
+    suggestion,
+)
 from ris_hpo.errors import ConfigError, SpaceError
+from ris_hpo.programs.program import load_program
 
 if TYPE_CHECKING:
     from ris_hpo.training.config import RunConfig
@@ -186,19 +199,33 @@ class StopSpec(Spec):
 class StudySpec(Spec):
     """One study: what is searched, from which base, by which sampler and pruner, within which budget."""
 
+    settings = "study"
+
     name: str = Field(pattern=NAME)
     description: str = ""
     kind: Literal["training", "inference"] = "training"
+    program: str | None = Field(default=None, description="module of a training program of your own")
     seed: int = Field(default=0, ge=0, lt=2**32)
     objective: Literal["network", "pipeline"] = "network"
     cost: Literal["parameters", "seconds"] = Field(default="parameters", description="second objective of nsga2")
     base: dict[str, Any] = Field(default_factory=dict)
     space: dict[str, Dimension] = Field(min_length=1)
+    base_schema: int = Field(
+        default=SCHEMA, ge=0, le=SCHEMA, description="schema version of the keys in base and space; the others move on"
+    )
     sampler: SamplerSpec = SamplerSpec()
     pruner: PrunerSpec = PrunerSpec()
     budget: StudyBudget = StudyBudget()
     retries: RetrySpec = RetrySpec()
     stop: StopSpec = StopSpec()
+
+    @classmethod
+    def from_stored(cls, tree: Mapping[str, Any], source: str) -> Self:
+        """Read a study as it was stored, in this version or in an older one; see ``Spec.from_stored``.
+
+        Base and space keep the keys they were written with, since trials of the study have parameters of these names.
+        """
+        return cls.parse({"base_schema": tree.get(SCHEMA_KEY, 0), **migrated(tree, cls.settings, source)}, source)
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:
@@ -213,7 +240,7 @@ class StudySpec(Spec):
                 for value in values:
                     if not self.space[parent].contains(value):
                         raise ValueError(f"'{path}' waits for '{parent}' = {value!r}, which is not in its range")
-            if path in self.base and not dimension.contains(self.base[path]):
+            if path in self.base and not dimension.when and not dimension.contains(self.base[path]):
                 raise ValueError(f"base value {self.base[path]!r} of '{path}' lies outside its range")
             seen.append(path)
         if self.sampler.name == "nsga2" and self.pruner.name != "none":
@@ -231,9 +258,25 @@ class StudySpec(Spec):
         return ["k_loc", self.cost] if self.sampler.name == "nsga2" else ["k_loc"]
 
     def space_fingerprint(self) -> str:
-        """Fingerprint of what makes two trials comparable: base, space, objective, number of objectives."""
-        tree = self.model_dump(mode="json", include={"kind", "base", "space", "objective"})
-        return fingerprint({**tree, "metrics": self.metric_names})
+        """Fingerprint of what makes two trials comparable: program, base, space, objective, number of objectives."""
+        tree = self.model_dump(mode="json", include={"kind", "program", "objective"}, exclude_none=True)
+        if self.program is None:
+            defaults = stored_defaults(self.base_schema, self.kind)
+        else:
+            defaults = defaults_of(self.config_type())
+        base = differing(self._nested(self.base), defaults)
+        space = {path: dimension.fingerprint() for path, dimension in self.space.items()}
+        return fingerprint({**tree, "base": base, "space": space, "metrics": self.metric_names})
+
+    def whole(self, config_type: type[Spec] | None = None) -> StudySpec:
+        """Return this study with every value of its base stated, so that it means the same when defaults change.
+
+        The seed stays out unless the study fixes it, since every trial has its own.
+        """
+        values = dict(leaves(self._base_config(config_type or self.config_type())))
+        if "seed" not in self.base:
+            values.pop("seed", None)
+        return self.replaced({"base": values})
 
     def with_epochs(self, epochs: int) -> StudySpec:
         """Return this study with trials of ``epochs`` times ``budget.epoch_scenes`` scenes."""
@@ -243,7 +286,7 @@ class StudySpec(Spec):
 
     def with_base(self, changes: Mapping[str, Any]) -> StudySpec:
         """Return this study with base values replaced."""
-        return self.parse({**self.model_dump(mode="json"), "base": {**self.base, **changes}}, self.name)
+        return self.replaced({"base": {**self.base, **changes}})
 
     def suggest(self, trial: Trial) -> dict[str, Value]:
         """Ask the study's sampler for every active dimension, parents first."""
@@ -266,7 +309,12 @@ class StudySpec(Spec):
         return params
 
     def config(
-        self, params: Mapping[str, Value], root: int | None = None, config_type: type[Spec] | None = None
+        self,
+        params: Mapping[str, Value],
+        root: int | None = None,
+        config_type: type[Spec] | None = None,
+        *,
+        seed: int | None = None,
     ) -> RunConfig:
         """Return the frozen run configuration of a trial, the very one ``export`` writes.
 
@@ -274,14 +322,85 @@ class StudySpec(Spec):
             params: parameters of the trial; a dimension that is absent keeps its base value.
             root: number of the first trial of its line; the seed is derived from it. None keeps the base's seed.
             config_type: another configuration class, for tests.
+            seed: the seed that the trial was given before, since the study's may have been changed meanwhile.
 
         Raises:
             ConfigError: an unknown key or a value out of bounds.
         """
-        changes = {**self.base, **params}
-        if root is not None and "seed" not in self.base:
-            changes["seed"] = derived_seed(self.seed, root, "run")
-        return cast("RunConfig", (config_type or _run_config(self.kind)).parse({}).replaced(changes))
+        kind = config_type or self.config_type()
+        values = self._values(params, root, seed)
+        if self.base_schema == SCHEMA:
+            return cast("RunConfig", kind.parse({}).replaced(values))
+        return cast("RunConfig", kind.from_stored(self._stored_config(values), f"study '{self.name}'"))
+
+    def ran(
+        self,
+        recorded: str,
+        params: Mapping[str, Value],
+        root: int | None = None,
+        config_type: type[Spec] | None = None,
+        *,
+        seed: int | None = None,
+    ) -> bool:
+        """Say whether a trial of these parameters had the configuration of this fingerprint.
+
+        Args:
+            recorded: fingerprint of the run configuration, as this version or an older one recorded it.
+            params: as for ``config``.
+            root: as for ``config``.
+            config_type: as for ``config``.
+            seed: as for ``config``.
+        """
+        kind = config_type or self.config_type()
+        if self.base_schema == SCHEMA:
+            return self.config(params, root, kind, seed=seed).fingerprint() == recorded
+        tree = self._stored_config(self._values(params, root, seed))
+        return kind.is_fingerprint_of(recorded, tree, f"study '{self.name}'")
+
+    def _values(self, params: Mapping[str, Value], root: int | None, seed: int | None) -> dict[str, Any]:
+        values = {**self.base, **params}
+        if seed is not None:
+            values["seed"] = seed
+        elif root is not None and "seed" not in self.base:
+            values["seed"] = derived_seed(self.seed, root, "run")
+        return values
+
+    def _base_config(self, kind: type[Spec]) -> dict[str, Any]:
+        """The base configuration, whole, in the keys of the study's own schema version."""
+        if self.base_schema == SCHEMA or kind.settings is None:
+            return self.config({}, config_type=kind).model_dump(mode="json")
+        self.config({}, config_type=kind)  # refuses what this version cannot run
+        return filled(self._nested(self.base), stored_defaults(self.base_schema, kind.settings))
+
+    def _stored_config(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """A run configuration as it is stored, in the study's own schema version."""
+        return {SCHEMA_KEY: self.base_schema, **self._nested(values)}
+
+    @staticmethod
+    def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+        tree: dict[str, Any] = {}
+        for path, value in values.items():
+            *parents, leaf = path.split(".")
+            node = tree
+            for part in parents:
+                node = node.setdefault(part, {})
+                if not isinstance(node, dict):
+                    raise ConfigError(f"'{path}' and '{part}' cannot both have a value")
+            node[leaf] = value
+        return tree
+
+    def config_type(self) -> type[Spec]:
+        """Return the class of the trials' run configurations."""
+        # imported late: a supervisor or a status query reads studies without paying for torch
+        if self.program is not None:
+            return load_program(self.program).config
+        if self.kind == "inference":
+            from ris_hpo.programs.inference import RunConfig as InferenceRun
+
+            return InferenceRun
+        from ris_hpo.training.config import RunConfig
+
+        return RunConfig
 
     def base_params(self, config_type: type[Spec] | None = None) -> dict[str, Value]:
         """Return the base configuration as parameters of this space.
@@ -289,7 +408,8 @@ class StudySpec(Spec):
         Raises:
             SpaceError: a base value outside its dimension.
         """
-        tree = self.config({}, config_type=config_type).model_dump(mode="json")
+        kind = config_type or self.config_type()
+        tree = self._base_config(kind)
         params: dict[str, Value] = {}
         for path, dimension in self.space.items():
             if not dimension.active(params):
@@ -297,7 +417,7 @@ class StudySpec(Spec):
             value: Any = tree
             for part in path.split("."):
                 if not isinstance(value, dict) or part not in value:
-                    known = list(dotted_keys(self.config({}, config_type=config_type)))
+                    known = list(dotted_keys(self.config({}, config_type=kind)))
                     raise SpaceError(f"study '{self.name}': unknown key '{path}'{suggestion(path, known)}")
                 value = value[part]
             if not dimension.contains(value) and dimension.choices is None and isinstance(value, float):
@@ -316,16 +436,15 @@ class StudySpec(Spec):
         Raises:
             SpaceError: one line that names the key and what the run configuration said.
         """
-        kind = config_type or _run_config(self.kind)
+        kind = config_type or self.config_type()
         try:
-            base = self.config({}, config_type=kind)
             reference = self.base_params(kind)
             for path, dimension in self.space.items():
                 for value in dimension.edges():
                     # where it is conditional and off in the base, its parents are set so that it counts
                     off = path not in reference
                     parents = {parent: values[0] for parent, values in dimension.when.items()} if off else {}
-                    base.replaced({**parents, path: value})
+                    self.config({**parents, path: value}, config_type=kind)
             generator = random.Random(0)
             for _ in range(_PROBES):
                 params: dict[str, Value] = {}
@@ -345,12 +464,10 @@ def derived_seed(seed: int, number: int, purpose: str) -> int:
     return int.from_bytes(digest[:4], "big") & 0x7FFF_FFFF
 
 
-def _run_config(kind: str) -> type[Spec]:
-    # imported late: a supervisor or a status query reads studies without paying for torch
-    if kind == "inference":
-        from ris_hpo.programs.inference import RunConfig as InferenceRun
-
-        return InferenceRun
-    from ris_hpo.training.config import RunConfig
-
-    return RunConfig
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value of nested tables with its dotted path."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -75,7 +75,7 @@ INHERITED_STEP: Final = "inherited_step"
 
 # -- study attributes ------------------------------------------------------------------------------------------------
 SPEC: Final = "spec"
-"""The ``StudySpec`` as JSON types: all that a worker needs besides the store's address."""
+"""``StudySpec.stored()``, its base stated whole: all that a worker needs besides the store's address."""
 SPACE_FINGERPRINT: Final = "space_fingerprint"
 SCORE_VERSION: Final = "score_version"
 PROOF: Final = "proof"
@@ -87,6 +87,8 @@ FORKED_FROM: Final = "forked_from"
 WARM_START: Final = "warm_start"
 REFERENCE: Final = "reference"
 """Scores of the floor and of the ``ml`` estimator on the study's frozen scenes: what a network has to beat."""
+CHANGES: Final = "changes"
+"""What was changed after the study was made: ``[{"time": ..., "key": ..., "old": ..., "new": ...}, ...]``."""
 WINNER: Final = "winner"
 """Re-evaluation of the best configurations on fresh seeds and scenes, with its verdict."""
 

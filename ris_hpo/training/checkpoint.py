@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ris_hpo.atomic import make_folder, replacing
-from ris_hpo.errors import CheckpointError, OutputError
+from ris_hpo.errors import CheckpointError, ConfigError, OutputError
 from ris_hpo.learning.network import Network
 from ris_hpo.learning.weights import load_weights
 from ris_hpo.physics.device import find_device
@@ -82,7 +82,7 @@ def restoring(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, ConfigError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise CheckpointError(f"{path}: not the state of such a run ({reason}); use another directory") from error
 
@@ -99,7 +99,7 @@ def load_network(path: Path, device: str = "cpu") -> tuple[Network, RunConfig]:
     tensors, state = read(file)
     if "config" not in state:
         raise CheckpointError(f"{file}: holds no run configuration; not a checkpoint of a network")
-    config = RunConfig.parse(state["config"], source=str(file))
+    config = RunConfig.from_stored(state["config"], str(file))
     network = Network(config.network)
     weights = {name.removeprefix("network."): value for name, value in tensors.items()}
     load_weights(network, weights, str(file))

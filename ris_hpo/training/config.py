@@ -86,6 +86,8 @@ class PhaseSpec(Spec):
 class RunConfig(Spec):
     """Everything a run depends on; two runs with one fingerprint and one thread count are bit-identical on a CPU."""
 
+    settings = "training"
+
     seed: int = Field(0, ge=0, lt=2**63)
     scene: SceneSpec = SceneSpec()
     network: NetworkSpec = NetworkSpec()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from pydantic import Field
 
 from ris_hpo.atomic import write_text
-from ris_hpo.config import Spec, read_toml, to_toml
+from ris_hpo.config import SCHEMA_KEY, Spec, migrated, read_toml, to_toml
 from ris_hpo.errors import ConfigError
+from ris_hpo.physics.scene import SceneSpec
 from ris_hpo.training.config import RunConfig
 
 FORMAT: Final = 1
@@ -62,7 +64,7 @@ def write_config(found: Exported, out: Path, *, form: Literal["toml", "json"] | 
     Raises:
         OutputError: the folder is missing or not writable.
     """
-    tree = found.config.model_dump(mode="json")
+    tree = found.config.stored()
     if found.provenance is not None:
         tree[PROVENANCE] = found.provenance.model_dump(mode="json", exclude_none=True)
     if (form or out.suffix.removeprefix(".")) == "json":
@@ -75,16 +77,35 @@ def write_config(found: Exported, out: Path, *, form: Literal["toml", "json"] | 
 def load_config(path: Path) -> Exported:
     """Read a configuration file, exported or written by hand, TOML or (by its suffix) JSON.
 
+    A file that states no schema version was exported before there were any, or is by hand and in this version's keys.
+
     Raises:
         ConfigError: missing, malformed, an unknown key, a value out of bounds, or provenance of another configuration.
     """
     tree = _read_json(path) if path.suffix == ".json" else read_toml(path)
-    told = tree.pop(PROVENANCE, None)
-    config = RunConfig.parse(tree, source=str(path))
-    if told is None:
+    origin = tree.pop(PROVENANCE, None)
+    config = RunConfig.parse(_current(tree, origin is not None, path), source=str(path))
+    if origin is None:
         return Exported(config=config)
-    provenance = Provenance.parse(told, source=f"{path}: {PROVENANCE}")
+    provenance = Provenance.parse(origin, source=f"{path}: {PROVENANCE}")
+    if RunConfig.is_fingerprint_of(provenance.config_fingerprint, tree, str(path)):  # an older version's, perhaps
+        provenance = provenance.replaced({"config_fingerprint": config.fingerprint()})
     return Exported(config=config, provenance=provenance)
+
+
+def load_scene(path: Path) -> SceneSpec:
+    """Read the scene table of a configuration file, TOML; the defaults where it has none.
+
+    Raises:
+        ConfigError: as ``load_config``.
+    """
+    tree = read_toml(path)
+    exported = tree.pop(PROVENANCE, None) is not None
+    return SceneSpec.parse(_current(tree, exported, path).get("scene", {}), source=f"{path}: scene")
+
+
+def _current(tree: Mapping[str, Any], exported: bool, path: Path) -> Mapping[str, Any]:
+    return migrated(tree, RunConfig.settings, str(path)) if exported or SCHEMA_KEY in tree else tree
 
 
 def is_unchanged(found: Exported) -> bool:

@@ -508,7 +508,7 @@ class Trainer:
     def _origin(self) -> dict[str, Any]:
         """What every checkpoint says of where it comes from."""
         return {
-            "config": self.config.model_dump(mode="json"),
+            "config": self.config.stored(),
             "fingerprint": self.config.fingerprint(),
             "score_version": SCORE_VERSION,
             "torch": torch.__version__,
@@ -516,9 +516,10 @@ class Trainer:
         }
 
     def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        if state["fingerprint"] != self.config.fingerprint():
+        made_for = RunConfig.from_stored(state["config"], str(self.directory / LAST))
+        if made_for != self.config:
             raise CheckpointError(
-                f"{self.directory / LAST}: belongs to configuration {state['fingerprint']}, "
+                f"{self.directory / LAST}: belongs to configuration {made_for.fingerprint()}, "
                 f"not {self.config.fingerprint()}; use another directory"
             )
 

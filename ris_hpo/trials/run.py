@@ -209,7 +209,8 @@ class _Attempt:
     def run(self) -> Outcome:
         seat, trial = self.seat, self.trial
         params = seat.spec.suggest(trial)
-        config: Any = seat.spec.config(params, self.root, seat.program.config)
+        seed = trial.user_attrs.get(names.SEED)  # of a trial that was begun before, whatever the study's seed is now
+        config: Any = seat.spec.config(params, self.root, seat.program.config, seed=seed)
         seat.store.mark(
             self.study_id,
             trial.number,

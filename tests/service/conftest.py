@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,12 +18,13 @@ from tests.postgres import Postgres
 
 HERE = Path(__file__).parent
 DOUBLE = "double"
+sys.path.append(str(HERE))  # where the double is found
 
 
 def study_tree(**changes: object) -> dict[str, object]:
     """Return the tables of a small study of the test double."""
     tree: dict[str, object] = {
-        "study": {"seed": 7},
+        "study": {"seed": 7, "program": DOUBLE},
         "base": {"budget": {"scenes": 800, "validate_every": 100}},
         "space": {
             "shape.x": {"low": 0.0, "high": 1.0},
@@ -71,6 +73,5 @@ def sqlite_store(tmp_path: Path) -> Iterator[Store]:
 
 
 @pytest.fixture
-def program(monkeypatch: pytest.MonkeyPatch) -> Program:
-    monkeypatch.syspath_prepend(str(HERE))
+def program() -> Program:
     return load_program(DOUBLE)

@@ -20,7 +20,7 @@ from ris_hpo.results.replay import replay
 from ris_hpo.scoring.k_loc import WORST_K_LOC
 from ris_hpo.search import counting
 from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget, get_study, status, stored_spec
-from ris_hpo.search.spec import StopSpec, StudySpec
+from ris_hpo.search.spec import StopSpec, StudySpec, derived_seed
 from ris_hpo.store import attributes as names
 from ris_hpo.store.attributes import Cause
 from ris_hpo.store.cache import Store
@@ -386,10 +386,119 @@ def test_another_space_is_refused_and_a_fork_offered(sqlite_store: Store, progra
         create_or_resume_study(sqlite_store, other, score_version=1, fork="unit-2")
 
 
-def test_sampler_pruner_and_stop_rules_may_change(sqlite_store: Store, program: Program) -> None:
+def test_a_study_keeps_what_it_was_made_with(sqlite_store: Store, program: Program) -> None:
+    notes: list[str] = []
+    first = begin(sqlite_store, make_spec(study={"seed": 5}, stop={"target": 1.5}), program, 2)
+    other = make_spec(study={"seed": 6}, sampler={"name": "random"}, pruner={"reduction": 4})
+    study = create_or_resume_study(sqlite_store, other, score_version=1, note=notes.append)
+    assert stored_spec(study) == stored_spec(first)
+    assert names.CHANGES not in study.user_attrs
+    assert notes == [
+        "study 'unit' keeps what it was made with: seed 5 (the file has 6), "
+        'sampler.name "tpe" (the file has "random"), '
+        "pruner.reduction 3 (the file has 4), stop.target 1.5 (the file has null)"
+    ]
+
+
+def test_a_resume_changes_what_is_named_and_records_it(sqlite_store: Store, program: Program) -> None:
     begin(sqlite_store, make_spec(), program, 2)
-    study = begin(sqlite_store, make_spec(sampler={"name": "random"}, stop={"target": 1.5}), program, 2)
-    assert stored_spec(study).sampler.name == "random"
+    notes: list[str] = []
+    named = {"sampler.name": "random", "stop.target": 1.5, "seed": 7}  # 7 is the seed that it has
+    for _ in range(2):  # a second time there is nothing left to change
+        study = create_or_resume_study(sqlite_store, make_spec(), changes=named, score_version=1, note=notes.append)
+        spec = stored_spec(study)
+        assert (spec.sampler.name, spec.stop.target, spec.sampler.startup) == ("random", 1.5, 5)
+    recorded = [(change["key"], change["old"], change["new"]) for change in study.user_attrs[names.CHANGES]]
+    assert recorded == [("sampler.name", "tpe", "random"), ("stop.target", None, 1.5)]
+    assert all(change["time"] for change in study.user_attrs[names.CHANGES])
+    changed = [sentence for sentence in notes if "from now on" in sentence]
+    assert changed == [
+        "study 'unit': sampler.name was 'tpe', is 'random' from now on",
+        "study 'unit': stop.target was None, is 1.5 from now on",
+    ]
+
+
+def test_a_resume_takes_the_file_when_asked_to(sqlite_store: Store, program: Program) -> None:
+    begin(sqlite_store, make_spec(), program, 2)
+    edited = make_spec(
+        study={"seed": 6},
+        sampler={"startup": 9},
+        pruner={"warmup_scenes": 50},
+        budget={"trial_timeout_s": 5.0, "n_trials": 9},
+    )
+    study = create_or_resume_study(sqlite_store, edited, update=True, score_version=1)
+    spec = stored_spec(study)
+    assert (spec.sampler.startup, spec.pruner.warmup_scenes, spec.budget.trial_timeout_s) == (9, 50, 5.0)
+    assert (spec.seed, spec.budget.n_trials) == (7, 20)  # these have options of their own
+
+
+def test_a_sampler_with_another_number_of_objectives_is_refused(sqlite_store: Store, program: Program) -> None:
+    study = begin(sqlite_store, make_spec(), program, 2)
+    before = study.user_attrs
+    with pytest.raises(SpaceError, match=r"minimises k_loc, the sampler nsga2 k_loc and parameters; add --fork"):
+        create_or_resume_study(
+            sqlite_store, make_spec(), changes={"sampler.name": "nsga2", "pruner.name": "none"}, score_version=1
+        )
+    assert get_study(sqlite_store, "unit").user_attrs == before
+
+
+def test_joining_withdraws_nothing(sqlite_store: Store, program: Program) -> None:
+    spec = make_spec(budget={"n_trials": 4})
+    study = create_or_resume_study(sqlite_store, spec, changes={"budget.n_trials": 8}, score_version=1)
+    assert fill_budget(sqlite_store, study, 8) == 8
+    joined = create_or_resume_study(sqlite_store, spec, score_version=1)
+    assert fill_budget(sqlite_store, joined) == 0
+    assert counting.tally(joined.get_trials()).waiting == 8
+    # one that read the smaller total before it was raised
+    assert counting.fill(sqlite_store, sqlite_store.get_study_id_from_name("unit"), 4, list, withdraw=False) == 0
+    assert counting.tally(joined.get_trials()).waiting == 8
+
+
+def test_a_trial_keeps_its_seed_when_the_study_gets_another(
+    sqlite_store: Store, program: Program, tmp_path: Path
+) -> None:
+    study = begin(sqlite_store, make_spec(), program, 3)
+    work(sqlite_store, study, tmp_path, max_trials=1)
+    work(sqlite_store, study, tmp_path, stop=CountedStop(4))  # the second one goes back half-way
+    create_or_resume_study(sqlite_store, make_spec(), changes={"seed": 8}, score_version=1)
+    study = get_study(sqlite_store, "unit")
+    halfway = study.get_trials()[1]
+    assert halfway.state == TrialState.WAITING
+    assert halfway.intermediate_values
+    work(sqlite_store, study, tmp_path)
+    seeds = [trial.user_attrs[names.SEED] for trial in study.get_trials()]
+    assert seeds == [derived_seed(7, 0, "run"), derived_seed(7, 1, "run"), derived_seed(8, 2, "run")]
+    for number in range(3):
+        report = replay(sqlite_store, "unit", number, program=program)
+        assert report.identical
+        assert report.fingerprint_agrees
+
+
+def test_a_base_that_a_new_default_would_change_is_refused(
+    sqlite_store: Store, program: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As after an upgrade: the study goes on as it was made, and a file that would mean something else is not taken."""
+    study = begin(sqlite_store, make_spec(), program, 2)
+    fields = program.config.model_fields
+    shape = fields["shape"].default.replaced({"depth": 3})
+    monkeypatch.setattr(fields["shape"], "default", shape)
+    program.config.model_rebuild(force=True)
+    try:
+        assert program.config().shape.depth == 3
+        with pytest.raises(
+            SpaceError, match=r"made with shape.depth = 2, the default of this version is 3; .*--set shape"
+        ):
+            create_or_resume_study(sqlite_store, make_spec(), score_version=1)
+        create_or_resume_study(sqlite_store, make_spec(base={"shape": {"depth": 2}}), score_version=1)
+        work(sqlite_store, study, tmp_path)
+        spec = stored_spec(study)
+        base: Any = spec.config({})
+        assert base.shape.depth == 2
+    finally:
+        monkeypatch.undo()
+        program.config.model_rebuild(force=True)
+    for trial in study.get_trials():
+        assert spec.ran(trial.user_attrs[names.CONFIG_FINGERPRINT], trial.params, trial.number)
 
 
 def test_unknown_studies_are_named_with_a_suggestion(sqlite_store: Store, program: Program) -> None:
