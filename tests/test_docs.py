@@ -13,6 +13,7 @@ import pytest
 import typer
 import yaml
 
+import ris_hpo
 from ris_hpo.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -86,6 +87,43 @@ def test_links_of_the_documents_lead_somewhere() -> None:
     for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
         for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", (ROOT / name).read_text()):
             assert (ROOT / target).exists(), f"{name}: {target}"
+
+
+def names_in(module: Path) -> set[str]:
+    """Every function and class of a module, methods as ``Class.method``."""
+    found: set[str] = set()
+    for node in ast.parse(module.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
+    return found
+
+
+def test_the_map_of_the_code_leads_to_what_is_there() -> None:
+    guide = (ROOT / "CONTRIBUTING.md").read_text().partition("## Map of the code")[2].partition("\n## ")[0]
+    for path in re.findall(r"`((?:ris_hpo|studies|tests)/[^`]*)`", guide):
+        assert (ROOT / path).exists(), path
+    steps = re.findall(r"^\| `(ris_hpo/\S+\.py)` \| `([\w.]+)` \|", guide, re.MULTILINE)
+    assert len(steps) > 25
+    for path, name in steps:
+        assert name in names_in(ROOT / path), f"{path}: {name}"
+
+
+def test_the_map_of_the_code_has_every_folder_in_the_order_of_imports() -> None:
+    layers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
+    order = {name: place for place, layer in enumerate(layers) for name in layer.split(" | ")}
+    table = (ROOT / "CONTRIBUTING.md").read_text().partition("Three trips")[0]
+    rows = re.findall(r"^\| `ris_hpo/(\w+)(?:/|\.py)` \|", table, re.MULTILINE)
+    folders = {path.name for path in (ROOT / "ris_hpo").iterdir() if (path / "__init__.py").exists()}
+    assert folders <= set(rows)
+    assert [order[name] for name in rows] == sorted(order[name] for name in rows)
+
+
+def test_the_readme_names_everything_public() -> None:
+    table = README.partition("## From Python")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`[^|]*`) \|", table, re.MULTILINE)
+    assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row)) == sorted(ris_hpo.__all__)
 
 
 def test_compose_keeps_the_password_and_the_ports_to_itself() -> None:

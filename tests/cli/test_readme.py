@@ -17,7 +17,7 @@ from ris_hpo.physics.files import load_estimates
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-TOUR_HEADINGS = ("## Straight away", "## From a search to your own network")
+TOUR_HEADINGS = ("## Locate sources with the trained network", "## From a search to your own network")
 
 
 def commands(text: str) -> list[str]:
