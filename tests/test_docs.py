@@ -59,6 +59,7 @@ IMPORT_NAMES = {
     "pyyaml": "yaml",
 }
 TOOLS = {
+    "hatchling",
     "mkdocs",
     "mkdocs-material",
     "mkdocstrings",

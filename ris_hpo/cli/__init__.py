@@ -29,7 +29,6 @@ app = typer.Typer(
     name="ris-hpo",
     help="Train, search and certify networks that localise near-field sources through a reconfigurable surface.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ris_hpo.cli import display, live, options, standing
-from ris_hpo.errors import StudyError
+from ris_hpo.errors import OutputError, StudyError
 
 if TYPE_CHECKING:
     from ris_hpo.search.spec import StudySpec
@@ -412,6 +412,26 @@ def spaces(
     display.table(f"{spec.name}: {spec.description}", ["dimension", "range", "base", "when"], rows, text=range(4))
 
 
+def init(
+    name: Annotated[str, typer.Argument(help="The study to copy, as 'ris-hpo spaces' lists it.")],
+    out: Annotated[Path | None, typer.Option(help="The file to write.", show_default="studies/my-NAME.toml")] = None,
+) -> None:
+    """Copy a study file to edit."""
+    from ris_hpo.atomic import make_folder, write_text
+    from ris_hpo.search.files import load_study, study_file
+
+    source = study_file(name)
+    load_study(source)
+    target = out or Path("studies") / f"my-{source.stem}.toml"
+    if target.exists():
+        raise OutputError(f"{target}: is there already; name another --out")
+    if out is None:
+        make_folder(target.parent)
+    write_text(options.check_output(target, suffix=".toml"), source.read_text(encoding="utf-8"))
+    display.print_result(str(target))
+    display.print_note(f"next: edit it, then ris-hpo run --space {target} --n-trials 8")
+
+
 def dashboard(
     storage: Storage = None,
     host: Annotated[
@@ -493,6 +513,7 @@ def register(app: typer.Typer) -> None:
         export: "ris-hpo export --study wide --out best.toml",
         replay: "ris-hpo replay 3 --study wide",
         spaces: "ris-hpo spaces wide",
+        init: "ris-hpo init wide --out studies/mine.toml",
         dashboard: "ris-hpo dashboard --port 8080",
         doctor: "ris-hpo doctor",
     }

@@ -12,8 +12,13 @@ from ris_hpo.search.spec import Dimension, StudySpec
 
 
 def study_directories() -> list[Path]:
-    """Return the folders searched for study files, nearest first: ``./studies`` and the one beside the package."""
-    return [Path("studies"), Path(__file__).resolve().parents[2] / "studies"]
+    """Return the folders searched for study files, first found first: ``./studies``, then those that come with ris-hpo.
+
+    These lie inside the package where it was installed, and beside it in a checkout.
+    """
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "studies"
+    return [Path("studies"), inside if inside.is_dir() else package.parent / "studies"]
 
 
 def list_studies() -> dict[str, Path]:
@@ -34,6 +39,21 @@ def list_studies() -> dict[str, Path]:
     return found
 
 
+def study_file(name_or_path: str | Path) -> Path:
+    """Return the file of a study, given its name (``wide``) or the file itself (``my/space.toml``).
+
+    Raises:
+        SpaceError: unknown name, with a suggestion, or no study files at all.
+    """
+    text = str(name_or_path)
+    if text.endswith(".toml") or "/" in text:
+        return Path(text)
+    known = list_studies()
+    if text not in known:
+        raise SpaceError(f"unknown space '{text}'{suggestion(text, list(known))}")
+    return known[text]
+
+
 def load_study(name_or_path: str | Path, *, config_type: type[Spec] | None = None) -> StudySpec:
     """Read and validate a study by name (``wide``) or file (``my/space.toml``).
 
@@ -42,14 +62,7 @@ def load_study(name_or_path: str | Path, *, config_type: type[Spec] | None = Non
             a value the run configuration refuses.
         ConfigError: a file that is missing or not TOML.
     """
-    text = str(name_or_path)
-    if text.endswith(".toml") or "/" in text:
-        path = Path(text)
-    else:
-        known = list_studies()
-        if text not in known:
-            raise SpaceError(f"unknown space '{text}'{suggestion(text, list(known))}")
-        path = known[text]
+    path = study_file(name_or_path)
     spec = parse_study(read_toml(path), name=path.stem, source=str(path))
     spec.check(config_type)
     return spec
