@@ -60,30 +60,6 @@ def received_covariance(scenes: Scenes) -> Tensor:
     return scenes.y.mT @ scenes.y.conj() / scenes.y.shape[1]
 
 
-def effective_covariance(
-    predicted: Tensor, sample: Tensor | None, beta: float, *, shrinkage: float = 0.0, snr_db: Tensor | None = None
-) -> Tensor:
-    """R_eff = (1 - a) [(1 - beta) R_pred + beta R_samp] + a I, Hermitian, trace N.
-
-    Args:
-        predicted: [B, N, N], differentiated through.
-        sample: [B, N, N], taken as constant, or None for beta = 0.
-        beta: share of the sample covariance, 0..1.
-        shrinkage: a at 0 dB; with ``snr_db`` it falls as a = shrinkage / (shrinkage + (1 - shrinkage) snr).
-        snr_db: [B], or None to shrink all alike.
-    """
-    mixed = trace_normalised(predicted)
-    if sample is not None and beta > 0:
-        mixed = (1 - beta) * mixed + beta * trace_normalised(sample.detach())
-    amount = torch.full(mixed.shape[:1], shrinkage, dtype=mixed.real.dtype, device=mixed.device)
-    if snr_db is not None and shrinkage < 1:
-        snr = 10 ** (snr_db.to(amount) / 10)
-        amount = amount / (amount + (1 - amount) * snr).clamp(min=1e-12)
-    eye = torch.eye(mixed.shape[-1], dtype=mixed.dtype, device=mixed.device)
-    amount = amount[:, None, None]
-    return (1 - amount) * mixed + amount * eye
-
-
 def trace_normalised(matrix: Tensor) -> Tensor:
     """Hermitian part scaled to trace N; a matrix without trace stays zero."""
     hermitian = (matrix + matrix.mH) / 2

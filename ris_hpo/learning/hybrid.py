@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ris_hpo.config import Spec
-from ris_hpo.estimators.covariance import effective_covariance, least_squares_covariance
+from ris_hpo.estimators.covariance import least_squares_covariance
 from ris_hpo.learning.network import Outputs
 from ris_hpo.physics.scene import Scenes
 
@@ -27,16 +27,17 @@ class HybridSpec(Spec):
 
 
 class Covariances(NamedTuple):
-    """Trace-N covariances [B, N, N] complex64: R_pred, and R_eff that the loss and the localizers use."""
+    """Hermitian covariances [B, N, N] complex64 of trace N: R_pred, and R_eff that loss and localizers use."""
 
     predicted: Tensor
     effective: Tensor
 
 
 def covariances(outputs: Outputs, scenes: Scenes, spec: HybridSpec, beta: float | None = None) -> Covariances:
-    """R_pred = F F^H + sigma^2 I and R_eff = (1-a)[(1-beta) R_pred + beta R_samp] + a I.
+    """R_pred = F F^H + sigma^2 I, scaled to trace N, and R_eff = (1 - a) [(1 - beta) R_pred + beta R_samp] + a I.
 
-    The gradient flows through R_pred and never through R_samp.
+    R_samp is the least-squares sample covariance; no gradient flows through it. The share of the identity falls with
+    the SNR: a = s / (s + (1 - s) snr), s = ``shrinkage``.
 
     Args:
         outputs: what the network said.
@@ -49,20 +50,20 @@ def covariances(outputs: Outputs, scenes: Scenes, spec: HybridSpec, beta: float 
     trace = torch.view_as_real(factor).square().sum((1, 2, 3)) + elements * outputs.noise_level
     scale = elements / trace.clamp(min=1e-12)
     predicted = _plus_identity((factor * scale[:, None, None]) @ factor.mH, scale * outputs.noise_level)
-    if beta == 0 and spec.shrinkage == 0:
-        return Covariances(predicted, predicted)
+    effective = predicted
     if beta > 0:
         with torch.no_grad():
             sample = least_squares_covariance(scenes)
-        return Covariances(
-            predicted, effective_covariance(predicted, sample, beta, shrinkage=spec.shrinkage, snr_db=_snr_db(scenes))
-        )
-    snr = 10 ** (_snr_db(scenes) / 10)  # the same as effective_covariance, which would normalise once more
-    share = spec.shrinkage / (spec.shrinkage + (1 - spec.shrinkage) * snr)
-    return Covariances(predicted, _plus_identity(predicted * (1 - share)[:, None, None], share))
+        effective = (1 - beta) * effective + beta * sample
+    if spec.shrinkage > 0:
+        snr = 10 ** (_snr_db(scenes) / 10)
+        share = spec.shrinkage / (spec.shrinkage + (1 - spec.shrinkage) * snr)
+        effective = _plus_identity(effective * (1 - share)[:, None, None], share)
+    return Covariances(predicted, effective)
 
 
 def _snr_db(scenes: Scenes) -> Tensor:
+    """Received over noise power, less one, in dB [B]; within -10..40 dB."""
     received = scenes.y.detach().abs().square().mean((1, 2)) / scenes.noise_power.clamp(min=1e-38)
     return 10 * (received - 1).clamp(min=0.1, max=1e4).log10()
 

@@ -120,7 +120,7 @@ def localize(
     if spec.localizer != "polish":
         if spec.hybrid.sharpening:
             outputs = sharpened(network, scenes, outputs, spec, num_sources)
-        effective = covariances(outputs, scenes, spec.hybrid).effective
+        effective = covariances(outputs, _as_seen(network, scenes, outputs), spec.hybrid).effective
         counts = network_sources(outputs, spec, num_sources).num_sources
         form = network.spec
         return localize_covariance(

@@ -11,7 +11,6 @@ from ris_hpo.estimators.box import GridPoints, box_steering, to_box_coordinates
 from ris_hpo.estimators.covariance import (
     aic_order,
     count_from_snapshots,
-    effective_covariance,
     least_squares_covariance,
     least_squares_snapshots,
     mdl_order,
@@ -128,24 +127,6 @@ def test_orthogonal_iteration_agrees_with_the_eigendecomposition(separated):
     inside = (basis.mH @ leading).abs().square().sum((1, 2))
     torch.testing.assert_close(inside, torch.ones_like(inside), atol=1e-6, rtol=0)
     assert not basis.requires_grad
-
-
-def test_effective_covariance_is_hermitian_with_trace_n_and_differentiable_in_the_prediction():
-    generator = torch.Generator().manual_seed(0)
-    factor = torch.randn(4, 9, 2, dtype=torch.complex64, generator=generator, requires_grad=True)
-    sample = torch.randn(4, 9, 9, dtype=torch.complex64, generator=generator, requires_grad=True)
-    snr_db = torch.tensor([-10.0, 0.0, 10.0, 20.0])
-    found = effective_covariance(factor @ factor.mH, sample @ sample.mH, 0.3, shrinkage=0.2, snr_db=snr_db)
-    torch.testing.assert_close(found, found.mH)
-    torch.testing.assert_close(found.diagonal(dim1=-2, dim2=-1).real.sum(-1), torch.full((4,), 9.0))
-    found.abs().square().sum().backward()
-    assert factor.grad is not None
-    assert sample.grad is None
-    plain = effective_covariance(factor @ factor.mH, None, 0.0)
-    torch.testing.assert_close(plain, trace_normalised(factor @ factor.mH))
-    shrunk = effective_covariance(factor @ factor.mH, None, 0.0, shrinkage=0.2, snr_db=snr_db)
-    distance = (shrunk - torch.eye(9)).abs().square().sum((1, 2)) / (plain - torch.eye(9)).abs().square().sum((1, 2))
-    assert (distance.diff() > 0).all()  # the lower the SNR, the nearer to the identity
 
 
 def test_source_covariance_is_the_label(loud):
