@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ris_hpo.estimators.channel import posterior_mean_channel, split_channel
 from ris_hpo.learning.features import (
     back_projection,
     estimated_loading,
     noise_loading,
+    num_context,
     spectral_features,
     spectrum,
+    token_features,
     whiten,
 )
 from ris_hpo.physics.array import Geometry
@@ -87,3 +91,58 @@ def test_features_are_finite_on_silence(passes, noise_known):
     silent = type(scenes)(scenes.geometry, 0 * scenes.y, scenes.bs_ris_channel, scenes.ris_codes, scenes.noise_power)
     features = spectral_features(silent, GridSpec(), passes=passes, noise_known=noise_known)
     assert all(torch.isfinite(part).all() for part in features)
+
+
+def test_the_context_by_hand():
+    """Known noise: log10 of the received over noise power less one, and of L; then spread and peak of each spectrum."""
+    scenes = grid_of_cells(SceneSpec(num_snapshots=20), 3, [10.0], [2], 3)
+    grid = GridSpec(num_v=9, num_w=5, num_rho=2)
+    features = spectral_features(scenes, grid, passes=1, noise_known=True)
+    received = scenes.y.abs().square().mean((1, 2))
+    context = features.context
+    assert context.shape == (3, num_context(1, noise_known=True)) == (3, 8)
+    torch.testing.assert_close(context[:, 0], (received / scenes.noise_power - 1).log10(), rtol=1e-4, atol=1e-4)
+    assert context[:, 1].tolist() == pytest.approx([math.log10(20)] * 3)
+    y, channel = whiten(scenes, noise_loading(scenes, noise_known=True))
+    power = spectrum(scenes.geometry, back_projection(channel, scenes.ris_codes, y), grid)
+    log = (power / power.mean((1, 2, 3), keepdim=True)).log()
+    spread = log.flatten(1).std(-1)
+    torch.testing.assert_close(features.maps[:, :2], log / spread[:, None, None, None], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(features.relief, log - log.amax((1, 2, 3), keepdim=True), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(context[:, 2], spread, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(context[:, 3], (log / spread[:, None, None, None]).amax((1, 2, 3)) / 4)
+    energy, strongest = y.abs().square().sum((1, 2)), log.flatten(1).argmax(-1)
+    atoms = dictionary(scenes.geometry, grid, scenes.device).mT[strongest]
+    columns = torch.einsum("bmn,bln,bn->blm", channel, scenes.ris_codes, atoms)
+    along = (columns.conj() * y).sum(-1).abs().square() / columns.abs().square().sum(-1)
+    left = energy - along.sum(-1)
+    torch.testing.assert_close(context[:, 6], (left / energy).log(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(context[:, 7], (left / energy).log1p(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("noise_known", [True, False])
+def test_tokens_are_both_back_projections_at_unit_power(noise_known):
+    scenes = simulate(SceneSpec(), 3, range(2))
+    features = token_features(scenes, noise_known=noise_known)
+    assert features.context.shape[1] == num_context(None, noise_known=noise_known)
+    matched, whitened = (torch.complex(*part.chunk(2, -1)) for part in features.tokens.chunk(2, -1))
+    y, channel = whiten(scenes, noise_loading(scenes, noise_known=noise_known))
+    for found, z in (
+        (matched, back_projection(scenes.bs_ris_channel, scenes.ris_codes, scenes.y)),
+        (whitened, back_projection(channel, scenes.ris_codes, y)),
+    ):
+        power = z.abs().square().mean((1, 2), keepdim=True)
+        torch.testing.assert_close(found, z / power.sqrt(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_hidden_noise_brings_what_the_channel_tells_of_its_own_error():
+    """The share of the scattered part, and the logit of its gain with half the noise put down to the channel."""
+    scenes = simulate(SceneSpec(channel_error_db=(-10, -10)), 3, range(3))
+    context = token_features(scenes, noise_known=False).context
+    direct, scattered = split_channel(scenes.bs_ris_channel)
+    energies = (part.abs().square().sum((1, 2)) for part in (scattered, direct))
+    torch.testing.assert_close(context[:, 2], next(energies).log() - next(energies).log(), rtol=1e-4, atol=1e-4)
+    loading = estimated_loading(scenes)
+    torch.testing.assert_close(context[:, 0], -loading.log10())
+    _, gain = posterior_mean_channel(scenes.bs_ris_channel, (loading / 2).clamp(1e-3, 0.05))
+    torch.testing.assert_close(context[:, 3], gain.clamp(0.01, 0.99).logit(), rtol=1e-4, atol=1e-4)

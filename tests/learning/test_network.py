@@ -6,12 +6,10 @@ import pytest
 import torch
 
 from ris_hpo.errors import ConfigError, NumericalError
-from ris_hpo.estimators.counting import mixed
-from ris_hpo.estimators.maximum_likelihood import ols, order_evidence
-from ris_hpo.learning.calibration import fit_count_mixing
+from ris_hpo.estimators.maximum_likelihood import ols
 from ris_hpo.learning.hybrid import HybridSpec, covariances
-from ris_hpo.learning.inference import InferenceSpec, localize, network_sources, predict, refinement
-from ris_hpo.learning.network import Network, NetworkSpec, count_weights, large
+from ris_hpo.learning.inference import InferenceSpec, localize, network_sources, predict
+from ris_hpo.learning.network import Network, NetworkSpec, large
 from ris_hpo.physics.array import Cosines, Geometry, to_cosines
 from ris_hpo.physics.grid import GridSpec
 from ris_hpo.physics.scene import SceneSpec, grid_of_cells, simulate
@@ -75,22 +73,6 @@ def test_untrained_proposals_are_the_spectrum_maxima_and_polish_makes_them_a_loc
     assert score(plain, scenes.truth).success < score(refined, scenes.truth).success
 
 
-@pytest.mark.parametrize("localizer", ["music", "mvdr"])
-def test_covariance_localizers_run_on_the_effective_covariance(localizer, scenes):
-    torch.manual_seed(0)
-    network = Network(NetworkSpec(**SMALL))
-    found = localize(network, scenes, InferenceSpec(localizer=localizer), num_sources=scenes.truth.num_sources)
-    assert torch.equal(found.num_sources, scenes.truth.num_sources)
-
-
-def test_covariances_are_widened_and_nothing_else(scenes):
-    torch.manual_seed(0)
-    network = Network(NetworkSpec(**SMALL, residual_passes=1))
-    plain, wide = (localize(network, scenes, InferenceSpec(covariance_scale=scale)) for scale in (1.0, 2.0))
-    assert torch.equal(wide.covariance_m2, 2 * plain.covariance_m2)
-    assert torch.equal(wide.range_m, plain.range_m)
-
-
 @pytest.mark.parametrize("most", [1, 2])
 @pytest.mark.parametrize("localizer", ["polish", "music"])
 def test_fewer_sources_than_the_settings_allow(most, localizer):
@@ -131,23 +113,6 @@ def test_a_silent_scene_does_not_take_its_batch_along(scenes):
 def test_the_smallest_grid_has_fewer_cells_than_candidates(scenes):
     network = Network(NetworkSpec(**SMALL, grid=GridSpec(num_v=3, num_w=3, num_rho=1)))
     assert predict(network, scenes).v.shape == (12, 9)
-
-
-def test_fitted_mixing_counts_better_than_either_part():
-    """Cross-entropy of the count on scenes not fitted on: evidence and head mixed, evidence alone, head alone."""
-    torch.manual_seed(0)
-    network = Network(NetworkSpec(**SMALL, residual_passes=1, count_head="evidence")).eval()
-    fitting, held = (simulate(SceneSpec(), seed, range(192)) for seed in (21, 22))
-    fitted = fit_count_mixing(network, fitting, InferenceSpec())
-    outputs, truth = predict(network, held), held.truth.num_sources
-    scores = order_evidence(*refinement(network, held, InferenceSpec(), outputs), outputs.log_count)
-    posterior = mixed(scores, outputs.log_count.double(), count_weights(outputs.count_mixing))
-    nats = {
-        name: float(torch.nn.functional.cross_entropy(logits, truth))
-        for name, logits in (("both", posterior), ("evidence", -scores), ("head", outputs.log_count))
-    }
-    assert nats["both"] < min(nats["evidence"], nats["head"])
-    assert nats["both"] < fitted + 0.3  # what was learned holds on other scenes
 
 
 def test_a_second_look_finds_what_the_proposals_missed():
