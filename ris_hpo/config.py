@@ -297,6 +297,14 @@ def dotted_keys(spec: BaseModel, prefix: str = "") -> Iterator[str]:
             yield from dotted_keys(value, f"{prefix}{name}.")
 
 
+def description(spec: BaseModel, path: str) -> str:
+    """Return what a dotted key of a specification means, as its owner describes it; empty where it does not."""
+    *parents, leaf = path.split(".")
+    for name in parents:
+        spec = getattr(spec, name)
+    return type(spec).model_fields[leaf].description or ""
+
+
 def suggestion(word: str, known: list[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the nearest known word, or the choices when few, or nothing."""
     nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.6)

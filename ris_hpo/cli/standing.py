@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from ris_hpo.results.replay import ReplayReport
-    from ris_hpo.search.spec import Dimension
+    from ris_hpo.search.dimension import Dimension
     from ris_hpo.store.cache import Store
 
 SHOWN_TRIALS = 12

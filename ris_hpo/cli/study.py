@@ -101,7 +101,7 @@ def run(
     A study keeps what it was made with; run again, it changes only what the options name.
     """
     from ris_hpo.report.study_page import kept_current
-    from ris_hpo.search.files import load_study
+    from ris_hpo.search.files import checked, load_study
     from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget, find_spec, stored_spec
     from ris_hpo.search.spec import StopSpec
     from ris_hpo.store.credentials import redact
@@ -129,7 +129,7 @@ def run(
         spec = spec.with_base(base)
     if epochs_per_trial is not None:
         spec = spec.with_epochs(epochs_per_trial)
-    spec.replaced(changes).check()
+    checked(spec.replaced(changes))
     chosen = _gpus(gpus)
     if engine == "ray" and chosen:
         raise options.UsageError("--gpus LIST counts the GPUs of one machine; with --engine ray leave it out, or none")
@@ -385,6 +385,7 @@ def spaces(
     json_: options.Json = False,
 ) -> None:
     """List the studies that can be run, or the search space of one."""
+    from ris_hpo.config import description
     from ris_hpo.search.files import list_studies, load_study
 
     if name is None:
@@ -404,12 +405,13 @@ def spaces(
     if json_:
         display.print_json({**spec.model_dump(mode="json"), "space_fingerprint": spec.space_fingerprint()})
         return
-    base = spec.base_params()
+    base, config = spec.base_params(), spec.config({})
     rows = [
-        (path, standing.range_of(each), base.get(path), standing.condition_of(each))
+        (path, standing.range_of(each), base.get(path), standing.condition_of(each), description(config, path))
         for path, each in spec.space.items()
     ]
-    display.table(f"{spec.name}: {spec.description}", ["dimension", "range", "base", "when"], rows, text=range(4))
+    columns = ["dimension", "range", "base", "when", "what it is"]
+    display.table(f"{spec.name}: {spec.description}", columns, rows, text=range(5))
 
 
 def init(

@@ -26,8 +26,8 @@ from ris_hpo.training.results import Conclusion, Findings, Validation
 class InferenceBudget(Spec):
     """How many scenes a setting is scored on, and how often it is reported."""
 
-    scenes: int = Field(512, ge=1)
-    validate_every: int = Field(64, ge=1)
+    scenes: int = Field(512, ge=1, description="scenes that a setting is scored on")
+    validate_every: int = Field(64, ge=1, description="scenes between two reports")
 
     @model_validator(mode="after")
     def _check(self) -> InferenceBudget:

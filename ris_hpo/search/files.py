@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ris_hpo.config import SCHEMA, SCHEMA_KEY, Spec, read_toml, suggestion
 from ris_hpo.errors import ConfigError, SpaceError
-from ris_hpo.search.spec import Dimension, StudySpec
+from ris_hpo.search.dimension import Dimension, Value
+from ris_hpo.search.spec import StudySpec, leaves
+
+_PROBES: Final = 64
+"""Random configurations that are tried at load, since a combination may be refused where its parts are not."""
 
 
 def study_directories() -> list[Path]:
@@ -64,8 +69,49 @@ def load_study(name_or_path: str | Path, *, config_type: type[Spec] | None = Non
     """
     path = study_file(name_or_path)
     spec = parse_study(read_toml(path), name=path.stem, source=str(path))
-    spec.check(config_type)
+    return checked(spec, config_type)
+
+
+def checked(spec: StudySpec, config_type: type[Spec] | None = None) -> StudySpec:
+    """Check every dimension, alone at its edges and together at random points, against the run configuration.
+
+    Returns:
+        The study with dimensions of whole numbers only where the run configuration has whole numbers.
+
+    Raises:
+        SpaceError: one line that names the key and what the run configuration said.
+    """
+    kind = config_type or spec.config_type()
+    try:
+        spec = _with_decimal_keys(spec, kind)
+        reference = spec.base_params(kind)
+        for path, dimension in spec.space.items():
+            for value in dimension.edges():
+                # where it is conditional and off in the base, its parents are set so that it counts
+                off = path not in reference
+                parents = {parent: values[0] for parent, values in dimension.when.items()} if off else {}
+                spec.config({**parents, path: value}, config_type=kind)
+        generator = random.Random(0)
+        for _ in range(_PROBES):
+            params: dict[str, Value] = {}
+            for path, dimension in spec.space.items():
+                if dimension.active(params):
+                    params[path] = dimension.draw(generator)
+            spec.config(params, config_type=kind)
+    except SpaceError:
+        raise
+    except ConfigError as error:
+        raise SpaceError(f"study '{spec.name}': {error}") from None
     return spec
+
+
+def _with_decimal_keys(spec: StudySpec, kind: type[Spec]) -> StudySpec:
+    base = dict(leaves(spec.config({}, config_type=kind).model_dump(mode="json")))
+    space = {
+        path: dimension.for_decimal_key() if isinstance(base.get(path), float) else dimension
+        for path, dimension in spec.space.items()
+    }
+    return spec.replaced({"space": {path: dimension.model_dump() for path, dimension in space.items()}})
 
 
 def parse_study(tree: Mapping[str, Any], *, name: str, source: str) -> StudySpec:

@@ -9,13 +9,10 @@ configuration itself, so that no study fails an hour in over a misspelt key.
 from __future__ import annotations
 
 import hashlib
-import math
-import random
 from collections.abc import Iterator, Mapping
-from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import Trial
 from pydantic import Field, model_validator
 
@@ -34,165 +31,65 @@ from ris_hpo.config import (
 )
 from ris_hpo.errors import ConfigError, SpaceError
 from ris_hpo.programs.program import load_program
+from ris_hpo.search.dimension import Dimension, Value
 
 if TYPE_CHECKING:
     from ris_hpo.training.config import RunConfig
 
-Value = bool | int | float | str
-
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """What a study may be called: its trials' folders have that name, and must not lie elsewhere."""
 
-_MOST_STEPS = 1_000_000
-_PROBES = 64  # random configurations tried at load; a combination the run configuration refuses shows up here
-
-
-class Dimension(Spec):
-    """One searched key: a range (``low``, ``high``, optional ``step`` or ``log``) or ``choices``.
-
-    Integers in ``low`` and ``high`` make an integer range. ``when`` makes the dimension conditional: it is searched
-    only where every named dimension has one of the listed values, and keeps the base value elsewhere.
-    """
-
-    low: int | float | None = None
-    high: int | float | None = None
-    step: int | float | None = None
-    log: bool = False
-    choices: list[Value] | None = None
-    when: dict[str, list[Value]] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _coherent(self) -> Self:
-        for parent, values in self.when.items():
-            if not values:
-                raise ValueError(f"when waits for no value of '{parent}'")
-        if self.choices is not None:
-            if self.low is not None or self.high is not None or self.step is not None or self.log:
-                raise ValueError("choices exclude low, high, step and log")
-            if len(self.choices) < 2 or len({(type(c), c) for c in self.choices}) < len(self.choices):
-                raise ValueError("choices need two different values or more")
-            return self
-        if self.low is None or self.high is None:
-            raise ValueError("needs low and high, or choices")
-        if not self.low < self.high:
-            raise ValueError(f"low {self.low} is not below high {self.high}")
-        if self.log and (self.step is not None or self.low <= 0):
-            raise ValueError("log needs low above 0 and no step")
-        if self.step is not None:
-            if self.step <= 0:
-                raise ValueError("step must be above 0")
-            low, high, step = (Decimal(str(value)) for value in (self.low, self.high, self.step))
-            if (high - low) / step > _MOST_STEPS or (high - low) % step != 0:
-                raise ValueError(f"step {self.step} must divide {self.low}..{self.high} into {_MOST_STEPS:,} at most")
-        return self
-
-    @property
-    def is_integer(self) -> bool:
-        """Whether this is a range of whole numbers."""
-        return isinstance(self.low, int) and isinstance(self.high, int) and isinstance(self.step, int | None)
-
-    def distribution(self) -> BaseDistribution:
-        """Return the Optuna distribution."""
-        if self.choices is not None:
-            return CategoricalDistribution(self.choices)
-        assert self.low is not None
-        assert self.high is not None
-        if self.is_integer:
-            return IntDistribution(int(self.low), int(self.high), log=self.log, step=int(self.step or 1))
-        return FloatDistribution(float(self.low), float(self.high), log=self.log, step=self.step)
-
-    def contains(self, value: object) -> bool:
-        """Say whether ``value`` is one this dimension can take."""
-        if self.choices is not None:
-            return any(type(value) is type(choice) and value == choice for choice in self.choices)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return False
-        assert self.low is not None
-        assert self.high is not None
-        if not self.low <= value <= self.high:
-            return False
-        step = 1 if self.is_integer and self.step is None else self.step
-        if step is None or (self.log and not self.is_integer):
-            return True
-        steps = (value - self.low) / step
-        return math.isclose(steps, round(steps), abs_tol=1e-9)
-
-    def edges(self) -> list[Value]:
-        """Return the values where a run configuration is most likely to refuse: both ends, or every choice."""
-        if self.choices is not None:
-            return list(self.choices)
-        distribution = self.distribution()
-        assert isinstance(distribution, IntDistribution | FloatDistribution)
-        return [distribution.low, distribution.high]
-
-    def draw(self, generator: random.Random) -> Value:
-        """Return a random value of this dimension (for probing, not for searching)."""
-        distribution = self.distribution()
-        if isinstance(distribution, IntDistribution):
-            return generator.randrange(distribution.low, distribution.high + 1, distribution.step)
-        if isinstance(distribution, FloatDistribution):
-            if distribution.log:
-                return math.exp(generator.uniform(math.log(distribution.low), math.log(distribution.high)))
-            value = generator.uniform(distribution.low, distribution.high)
-            if distribution.step is None:
-                return value
-            return distribution.low + distribution.step * round((value - distribution.low) / distribution.step)
-        assert self.choices is not None
-        return generator.choice(self.choices)
-
-    def active(self, params: Mapping[str, Value]) -> bool:
-        """Say whether the conditions of this dimension hold under ``params``."""
-        return all(params.get(parent) in values for parent, values in self.when.items())
-
 
 class SamplerSpec(Spec):
-    """How new parameters are proposed. ``startup`` trials are random before a model is fitted (tpe, gp, cmaes)."""
+    """How new parameters are proposed."""
 
-    name: Literal["tpe", "gp", "cmaes", "random", "qmc", "nsga2"] = "tpe"
-    startup: int = Field(default=10, ge=1)
-    population: int = Field(default=20, ge=2, description="generation size of nsga2")
+    name: Literal["tpe", "gp", "cmaes", "random", "qmc", "nsga2"] = Field(
+        default="tpe", description="algorithm; nsga2 minimises k_loc and a cost together"
+    )
+    startup: int = Field(default=10, ge=1, description="random trials before a model is fitted: tpe, gp, cmaes")
+    population: int = Field(default=20, ge=2, description="trials in a generation of nsga2")
 
 
 class PrunerSpec(Spec):
-    """When a trial is given up. All lengths are scenes seen, so that batch sizes and phases compare.
+    """When a trial is given up. All lengths are scenes seen, so that batch sizes and phases compare."""
 
-    ``first_scenes`` is the first rung (asha, hyperband); ``reduction`` keeps one in that many; ``warmup_scenes``
-    shields the start of every trial, ``patience`` lets a trial live until that many validations brought nothing new.
-    """
-
-    name: Literal["asha", "hyperband", "median", "wilcoxon", "none"] = "asha"
-    first_scenes: int | None = Field(default=None, ge=1, description="default: one validation interval")
-    reduction: int = Field(default=3, ge=2)
-    startup: int = Field(default=5, ge=0, description="trials that end before median and wilcoxon judge")
-    warmup_scenes: int = Field(default=0, ge=0)
-    patience: int = Field(default=0, ge=0)
-    p_threshold: float = Field(default=0.1, gt=0, lt=1, description="wilcoxon")
+    name: Literal["asha", "hyperband", "median", "wilcoxon", "none"] = Field(default="asha", description="rule")
+    first_scenes: int | None = Field(
+        default=None, ge=1, description="scenes at the first rung of asha and hyperband; unset: one validation interval"
+    )
+    reduction: int = Field(default=3, ge=2, description="asha and hyperband keep one in so many trials at each rung")
+    startup: int = Field(default=5, ge=0, description="trials that end before median and wilcoxon prune any")
+    warmup_scenes: int = Field(default=0, ge=0, description="scenes before which no trial is pruned")
+    patience: int = Field(
+        default=0, ge=0, description="prune only trials without a better k_loc in so many validations; 0 prunes any"
+    )
+    p_threshold: float = Field(default=0.1, gt=0, lt=1, description="significance level of wilcoxon")
 
 
 class StudyBudget(Spec):
-    """How much a study may use. Times bound one trial: its wall clock, and the wait for its next validation."""
+    """How much a study may use."""
 
-    n_trials: int = Field(default=20, ge=1)
-    epoch_scenes: int = Field(default=20_000, ge=1, description="what --epochs-per-trial counts in")
-    trial_timeout_s: float | None = Field(default=None, gt=0)
-    stall_timeout_s: float | None = Field(default=None, gt=0)
+    n_trials: int = Field(default=20, ge=1, description="total number of trials to finish, over all runs and workers")
+    epoch_scenes: int = Field(default=20_000, ge=1, description="scenes of an epoch, for --epochs-per-trial")
+    trial_timeout_s: float | None = Field(default=None, gt=0, description="longest wall-clock time of one trial")
+    stall_timeout_s: float | None = Field(default=None, gt=0, description="longest wait for a trial's next validation")
 
 
 class RetrySpec(Spec):
-    """How often the surroundings' faults are forgiven, per line of trials without progress; a bug is never retried."""
+    """How often a trial is tried again after a fault that is not its own; a bug is never retried."""
 
-    lost_worker: int = Field(default=5, ge=0)
-    out_of_memory: int = Field(default=1, ge=0)
-    timeout: int = Field(default=1, ge=0)
+    lost_worker: int = Field(default=5, ge=0, description="losses of its worker without progress in between")
+    out_of_memory: int = Field(default=1, ge=0, description="times that memory ran out")
+    timeout: int = Field(default=1, ge=0, description="times that it took too long")
     bugs: int = Field(default=3, ge=1, description="bug failures in one run after which the study stops")
 
 
 class StopSpec(Spec):
-    """What ends a study before its budget: wall clock of one run, device hours, a score, or no progress."""
+    """What ends a study before its budget; a rule without a value is off."""
 
-    timeout_s: float | None = Field(default=None, gt=0)
-    gpu_hours: float | None = Field(default=None, gt=0)
-    target: float | None = None
+    timeout_s: float | None = Field(default=None, gt=0, description="wall-clock time of one run")
+    gpu_hours: float | None = Field(default=None, gt=0, description="device hours of all trials")
+    target: float | None = Field(default=None, description="k_loc that one trial has to reach")
     patience: int | None = Field(default=None, ge=1, description="ended trials since the best one")
 
 
@@ -201,15 +98,21 @@ class StudySpec(Spec):
 
     settings = "study"
 
-    name: str = Field(pattern=NAME)
-    description: str = ""
-    kind: Literal["training", "inference"] = "training"
+    name: str = Field(pattern=NAME, description="what the study and its folders are called")
+    description: str = Field(default="", description="one line for people")
+    kind: Literal["training", "inference"] = Field(
+        default="training", description="train networks, or tune the localizer of a trained one"
+    )
     program: str | None = Field(default=None, description="module of a training program of your own")
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    objective: Literal["network", "pipeline"] = "network"
+    seed: int = Field(default=0, ge=0, lt=2**32, description="source of the seeds of all trials and samplers")
+    objective: Literal["network", "pipeline"] = Field(
+        default="network", description="whose k_loc is minimised: the network's own estimates, or refined ones"
+    )
     cost: Literal["parameters", "seconds"] = Field(default="parameters", description="second objective of nsga2")
-    base: dict[str, Any] = Field(default_factory=dict)
-    space: dict[str, Dimension] = Field(min_length=1)
+    base: dict[str, Any] = Field(
+        default_factory=dict, description="run-configuration values other than the defaults, by dotted key"
+    )
+    space: dict[str, Dimension] = Field(min_length=1, description="what is searched, by dotted key")
     base_schema: int = Field(
         default=SCHEMA, ge=0, le=SCHEMA, description="schema version of the keys in base and space; the others move on"
     )
@@ -239,12 +142,14 @@ class StudySpec(Spec):
                     )
                 for value in values:
                     if not self.space[parent].contains(value):
-                        raise ValueError(f"'{path}' waits for '{parent}' = {value!r}, which is not in its range")
+                        raise ValueError(
+                            f"'when' of '{path}' lists {value!r} for '{parent}', which is not in its range"
+                        )
             if path in self.base and not dimension.when and not dimension.contains(self.base[path]):
                 raise ValueError(f"base value {self.base[path]!r} of '{path}' lies outside its range")
             seen.append(path)
         if self.sampler.name == "nsga2" and self.pruner.name != "none":
-            raise ValueError("nsga2 has two objectives, which no pruner can judge; set pruner.name to 'none'")
+            raise ValueError("nsga2 has two objectives, and no pruner works with two; set pruner.name to 'none'")
         return self
 
     @property
@@ -420,8 +325,8 @@ class StudySpec(Spec):
                     known = list(dotted_keys(self.config({}, config_type=kind)))
                     raise SpaceError(f"study '{self.name}': unknown key '{path}'{suggestion(path, known)}")
                 value = value[part]
-            if not dimension.contains(value) and dimension.choices is None and isinstance(value, float):
-                value = int(value) if dimension.is_integer and value.is_integer() else value
+            if dimension.is_integer and isinstance(value, float) and value.is_integer():
+                value = int(value)
             if not dimension.contains(value):
                 raise SpaceError(
                     f"study '{self.name}': base value {value!r} of '{path}' lies outside its range; "
@@ -429,33 +334,6 @@ class StudySpec(Spec):
                 )
             params[path] = value
         return params
-
-    def check(self, config_type: type[Spec] | None = None) -> None:
-        """Check every dimension, alone at its edges and together at random points, against the run configuration.
-
-        Raises:
-            SpaceError: one line that names the key and what the run configuration said.
-        """
-        kind = config_type or self.config_type()
-        try:
-            reference = self.base_params(kind)
-            for path, dimension in self.space.items():
-                for value in dimension.edges():
-                    # where it is conditional and off in the base, its parents are set so that it counts
-                    off = path not in reference
-                    parents = {parent: values[0] for parent, values in dimension.when.items()} if off else {}
-                    self.config({**parents, path: value}, config_type=kind)
-            generator = random.Random(0)
-            for _ in range(_PROBES):
-                params: dict[str, Value] = {}
-                for path, dimension in self.space.items():
-                    if dimension.active(params):
-                        params[path] = dimension.draw(generator)
-                self.config(params, config_type=kind)
-        except SpaceError:
-            raise
-        except ConfigError as error:
-            raise SpaceError(f"study '{self.name}': {error}") from None
 
 
 def derived_seed(seed: int, number: int, purpose: str) -> int:

@@ -56,8 +56,9 @@ def made_study(cli: Cli, tmp_path: Path) -> str:
     from optuna.distributions import FloatDistribution
     from optuna.trial import TrialState, create_trial
 
+    from ris_hpo.search.dimension import Dimension
     from ris_hpo.search.lifecycle import create_or_resume_study
-    from ris_hpo.search.spec import Dimension, StudySpec
+    from ris_hpo.search.spec import StudySpec
     from ris_hpo.store import attributes as names
     from ris_hpo.store.cache import ticket
     from ris_hpo.store.open import open_store

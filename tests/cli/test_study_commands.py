@@ -73,8 +73,9 @@ def test_an_empty_store_says_how_to_start(cli) -> None:
 
 
 def test_several_studies_need_a_choice(cli, made_study: str) -> None:
+    from ris_hpo.search.dimension import Dimension
     from ris_hpo.search.lifecycle import create_or_resume_study
-    from ris_hpo.search.spec import Dimension, StudySpec
+    from ris_hpo.search.spec import StudySpec
     from ris_hpo.store.open import open_store
 
     store = open_store()

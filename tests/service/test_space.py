@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ris_hpo.config import to_toml
+from ris_hpo.config import Spec, to_toml
 from ris_hpo.errors import ConfigError, SpaceError
 from ris_hpo.programs.program import Program
 from ris_hpo.results.doctor import examine
 from ris_hpo.search import files
-from ris_hpo.search.files import list_studies, load_study, parse_study
-from ris_hpo.search.spec import Dimension, derived_seed
+from ris_hpo.search.dimension import Dimension
+from ris_hpo.search.files import checked, list_studies, load_study, parse_study
+from ris_hpo.search.spec import StudySpec, derived_seed
 from tests.properties import examples
 
 from .conftest import make_spec, study_tree
@@ -53,9 +54,12 @@ def refused(tree: dict[str, Any], words: str) -> None:
             "did you mean 'shape.kind'?",
         ),
         ({"space": {"shape.depth": {"low": 1, "high": 4, "when": {"shape.kind": ["odd"]}}}}, "not in its range"),
-        ({"space": {"shape.depth": {"low": 1, "high": 4, "when": {"shape.kind": []}}}}, "no value of 'shape.kind'"),
+        (
+            {"space": {"shape.depth": {"low": 1, "high": 4, "when": {"shape.kind": []}}}},
+            "'when' lists no value for 'shape.kind'",
+        ),
         ({"base": {"shape": {"y": 99}}}, "base value 99 of 'shape.y' lies outside its range"),
-        ({"sampler": {"name": "nsga2"}}, "no pruner can judge"),
+        ({"sampler": {"name": "nsga2"}}, "no pruner works with two"),
         ({"study": {"seed": -1}}, "seed"),
         ({"base": 3}, "'base' must be a table"),
     ],
@@ -82,7 +86,47 @@ def test_an_empty_space_is_refused() -> None:
 )
 def test_the_run_configuration_has_the_last_word(changes: dict[str, Any], words: str, program: Program) -> None:
     with pytest.raises(SpaceError, match=words):
-        parse_study(study_tree(**changes), name="unit", source="unit.toml").check(program.config)
+        checked(parse_study(study_tree(**changes), name="unit", source="unit.toml"), program.config)
+
+
+def test_a_number_typed_whole_is_a_number(program: Program) -> None:
+    """The key's own type decides: of a key with decimals, 0 is 0.0 and 0..1 a range with everything between."""
+    tree = study_tree(base={"shape": {"x": 0}})
+    tree["space"] = {
+        "shape.x": {"choices": [0, 0.1, 1]},
+        "shape.y": {"choices": [1, 3], "when": {"shape.x": [0, 1]}},
+    }
+    spec = checked(parse_study(tree, name="unit", source="test"), program.config)
+    assert spec.space["shape.x"].choices == [0.0, 0.1, 1.0]
+    assert [type(choice) for choice in spec.space["shape.x"].choices or []] == [float, float, float]
+    assert [type(choice) for choice in spec.space["shape.y"].choices or []] == [int, int]
+    assert spec.base_params(program.config) == {"shape.x": 0.0, "shape.y": 3}
+    assert spec.space["shape.y"].active({"shape.x": 1.0})
+    tree["space"] = {"shape.x": {"low": 0, "high": 1}}
+    spec = checked(parse_study(tree, name="unit", source="test"), program.config)
+    assert not spec.space["shape.x"].is_integer
+    assert 0 < spec.space["shape.x"].draw(random.Random(1)) < 1
+
+
+def test_true_is_no_number() -> None:
+    dimension = Dimension(choices=[0, 1])
+    assert dimension.contains(1.0)
+    assert not dimension.contains(True)
+    assert Dimension(choices=[True, 1]).contains(True)
+    assert not Dimension(choices=[True, False], when={"a": [True]}).active({"a": 1})
+
+
+def test_every_setting_of_a_study_is_described() -> None:
+    def undescribed(spec: type[Spec]) -> list[str]:
+        found = []
+        for name, field in spec.model_fields.items():
+            if isinstance(field.default, Spec):
+                found += undescribed(type(field.default))
+            elif not field.description:
+                found.append(f"{spec.__name__}.{name}")
+        return found
+
+    assert undescribed(StudySpec) + undescribed(Dimension) == []
 
 
 def test_nested_and_dotted_tables_mean_the_same() -> None:
