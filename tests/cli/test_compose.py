@@ -51,6 +51,11 @@ def environment_of(service: str, database: str, folder: Path) -> dict[str, str]:
     return {**os.environ, **{name: values[name] for name in named}, "RIS_HPO_STORAGE_DIR": str(folder)}
 
 
+def test_what_finishes_is_not_started_again() -> None:
+    restarts = {service["command"][0]: service["restart"] for service in SERVICES.values() if "command" in service}
+    assert restarts == {"run": "on-failure", "dashboard": "unless-stopped"}
+
+
 def test_two_workers_share_a_study_exactly(database: str, tmp_path: Path) -> None:
     command = [*command_of("worker", {"SPACE": "smoke", "TRIALS": "3"}), "--gpus", "none", "--no-proof", "--json"]
     environment = environment_of("worker", database, tmp_path)
