@@ -40,7 +40,7 @@ RESULTS = Path(__file__).parent / "mutants.json"
 ROOMS = {
     "training": "tests/training",
     "learning": "tests/learning tests/training/test_step.py",
-    "scoring": "tests/scoring tests/learning",
+    "scoring": "tests/scoring",
     "trials": "tests/service/test_trials.py",
     "search": "tests/service/test_space.py tests/service/test_samplers.py tests/service/test_studies.py",
 }

@@ -27,15 +27,16 @@ FLAGS = (
 PATIENCE_S = 60
 
 
-@pytest.fixture
-def browser(tmp_path):
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory):
+    """One browser for all tests of a process, since its start takes seconds."""
     if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
         pytest.skip("needs chromium and chromedriver")
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
     options = webdriver.ChromeOptions()
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'profile'}"):
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
         options.add_argument(flag)
     options.binary_location = shutil.which("chromium")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
@@ -45,6 +46,24 @@ def browser(tmp_path):
     driver.set_script_timeout(PATIENCE_S)
     yield driver
     driver.quit()
+
+
+@pytest.fixture
+def browser(chromium):
+    """The browser without anything that the test before left in it: pages, cookies, cache, screen, console."""
+    for handle in chromium.window_handles[1:]:
+        chromium.switch_to.window(handle)
+        chromium.close()
+    chromium.switch_to.window(chromium.window_handles[0])
+    chromium.get("about:blank")
+    for command, arguments in (
+        ("Network.clearBrowserCookies", {}), ("Network.clearBrowserCache", {}),
+        ("Storage.clearDataForOrigin", {"origin": "*", "storageTypes": "all"}),
+        ("Emulation.clearDeviceMetricsOverride", {}), ("Emulation.setEmulatedMedia", {"media": "", "features": []}),
+    ):  # fmt: skip
+        chromium.execute_cdp_cmd(command, arguments)
+    chromium.get_log("browser")
+    return chromium
 
 
 @pytest.fixture(scope="session")

@@ -17,18 +17,24 @@ WINNER = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def shown(browser, tmp_path):
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
     study = make_study(trials=80)
     study.set_user_attr(names.WINNER, WINNER)
-    write_report(study, tmp_path / "report.html")
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    write_report(study, path)
+    return path
+
+
+@pytest.fixture
+def shown(browser, page):
 
     def show(width, height, mobile=False):
         browser.execute_cdp_cmd(
             "Emulation.setDeviceMetricsOverride",
             {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile},
         )
-        browser.get(f"file://{tmp_path}/report.html")
+        browser.get(f"file://{page}")
         return browser
 
     return show
@@ -68,7 +74,7 @@ def test_the_dark_form_is_dark_and_keeps_its_contrast(shown):
     assert brightness(text) > 400
 
 
-def test_it_prints_on_a_few_pages(shown, tmp_path):
+def test_it_prints_on_a_few_pages(shown):
     browser = shown(1280, 900)
     printed = browser.execute_cdp_cmd(
         "Page.printToPDF", {"paperWidth": 8.27, "paperHeight": 11.69, "printBackground": True}
