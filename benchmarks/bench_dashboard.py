@@ -108,7 +108,7 @@ def load(arguments: argparse.Namespace) -> None:
         study = optuna.create_study(storage=store, study_name="load")
         begun = time.perf_counter()
         fill(study, arguments.trials, arguments.reports)
-        write_page(study)
+        write_page(study, store, folder / "artifacts")
         print(f"filled in {time.perf_counter() - begun:.1f} s")
         for wait in (0.0, 5.0):
             site = Dashboard(open_store(url, heartbeat=None), folder / "artifacts", token=TOKEN, port=0)

@@ -124,7 +124,7 @@ def soak(address: str, folder: Path, trials: int, workers: int, seconds: float, 
     supervisor, dashboard = psutil.Process(), psutil.Process(watched.process.pid)
     begun, looks = time.monotonic(), []
     try:
-        for snapshot in kept_current(study, pool.run()):
+        for snapshot in kept_current(study, store, pool.run(), folder / "artifacts"):
             ended = snapshot.tally.ended
             pids = [view.pid for view in snapshot.workers if view.pid is not None]
             if (looks and ended < looks[-1].ended + trials / ROWS and ended < trials) or not ended or not pids:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ris_hpo.cli import display, methods, options, plots, standing
+from ris_hpo.cli import display, methods, options, standing
 from ris_hpo.errors import SceneFileError
 from ris_hpo.text import duration, file_size
 
@@ -113,7 +113,7 @@ def train(
 
     options.check_folder(out)
     if plot is not None:
-        options.check_output(plot, suffix=plots.SUFFIXES)
+        options.check_output(plot, suffix=options.PLOT_SUFFIXES)
     find_device(device)
     if replay:
         if config is None or set_ or num_scenes is not None or scenes is not None or curriculum:
@@ -139,6 +139,8 @@ def train(
         display.print_note(f"stopped at {trainer.scenes_seen:,} scenes, saved; the same command goes on")
         raise typer.Exit(options.INTERRUPTED)
     if plot is not None:
+        from ris_hpo.cli import plots
+
         plots.learning_curve(trainer.initial, trainer.history, str(out), plot)
     found = trainer.conclude()
     result = {
@@ -227,7 +229,7 @@ def evaluate(
     from ris_hpo.scoring.evaluate import evaluate as table_of
 
     if plot is not None:
-        options.check_output(plot, suffix=plots.SUFFIXES)
+        options.check_output(plot, suffix=options.PLOT_SUFFIXES)
     find_device(device)
     if estimates is not None:
         if scenes is None or checkpoint is not None or estimator is not None:
@@ -250,6 +252,8 @@ def evaluate(
     evaluation = table_of(found, batch)
     rate = None if seconds is None else len(batch) / seconds
     if plot is not None:
+        from ris_hpo.cli import plots
+
         plots.error_against_snr(evaluation, name, plot)
     if json_:
         head = {"method": name, "scenes": len(batch), "seconds": seconds, "scenes_per_second": rate}

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM, as shells have it."""
 
+PLOT_SUFFIXES = {".png", ".svg", ".pdf"}
+
 S = TypeVar("S", bound="Spec")
 Json = Annotated[bool, typer.Option("--json", help="JSON alone on stdout.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]

@@ -1,12 +1,13 @@
-"""Figures: errors against SNR beside the bound (``evaluate --plot``), the curve of a run (``train --plot``)."""
+"""Figures in files: errors against SNR beside the floor (``evaluate --plot``), a run's curve (``train --plot``)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ris_hpo.atomic import replacing
+from ris_hpo import drawing
+from ris_hpo.drawing import LIGHT
 from ris_hpo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -15,48 +16,45 @@ if TYPE_CHECKING:
     from ris_hpo.scoring.evaluate import Evaluation
     from ris_hpo.training.results import Validation
 
-SUFFIXES = {".png", ".svg", ".pdf"}
-
-_PANELS = {
-    "rmse_azimuth_deg": "RMSE azimuth, deg",
-    "rmse_elevation_deg": "RMSE elevation, deg",
-    "rmse_range_m": "RMSE range, m",
-    "success": "success",
-    "k_acc": "right number of sources",
-    "k_loc": "k_loc (lower is better)",
-}
+_FLOOR = "floor (CRB, count known)"
+_ROWS = (
+    {
+        "rmse_azimuth_deg": "RMSE azimuth, deg",
+        "rmse_elevation_deg": "RMSE elevation, deg",
+        "rmse_range_m": "RMSE range, m",
+    },
+    {"success": "success", "k_acc": "right number of sources", "k_loc": "k_loc (lower is better)"},
+)
 
 
 def error_against_snr(evaluation: Evaluation, name: str, path: Path) -> None:
-    """Draw one panel per figure, the value as a line with dots and its floor dashed; written whole or not at all.
+    """Draw one panel per score: its value in each SNR bin, and the floor dashed.
 
     Raises:
         ConfigError: scenes whose SNR is not known.
         OutputError: the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = evaluation.by_snr
     if not rows:
-        raise ConfigError("these scenes carry no SNR; nothing to draw errors against")
+        raise ConfigError("these scenes carry no SNR; there is nothing to draw errors against")
     labels = [row.label.removesuffix(" dB") for row in rows]
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(2, 3, sharex=True).flat
-    for panel, (key, title) in zip(panels, _PANELS.items(), strict=True):
-        for label, side, style in ((name, "scores", "o-"), ("floor (CRB, count known)", "floor", "k--")):
-            figures = [getattr(row, side) for row in rows]
-            if None not in figures:  # no floor without a complete truth
-                panel.plot(labels, [getattr(each, key) for each in figures], style, label=label, markersize=4)
-        if key.startswith("rmse"):
-            panel.set_yscale("log")
-        panel.set_title(title, fontsize=10)
-        panel.grid(alpha=0.3, which="both")
-    figure.supxlabel("SNR, dB", fontsize=10)
-    handles, names = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=2, frameon=False)
-    _save(figure, path)
+
+    def draw(figure: Figure) -> None:
+        upper, lower = _ROWS
+        panels = drawing.frames(figure, [*upper.values(), *lower.values()], x="SNR, dB", y="", columns=3)
+        for axes, key in zip(panels, [*upper, *lower], strict=True):
+            values = [getattr(row.scores, key) for row in rows]
+            axes.plot(values, "o-", color=LIGHT["accent"], markersize=4, label=name)
+            floor = [getattr(row.floor, key) for row in rows if row.floor is not None]
+            if len(floor) == len(rows):  # there is no floor without a complete truth
+                axes.plot(floor, "--", color=LIGHT["mark"], label=_FLOOR)
+            drawing.categories(axes, labels)
+            positive = [each for each in (*values, *floor) if each > 0]
+            if key in upper and positive:
+                drawing.logarithmic(axes, "y", 0.8 * min(positive), 1.25 * max(positive))
+        drawing.legend(figure)
+
+    drawing.write(draw, 1000, 620, path)
 
 
 def learning_curve(initial: Validation | None, history: Sequence[Validation], name: str, path: Path) -> None:
@@ -65,27 +63,16 @@ def learning_curve(initial: Validation | None, history: Sequence[Validation], na
     Raises:
         OutputError: the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     points = [*([initial] if initial is not None else []), *history]
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    score, loss = figure.subplots(1, 2)
-    scenes = [each.scenes_seen for each in points]
-    score.plot(scenes, [each.network.k_loc for each in points], "o-", label="network", markersize=4)
-    score.plot(scenes, [each.floor.k_loc for each in points], "k--", label="floor (CRB, count known)")
-    score.set_title("k_loc (lower is better)", fontsize=10)
-    score.legend(frameon=False)
-    loss.plot([each.scenes_seen for each in history], [each.loss for each in history], "o-", markersize=4)
-    loss.set_title("mean loss between validations", fontsize=10)
-    for panel in (score, loss):
-        panel.set_xlabel("scenes seen", fontsize=10)
-        panel.grid(alpha=0.3)
-    figure.suptitle(name, fontsize=10)
-    _save(figure, path)
 
+    def draw(figure: Figure) -> None:
+        titles = ["k_loc (lower is better)", "mean loss between validations"]
+        score, loss = drawing.frames(figure, titles, x="scenes seen", y="", heading=name)
+        scenes = [each.scenes_seen for each in points]
+        style: dict[str, Any] = {"color": LIGHT["accent"], "markersize": 4}
+        score.plot(scenes, [each.network.k_loc for each in points], "o-", label="network", **style)
+        score.plot(scenes, [each.floor.k_loc for each in points], "--", color=LIGHT["mark"], label=_FLOOR)
+        loss.plot([each.scenes_seen for each in history], [each.loss for each in history], "o-", **style)
+        drawing.legend(figure)
 
-def _save(figure: Figure, path: Path) -> None:
-    with replacing(path) as partial:
-        figure.savefig(partial, dpi=150)
+    drawing.write(draw, 900, 400, path)

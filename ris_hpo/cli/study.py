@@ -100,6 +100,7 @@ def run(
 
     A study keeps what it was made with; run again, it changes only what the options name.
     """
+    from ris_hpo.process import storage_directory
     from ris_hpo.report.study_page import kept_current
     from ris_hpo.search.files import checked, load_study
     from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget, find_spec, stored_spec
@@ -162,7 +163,7 @@ def run(
         pool: Any = RayPool(store, made, workers=workers, address=address, gpus=chosen is None, per_gpu=per_gpu)
     else:
         pool = LocalPool(store, made, workers=workers, gpus=chosen, per_gpu=per_gpu)
-    live.follow(kept_current(made, store, pool.run()), total)
+    live.follow(kept_current(made, store, pool.run(), storage_directory() / "artifacts"), total)
     standing.show_outcome(store, name, json_=json_)
     if pool.ending == "interrupted":
         display.print_note("interrupted; every trial is checkpointed, and the same command goes on from there")

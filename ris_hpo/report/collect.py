@@ -1,8 +1,4 @@
-"""The report of a study: everything a reader needs in one HTML file, and the same figures as JSON.
-
-``collect`` reads a study into plain values, ``as_json`` and ``as_html`` write them. The page holds its charts as SVG
-and no script at all, so it opens anywhere, prints as it looks, and stays at a few hundred kilobytes.
-"""
+"""What a report says of a study, as plain values; ``html`` writes them as a page or as JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +6,6 @@ import json
 import math
 import platform
 import statistics
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,14 +15,19 @@ from typing import Any, Final
 
 import optuna
 from optuna.distributions import BaseDistribution, distribution_to_json
-from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
-from optuna.trial import FrozenTrial, TrialState
+from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+from optuna.storages import InMemoryStorage
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from scipy import stats
 
-from ris_hpo.report import charts
+from ris_hpo.scoring.k_loc import WORST_K_LOC, finite_score
 from ris_hpo.search.counting import ranked, tally
 from ris_hpo.store import attributes as names
 from ris_hpo.store.credentials import redact
+from ris_hpo.text import short_number
 
+MIN_COMPARED: Final = 4
+MAX_COMPARED: Final = 500  # the latest; the forest's time grows faster than their number
 _PACKAGES: Final = ("ris-hpo", "torch", "optuna", "optuna-dashboard", "sqlalchemy", "numpy")
 
 
@@ -59,6 +59,40 @@ class Trial:
     started: str | None
     ended: str | None
     curve: list[tuple[int, float]]
+
+    @property
+    def ranks(self) -> bool:
+        """Whether the trial takes part in a ranking: complete, and not diverged."""
+        return self.value is not None and self.diverged is None
+
+    @property
+    def rank(self) -> tuple[float, int]:
+        """What trials are sorted by, best first."""
+        return (math.inf if self.value is None else self.value, self.number)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Scores of the ended trials at one step; importances, slices and parallel coordinates are taken from them.
+
+    Final scores would compare survivors alone: a parameter that decides which trials survive would seem to have no
+    influence, because all survivors share its value.
+
+    Attributes:
+        step: scenes seen; None where no trial reported anything on its way, so that final scores are compared.
+        values: k_loc by number of the trial.
+        complete: trials among them that were completed.
+        pruned: trials among them that were pruned.
+        diverged: trials among them that diverged; one that did so before the step counts at the worst score.
+        left_out: ended trials without a score at the step.
+    """
+
+    step: int | None
+    values: dict[int, float]
+    complete: int
+    pruned: int
+    diverged: int
+    left_out: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +128,8 @@ class Report:
     base: Trial | None
     floor: float | None
     reference: dict[str, dict[str, float | None]]
+    base_params: dict[str, Any]
+    comparison: Comparison
     importances: dict[str, float]
     importances_note: str | None
     space: dict[str, dict[str, Any]]
@@ -103,9 +139,19 @@ class Report:
     environment: dict[str, Any]
     trials: list[Trial]
 
+    def compared(self) -> list[Trial]:
+        """Return the trials that ``comparison`` has a score of, best first."""
+        values = self.comparison.values
+        return sorted((t for t in self.trials if t.number in values), key=lambda t: (values[t.number], t.number))
 
-def collect(study: optuna.Study) -> Report:
-    """Read a study, finished or not."""
+    def by_importance(self) -> list[str]:
+        """Return the names of all parameters, the most important first, then those without a share."""
+        order = sorted(self.importances, key=lambda name: -self.importances[name])
+        return order + [name for name in self.space if name not in self.importances]
+
+
+def collect(study: optuna.Study, *, with_importances: bool = True) -> Report:
+    """Read a study, finished or not; importances take seconds and can be left out."""
     stored = study.get_trials(deepcopy=False)
     frozen = [trial for trial in stored if trial.state is not TrialState.WAITING and not _withdrawn(trial)]
     attributes = study.user_attrs
@@ -115,7 +161,8 @@ def collect(study: optuna.Study) -> Report:
     by_number = {trial.number: trial for trial in trials}
     best = by_number[order[0].number] if order else None
     base = next((trial for trial in trials if trial.origin == "base" and trial.value is not None), None)
-    importances, note = _importances(study, order)
+    comparison = _comparison(trials)
+    importances, note = _importances(frozen, comparison) if with_importances else ({}, None)
     counts = tally(stored).as_dict()
     counts["diverged"] = sum(trial.diverged is not None for trial in trials)
     causes = Counter(trial.cause or "unknown" for trial in trials if trial.state == "fail")
@@ -140,6 +187,8 @@ def collect(study: optuna.Study) -> Report:
         base=base,
         floor=next((trial.floor for trial in (best, base, *trials) if trial and trial.floor is not None), None),
         reference=attributes.get(names.REFERENCE, {}),
+        base_params=next((trial.params for trial in trials if trial.origin == "base"), {}),
+        comparison=comparison,
         importances=importances,
         importances_note=note,
         space={name: _dimension(distribution) for name, distribution in _distributions(frozen).items()},
@@ -209,17 +258,55 @@ def _dimension(distribution: BaseDistribution) -> dict[str, Any]:
     return {"kind": type(distribution).__name__.removesuffix("Distribution").lower(), **tree}
 
 
-def _importances(study: optuna.Study, order: Sequence[FrozenTrial]) -> tuple[dict[str, float], str | None]:
-    if len(order) < 4:
-        return {}, f"Importances need at least 4 completed trials; there are {len(order)}."
-    values = [trial.values[0] for trial in order]
+def _comparison(trials: Sequence[Trial]) -> Comparison:
+    """Compare trials at the last step that the most of them reached: the lowest rung they share."""
+    proper = [trial for trial in trials if trial.state in ("complete", "pruned") and trial.diverged is None]
+    diverged = [trial for trial in trials if trial.diverged is not None]
+    curves = {trial.number: dict(trial.curve) for trial in [*proper, *diverged]}
+    reached = Counter(step for trial in proper for step, value in trial.curve if math.isfinite(value))
+    step = max(reached, key=lambda step: (reached[step], step)) if reached else None
+    values = {}
+    for trial in proper:
+        value = trial.value if step is None else curves[trial.number].get(step)
+        if value is not None and math.isfinite(value):
+            values[trial.number] = value
+    states = Counter(trial.state for trial in proper if trial.number in values)
+    for trial in diverged:
+        values[trial.number] = finite_score(
+            WORST_K_LOC if step is None else curves[trial.number].get(step, WORST_K_LOC)
+        )
+    return Comparison(
+        step=step,
+        values=values,
+        complete=states["complete"],
+        pruned=states["pruned"],
+        diverged=len(diverged),
+        left_out=len(proper) + len(diverged) - len(values),
+    )
+
+
+def _importances(trials: Sequence[FrozenTrial], comparison: Comparison) -> tuple[dict[str, float], str | None]:
+    """Return what share of the variance of the compared trials' ranks each parameter explains, or why nothing is said.
+
+    Functional ANOVA over a random forest (Hutter et al., ICML 2014). It sees ranks, not scores, since a few trials that
+    learned nothing would else make up most of the variance. Parameters that only some trials have are left out.
+    """
+    compared = [trial for trial in trials if trial.number in comparison.values][-MAX_COMPARED:]
+    values = [comparison.values[trial.number] for trial in compared]
+    if len(values) < MIN_COMPARED:
+        least = f"Importances need at least {MIN_COMPARED} trials with a score at the same step"
+        return {}, f"{least}; there are {len(values)}."
     if max(values) - min(values) < 1e-12:
-        return {}, "All completed trials score alike, so nothing can be said to matter."
-    target = (lambda trial: float(trial.values[0])) if len(study.directions) > 1 else None
-    with warnings.catch_warnings():  # few trials in a regime, or an explicit target: hints for an interactive user
-        warnings.simplefilter("ignore", UserWarning)
-        found = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(), target=target)
-    return {name: float(share) for name, share in found.items()}, None
+        return {}, "All trials score alike, so no parameter can be said to matter."
+    ranks = optuna.create_study(storage=InMemoryStorage())
+    ranks.add_trials(
+        [
+            create_trial(value=float(rank), params=trial.params, distributions=trial.distributions)
+            for rank, trial in zip(stats.rankdata(values), compared, strict=True)
+        ]
+    )
+    forest = FanovaImportanceEvaluator(n_trees=32, max_depth=8, seed=0)
+    return {name: float(share) for name, share in get_param_importances(ranks, evaluator=forest).items()}, None
 
 
 def _pruning(trials: Sequence[Trial]) -> Pruning:
@@ -238,16 +325,11 @@ def _pruning(trials: Sequence[Trial]) -> Pruning:
     return Pruning(len(pruned), spent, sum(saved), seconds, sum(saved) / total if total else 0.0)
 
 
-def ranks(trial: Trial) -> bool:
-    """Whether a trial takes part in a ranking: complete, and not diverged."""
-    return trial.value is not None and trial.diverged is None
-
-
 def choices(dimension: Mapping[str, Any]) -> str:
     """A dimension of the space in words: ``1e-05 to 0.01, log``."""
     if dimension["kind"] == "categorical":
         return ", ".join(str(choice) for choice in dimension["choices"])
-    text = f"{charts.number(dimension['low'])} to {charts.number(dimension['high'])}"
+    text = f"{short_number(dimension['low'])} to {short_number(dimension['high'])}"
     if dimension.get("step") not in (None, 1):
         text += f", step {dimension['step']:g}"
     return text + (", log" if dimension.get("log") else "")

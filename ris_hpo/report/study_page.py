@@ -1,21 +1,22 @@
-"""A study's own page in the dashboard: a note that says what it is and where it stands, and two plots.
+"""A study's own page in the dashboard: a note that says what the study is and how far it has come, with figures.
 
-One process keeps it, the one that runs the pool: notes have a version and no lock.
+Only the process that runs the pool writes it: the dashboard's notes have a version and no lock.
 """
 
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Iterable, Iterator
-from typing import Any, Final, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Final, TypeVar
 
 import optuna
 from optuna.artifacts import get_all_artifact_meta
 from optuna.storages import BaseStorage
-from optuna_dashboard import get_note, save_note, save_plotly_graph_object
+from optuna_dashboard import get_note, save_note
 
-from ris_hpo.report.collect import Report, Trial, choices, collect
+from ris_hpo.report.artifacts import Artifacts
+from ris_hpo.report.collect import Report, choices, collect
 
 EVERY_S: Final = 15.0
 FIGURES: Final = {
@@ -24,48 +25,58 @@ FIGURES: Final = {
     "errors.svg": "errors against SNR beside the Cramér-Rao floor",
     "scene.svg": "spectrum of one scene",
 }
-MAX_POINTS: Final = 300
+MIN_SCORED: Final = 3
+"""Completed trials from which on the study's own figures are drawn."""
+_HEADING: Final = "\n## Figures\n"
 
 Snapshot = TypeVar("Snapshot")
 
 
 def kept_current(
-    study: optuna.Study, storage: BaseStorage, snapshots: Iterable[Snapshot], every_s: float = EVERY_S
+    study: optuna.Study, storage: BaseStorage, snapshots: Iterable[Snapshot], artifacts: Path, every_s: float = EVERY_S
 ) -> Iterator[Snapshot]:
-    """Hand on a pool's snapshots, and bring the study's page up to date before, between and after them.
+    """Pass a pool's snapshots on, and bring the study's page up to date before, between and after them.
 
-    Not after an error: the store may be away, and whoever stops a run is not made to wait for a note.
+    Not after an error: the store may be unreachable, and a user who stops a run should not wait for a note.
+
+    Args:
+        study: the study.
+        storage: where it is stored, which knows its number.
+        snapshots: of its pool.
+        artifacts: folder of the artifact store, as given to the dashboard.
+        every_s: seconds between two updates.
     """
-    write_page(study, storage)
+    write_page(study, storage, artifacts)
     due = time.monotonic() + every_s
     for snapshot in snapshots:
         if time.monotonic() >= due:
-            write_page(study, storage)
+            write_page(study, storage, artifacts)
             due = time.monotonic() + every_s
         yield snapshot
-    write_page(study, storage)
+    write_page(study, storage, artifacts)
 
 
-def write_page(study: optuna.Study, storage: BaseStorage) -> bool:
-    """Write the note and the plots, if they have anything new to say; returns whether they had."""
-    report = collect(study)
-    text = note(report) + figures(study, storage, report)
-    if get_note(study) == text:
+def write_page(study: optuna.Study, storage: BaseStorage, artifacts: Path) -> bool:
+    """Write the note and the figures if anything has changed; returns whether it had."""
+    report = collect(study, with_importances=False)
+    text = note(report)
+    if get_note(study).partition(_HEADING)[0] == text:
         return False
-    save_note(study, text)
-    scored = [trial for trial in report.trials if trial.value is not None and trial.diverged is None]
-    if len(scored) >= 3:
-        chosen = sorted(scored, key=lambda trial: trial.value or 0.0)[:MAX_POINTS]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            save_plotly_graph_object(study, _cost(report, chosen), graph_object_id="score-against-cost")
-            if any(trial.pipeline for trial in chosen):
-                save_plotly_graph_object(study, _paths(report, chosen), graph_object_id="pipeline-against-network")
+    study_id = storage.get_study_id_from_name(study.study_name)
+    shown = _study_figures(study, study_id, report, artifacts)
+    if report.best is not None:
+        trial = study.get_trials(deepcopy=False)[report.best.number]
+        trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
+        metas = {meta.filename: meta.artifact_id for meta in get_all_artifact_meta(trial, storage=storage)}
+        place = f"/artifacts/{study_id}/{trial_id}"
+        found = [f"![{title}]({place}/{metas[name]})" for name, title in FIGURES.items() if name in metas]
+        shown += [f"### Trial {trial.number}", *found] if found else []
+    save_note(study, text + (_HEADING + "\n" + "\n\n".join(shown) + "\n" if shown else ""))
     return True
 
 
 def note(report: Report) -> str:
-    """The note, Markdown: command, where the study stands, and its space."""
+    """Return the note as Markdown: command, scores so far, and the search space."""
     best, base = report.best, report.base
     rows: list[tuple[str, str]] = []
     if best is not None and best.value is not None:
@@ -100,49 +111,25 @@ def note(report: Report) -> str:
     return "\n".join(lines).strip() + "\n"
 
 
-def figures(study: optuna.Study, storage: BaseStorage, report: Report) -> str:
-    """The best trial's figures as they are served, Markdown."""
-    if report.best is None:
-        return ""
-    trial = study.get_trials(deepcopy=False)[report.best.number]
-    metas = {meta.filename: meta.artifact_id for meta in get_all_artifact_meta(trial, storage=storage)}
-    study_id = storage.get_study_id_from_name(study.study_name)
-    trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
-    place = f"/artifacts/{study_id}/{trial_id}"
-    shown = [f"![{title}]({place}/{metas[name]})" for name, title in FIGURES.items() if name in metas]
-    return "\n\n".join(["", f"## Trial {trial.number}", *shown, ""]) if shown else ""
+def _study_figures(study: optuna.Study, study_id: int, report: Report, folder: Path) -> list[str]:
+    """Draw the study's own figures; returns them as Markdown."""
+    scored = [trial for trial in report.trials if trial.ranks]
+    if len(scored) < MIN_SCORED:
+        return []
+    from ris_hpo.report import study_figures  # a plotting library, which a study without scores need not load
+
+    wanted: dict[str, tuple[str, Callable[[Report], str]]] = {"cost.svg": ("score against cost", study_figures.cost)}
+    if any(trial.pipeline.get("k_loc") is not None for trial in scored):
+        wanted["paths.svg"] = ("pipeline against network", study_figures.paths)
+    files = Artifacts(study, folder)
+    for name, (_, draw) in wanted.items():
+        files.put(name, lambda draw=draw: draw(report))  # type: ignore[misc]
+    return [
+        f"![{title}](/artifacts/{study_id}/{files.identifiers[name]})"
+        for name, (title, _) in wanted.items()
+        if name in files.identifiers
+    ]
 
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
-
-
-def _cost(report: Report, trials: list[Trial]) -> Any:
-    unit = "GPU-seconds" if any(trial.gpu_seconds for trial in trials) else "core-seconds"
-    x = [round(trial.gpu_seconds or trial.core_seconds, 2) for trial in trials]
-    y = [round(trial.value or 0.0, 4) for trial in trials]
-    return _scatter(report, trials, x, y, f"Score against cost ({unit})", unit, "k_loc, network")
-
-
-def _paths(report: Report, trials: list[Trial]) -> Any:
-    both = [(trial, trial.pipeline["k_loc"]) for trial in trials if trial.pipeline.get("k_loc") is not None]
-    x = [round(trial.scores.get("k_loc") or trial.value or 0.0, 4) for trial, _ in both]
-    y = [round(pipeline, 4) for _, pipeline in both if pipeline is not None]
-    title = "Pipeline against network"
-    return _scatter(report, [trial for trial, _ in both], x, y, title, "k_loc, network", "k_loc, pipeline")
-
-
-def _scatter(
-    report: Report, trials: list[Trial], x: list[float], y: list[float], title: str, across: str, up: str
-) -> Any:
-    import plotly.graph_objects as go  # half a second that a study without completed trials need not pay
-
-    dots = go.Scatter(
-        x=x, y=y, mode="markers", text=[f"trial {trial.number}" for trial in trials], marker={"color": "#0b63a5"}
-    )
-    figure = go.Figure(dots, {"template": "none", "title": title, "xaxis": {"title": across}, "yaxis": {"title": up}})
-    marks = {"floor": (report.floor, "#7a4fb5"), "ml": (report.reference.get("ml", {}).get("k_loc"), "#b86e00")}
-    for name, (value, colour) in marks.items():
-        if value is not None:
-            figure.add_hline(y=round(value, 4), line={"color": colour, "dash": "dash"}, annotation={"text": name})
-    return figure

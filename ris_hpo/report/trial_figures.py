@@ -1,13 +1,13 @@
-"""What a person sees of one trial in the dashboard: its curve while it runs, and figures of what it found at the end.
+"""Files of one trial for the dashboard: its configuration, its curve while it runs, and figures of its result.
 
     config.toml      the run configuration, as ``train --config`` reads it
-    curve.svg        k_loc after each validation beside the floor and the ml reference; redrawn as the trial goes
+    curve.svg        k_loc after each validation beside the floor and the ml reference; redrawn as the trial runs
     counts.svg       estimated against true number of sources, network and pipeline
     errors.svg       RMSE of azimuth, elevation and range against SNR beside the Cramer-Rao floor
     scene.svg        spectrum of one fixed scene with its true and estimated sources
     telemetry.jsonl  events of the run, steps thinned out
 
-All of it is drawn from what the trial computed anyway, as text, for well under 3 % of its time.
+The figures show what the trial has computed anyway; drawing them takes about half a second.
 """
 
 from __future__ import annotations
@@ -15,30 +15,28 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import logging
 import math
-import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import optuna
 import torch
-from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upload_artifact
+from matplotlib.colors import LinearSegmentedColormap, to_rgba
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from ris_hpo.atomic import make_folder, write_text
+from ris_hpo import drawing
 from ris_hpo.config import Spec, to_toml
-from ris_hpo.errors import OutputError
+from ris_hpo.drawing import LIGHT
 from ris_hpo.learning.features import back_projection, noise_loading, whiten
 from ris_hpo.physics.array import steering
 from ris_hpo.physics.scene import Scenes
 from ris_hpo.physics.sources import Sources
-from ris_hpo.report import charts
-from ris_hpo.report.charts import Axis, Canvas, Cells, Level, Line, Marks
+from ris_hpo.report.artifacts import Artifacts
 from ris_hpo.scoring.metrics import SceneErrors, Scores, floor_errors, scene_errors
 from ris_hpo.store import attributes as names
 from ris_hpo.training import telemetry
@@ -46,30 +44,28 @@ from ris_hpo.training import telemetry
 if TYPE_CHECKING:
     from ris_hpo.training.results import Conclusion, Findings, Validation
 
-log = logging.getLogger(__name__)
-
-MIMETYPES: Final = {".toml": "application/toml", ".svg": "image/svg+xml", ".jsonl": "application/jsonl"}
 SHARE_OF_TIME: Final = 0.02
 """Redrawing the curve of a running trial may take this share of the time since it began."""
 MAX_STEPS: Final = 400
+"""Steps of the telemetry that are kept."""
 BIN_DB: Final = 5
 FLOOR_DRAWS: Final = 2
 
 _SCENE_SNR_DB: Final = 10.0
 _SCENE_SOURCES: Final = 3
 _PIXELS: Final = (61, 31, 16)  # azimuth, elevation, range
+_SPECTRUM: Final = LinearSegmentedColormap.from_list("spectrum", [to_rgba(LIGHT["accent"], a) for a in (0.0, 0.85)])
 
 
 class TrialFigures:
-    """Writes the artifacts of one trial; a trial taken up again goes on with those it has.
+    """Writes the artifacts of one trial; a trial that is resumed goes on with those it has.
 
-    A figure that cannot be written (a full disk) is logged and left out: it never costs the trial its result. Errors of
-    the trial store are not caught, since they say who owns the trial.
+    A figure that cannot be drawn or written is logged, noted in the trial's attributes, and left out.
 
     Args:
         study: the study.
         trial: the running trial.
-        directory: the trainer's directory, where telemetry stands.
+        directory: the trainer's directory, where telemetry is.
         artifacts: folder of the artifact store, as given to the dashboard.
         clock: seconds.
     """
@@ -83,13 +79,11 @@ class TrialFigures:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._study, self._trial, self._directory = study, trial, directory
-        self._folder = artifacts
         self._clock = clock
         self._begun = clock()
         self._spent = 0.0
-        self._store = _Folder(artifacts)
-        known = get_all_artifact_meta(trial)
-        self._identifiers = {meta.filename: meta.artifact_id for meta in known}
+        self._artifacts = Artifacts(trial, artifacts)
+        self._missing: dict[str, str] = {}
         self._reference = _k_loc(study.user_attrs.get(names.REFERENCE, {}).get("ml"))
 
     def begin(self, config: Spec) -> None:
@@ -107,49 +101,19 @@ class TrialFigures:
         self._put("curve.svg", lambda: curve(history, self._trial.number, self._reference))
         if conclusion is not None:
             findings = conclusion.findings
-            tables = tabulate(findings)
-            self._put("counts.svg", lambda: counts(tables, findings.network.max_sources))
-            self._put("errors.svg", lambda: errors(tables, findings.scenes))
+            tables = functools.cache(lambda: tabulate(findings))
+            self._put("counts.svg", lambda: counts(tables(), findings.network.max_sources))
+            self._put("errors.svg", lambda: errors(tables(), findings.scenes))
             self._put("scene.svg", lambda: scene(findings))
         self._put("telemetry.jsonl", lambda: events(self._directory))
 
-    def _put(self, name: str, draw: Callable[[], str]) -> None:
+    def _put(self, name: str, make: Callable[[], str]) -> None:
         begun = self._clock()
-        try:
-            self._write(name, draw())
-        except (OSError, OutputError) as error:
-            log.warning("trial %d: %s was not written (%s)", self._trial.number, name, error)
+        error = self._artifacts.put(name, make)
+        if error is not None and self._missing.get(name) != error:
+            self._missing[name] = error
+            self._trial.set_user_attr(names.FIGURES_MISSING, dict(self._missing))
         self._spent += self._clock() - begun
-
-    def _write(self, name: str, text: str) -> None:
-        known = self._identifiers.get(name)
-        if known is None:
-            make_folder(self._folder)
-            with tempfile.TemporaryDirectory(prefix=".", dir=self._folder) as scratch:
-                file = Path(scratch) / name
-                file.write_text(text, encoding="utf-8")
-                self._identifiers[name] = upload_artifact(
-                    artifact_store=self._store,
-                    file_path=str(file),
-                    study_or_trial=self._trial,
-                    mimetype=MIMETYPES[file.suffix],
-                )
-            return
-        write_text(self._folder / known, text)
-
-
-class _Folder(FileSystemArtifactStore):
-    """A folder of artifacts that takes a file as its own, where Optuna's would copy it.
-
-    A full disk is met when that file is written, before the trial is told that it has an artifact.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.folder = folder
-
-    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
-        os.replace(content_body.name, self.folder / artifact_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,93 +135,147 @@ def tabulate(findings: Findings) -> dict[str, PathErrors]:
 
 
 def curve(history: Sequence[Validation], number: int, reference: float | None = None) -> str:
-    """k_loc of the network path against scenes seen."""
-    points = [(float(validation.scenes_seen), validation.network.k_loc) for validation in history]
-    levels = [Level(history[-1].floor.k_loc, "floor")] if history else []
+    """Draw k_loc of the network path against scenes seen."""
+    scenes = [validation.scenes_seen for validation in history]
+    values = [validation.network.k_loc for validation in history]
+    levels: list[drawing.Level] = []
+    if history:
+        levels.append((history[-1].floor.k_loc, f"floor {history[-1].floor.k_loc:.2f}", "mark"))
     if reference is not None:
-        levels.append(Level(reference, "ml", "warn"))
-    low, high = charts.robust([value for _, value in points], [level.value for level in levels])
-    best = min(points, key=lambda point: point[1], default=None)
-    series: list[charts.Series] = [Line(points, label="network path")]
-    if best is not None:
-        series.append(Marks([best], "good", f"best {best[1]:.3f}"))
-    x = Axis("scenes seen", 0, 1.02 * max((step for step, _ in points), default=1.0))
-    canvas = Canvas(720, 340, f"k_loc of trial {number} (lower is better)", standalone=True)
-    return charts.plot(series, x, Axis("k_loc", low, high), canvas, levels)
+        levels.append((reference, f"ml {reference:.2f}", "warn"))
+    heading = f"k_loc of trial {number} (lower is better)"
+
+    def draw(figure: Figure) -> None:
+        room = drawing.room_for(levels)
+        (axes,) = drawing.frames(figure, x="scenes seen", y="k_loc", heading=heading, right=room)
+        axes.plot(scenes, values, "o-", color=LIGHT["accent"], markersize=4, label="network path")
+        best = min(zip(values, scenes, strict=True), default=None)
+        if best is not None:
+            ring: dict[str, Any] = {"markersize": 11, "markerfacecolor": "none", "markeredgewidth": 2}
+            axes.plot([best[1]], [best[0]], "o", color=LIGHT["good"], label=f"best {best[0]:.3f}", **ring)
+        axes.set_xlim(0, 1.02 * max(scenes, default=1))
+        axes.set_ylim(*drawing.bulk(values, 1.0))
+        drawing.legend(figure)
+        drawing.levels(axes, levels)
+
+    return drawing.as_svg(draw, 720, 340, heading, standalone=True)
 
 
 def counts(tables: Mapping[str, PathErrors], max_sources: int) -> str:
-    """Confusion of the number of sources, one matrix a path."""
-    drawn = []
+    """Draw the confusion of the number of sources, one matrix a path, each row shaded by its shares."""
     size = max_sources + 1
-    labels = [str(k) for k in range(size)]
+    titles = []
     for path, table in tables.items():
-        pairs = table.errors.num_true * size + table.errors.num_estimated
-        confusion = torch.bincount(pairs, minlength=size * size).view(size, size).tolist()
-        rows = [k for k in range(size) if sum(confusion[k])]
-        right = sum(confusion[k][k] for k in range(size)) / max(1, len(table.errors))
-        canvas = Canvas(400, 360, f"{path}: {right:.0%} of {len(table.errors)} counts right")
-        chosen = [confusion[k] for k in rows]
-        drawn.append(charts.matrix(chosen, [labels[k] for k in rows], labels, ("true sources", "estimated"), canvas))
+        right = float((table.errors.num_true == table.errors.num_estimated).double().mean())
+        titles.append(f"{path}: {right:.0%} of {len(table.errors)} counts right")
+
+    def draw(figure: Figure) -> None:
+        panels = drawing.frames(figure, titles, x="estimated sources", y="true sources")
+        for axes, table in zip(panels, tables.values(), strict=True):
+            pairs = table.errors.num_true * size + table.errors.num_estimated
+            confusion = torch.bincount(pairs, minlength=size * size).view(size, size)
+            rows = [k for k in range(size) if int(confusion[k].sum())]
+            for place, k in enumerate(rows):
+                for estimated in range(size):
+                    share = float(confusion[k, estimated] / confusion[k].sum())
+                    if not share and estimated != k:
+                        continue
+                    cell: dict[str, Any] = {
+                        "facecolor": LIGHT["good" if estimated == k else "bad"],
+                        "alpha": 0.06 + 0.75 * share,
+                    }
+                    axes.add_patch(Rectangle((estimated - 0.48, place - 0.48), 0.96, 0.96, linewidth=0, **cell))
+                    look: dict[str, Any] = {"ha": "center", "va": "center", "color": LIGHT["ink"]}
+                    axes.text(estimated, place, f"{share:.0%}", **look)
+            axes.set_xlim(-0.5, size - 0.5)
+            axes.set_ylim(len(rows) - 0.5, -0.5)
+            axes.set_xticks(range(size))
+            axes.set_yticks(range(len(rows)), [str(k) for k in rows])
+            axes.grid(visible=False)
+            axes.spines["bottom"].set_visible(False)
+
     describe = "Estimated against true number of sources, in shares of each row"
-    return charts.side_by_side(drawn, Canvas(400 * len(drawn), 360, standalone=True, describe=describe))
+    return drawing.as_svg(draw, 420 * len(tables), 360, describe, standalone=True)
 
 
 def errors(tables: Mapping[str, PathErrors], scenes: Scenes) -> str:
-    """RMSE against SNR for azimuth, elevation and range, beside the Cramer-Rao floor on the network's scenes."""
-    bound = _bound(_Frozen(scenes))
+    """Draw RMSE against SNR for azimuth, elevation and range, beside the Cramer-Rao floor on the network's scenes."""
     present = sorted(set(tables["network"].bins.tolist()))
-    labels = [f"{BIN_DB * index}..{BIN_DB * (index + 1)}" for index in present]
-    looks = {"network": ("accent", ""), "pipeline": ("good", ""), "Cramér-Rao": ("mark", "dash")}
+    labels = [f"{BIN_DB * index} to {BIN_DB * (index + 1)}" for index in present]
+    looks = {"network": ("accent", "o-"), "pipeline": ("good", "o-"), "Cramér-Rao floor": ("mark", "--")}
     curves: dict[str, dict[int, Scores]] = {}
-    for path, table in {**tables, "Cramér-Rao": bound}.items():
+    for path, table in {**tables, "Cramér-Rao floor": _bound(_Frozen(scenes))}.items():
         masks = {index: table.bins == index for index in present}
         curves[path] = {index: table.errors[mask].scores() for index, mask in masks.items() if bool(mask.any())}
     panels: dict[str, Callable[[Scores], float]] = {
-        "azimuth, deg": lambda scores: scores.rmse_azimuth_deg,
-        "elevation, deg": lambda scores: scores.rmse_elevation_deg,
-        "range, m": lambda scores: scores.rmse_range_m,
+        "RMSE azimuth, deg": lambda scores: scores.rmse_azimuth_deg,
+        "RMSE elevation, deg": lambda scores: scores.rmse_elevation_deg,
+        "RMSE range, m": lambda scores: scores.rmse_range_m,
     }
-    drawn = []
-    for title, figure in panels.items():
-        lines = []
-        for path, bins in curves.items():
-            points = [(float(present.index(index)), max(figure(scores), 1e-6)) for index, scores in bins.items()]
-            lines.append(Line(points, looks[path][0], path, looks[path][1]))
-        y = Axis.over("RMSE", [value for line in lines for _, value in line.points], log=True)
-        drawn.append(charts.plot(lines, Axis.of("SNR, dB", labels), y, Canvas(360, 320, title)))
+
+    def draw(figure: Figure) -> None:
+        found = drawing.frames(figure, list(panels), x="SNR, dB", y="")
+        for axes, rmse in zip(found, panels.values(), strict=True):
+            drawn: list[float] = []
+            for path, bins in curves.items():
+                colour, line = looks[path]
+                values = [max(rmse(scores), 1e-6) for scores in bins.values()]
+                axes.plot([present.index(i) for i in bins], values, line, color=LIGHT[colour], markersize=4, label=path)
+                drawn += values
+            drawing.categories(axes, labels)
+            drawing.logarithmic(axes, "y", 0.8 * min(drawn), 1.25 * max(drawn))
+        drawing.legend(figure)
+
     describe = "RMSE of azimuth, elevation and range against SNR, beside the Cramér-Rao floor"
-    return charts.side_by_side(drawn, Canvas(360 * len(drawn), 320, standalone=True, describe=describe))
+    return drawing.as_svg(draw, 1080, 320, describe, standalone=True)
 
 
 def scene(findings: Findings) -> str:
-    """Whitened spectrum of one scene over azimuth, elevation and range, with its true and estimated sources.
+    """Draw the whitened spectrum of one scene over azimuth, elevation and range, with true and estimated sources.
 
     The scene is the same for all trials that share their frozen scenes: the first with three sources and 10 dB or more,
-    or the nearest to that; one the pipeline has seen where there is one.
+    or the nearest to that; one that the pipeline was scored on where there is one.
     """
     among = len(findings.pipeline) or len(findings.scenes)
     index = chosen_scene(findings.scenes[:among])
     one = findings.scenes[index : index + 1].to("cpu")
-    network, pipeline = findings.network[index : index + 1], findings.pipeline[index : index + 1]
     truth = one.require_truth()
+    marks: list[tuple[str, Sources, dict[str, Any]]] = [
+        ("truth", truth, {"marker": "o", "color": LIGHT["good"], "markersize": 13, "markerfacecolor": "none"}),
+        ("network", findings.network[index : index + 1], {"marker": "x", "color": LIGHT["bad"], "markersize": 9}),
+        ("pipeline", findings.pipeline[index : index + 1], {"marker": "+", "color": LIGHT["mark"], "markersize": 12}),
+    ]
     (azimuth, elevation, range_m), power = spectrum_of(_Frozen(one))
-    drawn = []
-    high = float(elevation[-1].rad2deg())
-    planes = (
-        (Axis("elevation, deg", float(elevation[0].rad2deg()), high), power.amax(2).T, "elevation"),
-        (Axis("range, m", float(range_m[0]), float(range_m[-1]), log=True), power.amax(1).T, "range_m"),
-    )
-    ends = (float(azimuth[0].rad2deg()), float(azimuth[-1].rad2deg()))
-    for axis, values, name in planes:
-        marks: list[charts.Series] = [Cells(values.tolist()), Marks(_places(truth, name), "good", "truth")]
-        marks.append(Marks(_places(network, name), "bad", "network", "cross"))
-        if len(pipeline):
-            marks.append(Marks(_places(pipeline, name), "mark", "pipeline", "plus"))
-        drawn.append(charts.plot(marks, Axis("azimuth, deg", *ends), axis, Canvas(520, 360)))
     snr = f", {float(one.snr_db[0]):.0f} dB" if one.snr_db is not None else ""
-    title = f"Spectrum of scene {index}: {int(truth.num_sources[0])} sources{snr}"
-    return charts.side_by_side(drawn, Canvas(1040, 390, title, standalone=True))
+    heading = f"Spectrum of scene {index}: {int(truth.num_sources[0])} sources{snr}"
+    across = (float(azimuth[0].rad2deg()), float(azimuth[-1].rad2deg()))
+
+    def draw(figure: Figure) -> None:
+        right, below = drawing.frames(figure, ["elevation, deg", "range, m"], x="azimuth, deg", y="", heading=heading)
+        up = (float(elevation[0].rad2deg()), float(elevation[-1].rad2deg()))
+        image: dict[str, Any] = {"cmap": _SPECTRUM, "aspect": "auto", "origin": "lower", "interpolation": "nearest"}
+        right.imshow(power.amax(2).T.numpy(), extent=(*across, *up), **image)
+        # the range axis is logarithmic, and an image is not: its rows are equal steps of the logarithm
+        away = (math.log10(float(range_m[0])), math.log10(float(range_m[-1])))
+        below.imshow(power.amax(1).T.numpy(), extent=(*across, *away), **image)
+        ticks = [metres for metres in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if away[0] <= math.log10(metres) <= away[1]]
+        below.set_yticks([math.log10(metres) for metres in ticks], [f"{metres:g}" for metres in ticks])
+        for name, sources, look in marks:
+            if len(sources) == 0:
+                continue
+            mask = sources.mask[0]
+            x = sources.azimuth[0][mask].rad2deg().tolist()
+            for axes, y in (
+                (right, sources.elevation[0][mask].rad2deg()),
+                (below, sources.range_m[0][mask].clamp(10 ** away[0], 10 ** away[1]).log10()),
+            ):
+                axes.plot(x, y.tolist(), linestyle="none", markeredgewidth=2, label=name, **look)
+        for axes in (right, below):
+            axes.set_xlim(*across)
+            axes.grid(visible=False)
+        drawing.legend(figure)
+
+    return drawing.as_svg(draw, 1040, 420, heading, standalone=True)
 
 
 def events(directory: Path) -> str:
@@ -332,13 +350,6 @@ def spectrum_of(frozen: _Frozen) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]
     power = torch.stack(planes, -1).log()
     floor = power.quantile(0.5)
     return (azimuth, elevation, range_m), ((power - floor) / (power.max() - floor)).clamp(min=0)
-
-
-def _places(sources: Sources, name: str) -> list[charts.Point]:
-    mask = sources.mask[0]
-    values = getattr(sources, name)[0][mask]
-    second = values if name == "range_m" else values.rad2deg()
-    return list(zip(sources.azimuth[0][mask].rad2deg().tolist(), second.tolist(), strict=True))
 
 
 def _k_loc(scores: Mapping[str, Any] | None) -> float | None:

@@ -58,6 +58,9 @@ LAST_STEP: Final = "last_step"
 PREEMPTIONS: Final = "preemptions"
 """How often the trial was checkpointed, put back and taken up again."""
 
+FIGURES_MISSING: Final = "figures_missing"
+"""Figures that could not be drawn or written, as ``{file name: error}``."""
+
 # -- lineage of a retried trial --------------------------------------------------------------------------------------
 LINEAGE: Final = "lineage"
 """Number of the first trial of the line; seeds are derived from it. Absent on a trial that is the first."""

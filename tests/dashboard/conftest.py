@@ -4,11 +4,12 @@ from pathlib import Path
 
 import optuna
 import pytest
+from matplotlib.figure import Figure
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.exceptions import ExperimentalWarning
 
+from ris_hpo import drawing
 from ris_hpo.dashboard.server import Dashboard
-from ris_hpo.report.charts import Axis, Canvas, Level, Line, plot
 from ris_hpo.store import attributes as names
 from ris_hpo.store.open import open_store
 
@@ -44,8 +45,13 @@ class Site:
         for step, value in curve:
             trial.report(value, int(step))
         trial.set_user_attr(names.EFFICIENCY, 0.5)
-        canvas = Canvas(title=f"k_loc of trial {trial.number}", standalone=True)
-        svg = plot([Line(curve)], Axis("scenes seen", 0, 2e5), Axis("k_loc", 0, 7), canvas, [Level(1.03, "floor")])
+        heading = f"k_loc of trial {trial.number}"
+
+        def draw(figure: Figure) -> None:
+            (axes,) = drawing.frames(figure, x="scenes seen", y="k_loc", heading=heading)
+            axes.plot(*zip(*curve, strict=True))
+
+        svg = drawing.as_svg(draw, 720, 300, heading, standalone=True)
         file = self.folder / "curve.svg"
         file.write_text(svg)
         artifacts = self.folder / "artifacts"

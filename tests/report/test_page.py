@@ -1,10 +1,8 @@
 """The study's page in the dashboard, and the reference beside its scores."""
 
-import json
-
 import optuna
+from optuna.artifacts import get_all_artifact_meta
 from optuna_dashboard import get_note
-from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
 
 from ris_hpo.physics.scene import simulate
 from ris_hpo.report import reference
@@ -18,13 +16,14 @@ from tests.report.synthetic import fill, make_study
 CANARY = "canary-Pa55word"
 
 
-def graphs(study):
-    return get_plotly_graph_objects(study._storage.get_study_system_attrs(study._study_id))
+def figures(study, folder):
+    metas = get_all_artifact_meta(study, storage=study._storage)
+    return {meta.filename: (folder / meta.artifact_id).read_text() for meta in metas}
 
 
-def test_the_note_tells_command_space_floor_best_and_efficiency():
+def test_the_note_tells_command_space_floor_best_and_efficiency(tmp_path):
     study = make_study()
-    assert write_page(study, study._storage)
+    assert write_page(study, study._storage, tmp_path)
     text = get_note(study)
     best = collect(study).best
     for piece in (
@@ -37,21 +36,36 @@ def test_the_note_tells_command_space_floor_best_and_efficiency():
         "| network.front_end | spectra, tokens | spectra |",
     ):
         assert piece in text
-    assert set(graphs(study)) == {"score-against-cost", "pipeline-against-network"}
-    for figure in graphs(study).values():
-        assert len(figure) < 20_000
-        assert json.loads(figure)["data"][0]["type"] == "scatter"
+    shown = figures(study, tmp_path)
+    assert set(shown) == {"cost.svg", "paths.svg"}
+    for svg in shown.values():
+        assert len(svg) < 20_000
+        assert f"trial {best.number}<" in svg
+    for meta in get_all_artifact_meta(study, storage=study._storage):
+        assert f"](/artifacts/{study._study_id}/{meta.artifact_id})" in text
 
 
-def test_it_is_written_only_when_it_has_news():
+def test_it_is_written_only_when_it_has_news(tmp_path):
     study = make_study()
-    assert write_page(study, study._storage)
-    assert not write_page(study, study._storage)
+    assert write_page(study, study._storage, tmp_path)
+    before = figures(study, tmp_path)
+    assert not write_page(study, study._storage, tmp_path)
     fill(study, trials=5, seed=9)
-    assert write_page(study, study._storage)
+    assert write_page(study, study._storage, tmp_path)
+    after = figures(study, tmp_path)  # redrawn in place
+    assert set(after) == set(before)
+    assert after["cost.svg"] != before["cost.svg"]
 
 
-def test_it_is_kept_current_while_a_pool_runs():
+def test_a_full_disk_costs_the_figures_and_not_the_run(tmp_path):
+    study = make_study()
+    (tmp_path / "file").write_text("")
+    assert write_page(study, study._storage, tmp_path / "file" / "artifacts")
+    assert "| Floor |" in get_note(study)
+    assert "/artifacts/" not in get_note(study)
+
+
+def test_it_is_kept_current_while_a_pool_runs(tmp_path):
     study = optuna.create_study(study_name="live")
 
     def snapshots():
@@ -60,25 +74,29 @@ def test_it_is_kept_current_while_a_pool_runs():
             yield seed
         fill(study, trials=4, seed=3)
 
-    seen = [(snapshot, get_note(study)) for snapshot in kept_current(study, study._storage, snapshots(), every_s=0)]
+    seen = [
+        (snapshot, get_note(study))
+        for snapshot in kept_current(study, study._storage, snapshots(), tmp_path, every_s=0)
+    ]
     assert [number for number, _ in seen] == [0, 1, 2]
     assert len({text for _, text in seen}) == 3
-    assert get_note(study) == note(collect(study)) != seen[-1][1]
+    assert get_note(study).startswith(note(collect(study)))
+    assert not seen[-1][1].startswith(note(collect(study)))
 
 
-def test_an_empty_study_has_a_note_and_values_cannot_break_the_table():
+def test_an_empty_study_has_a_note_and_values_cannot_break_the_table(tmp_path):
     study = optuna.create_study(study_name="<b>empty</b>")
     study.set_user_attr(names.WINNER, {"verdict": "a | b\nc <script>", "winner": "base", "candidates": []})
     text = note(collect(study))
     assert "a \\| b c &lt;script>" in text
-    assert write_page(study, study._storage)
-    assert graphs(study) == {}
+    assert write_page(study, study._storage, tmp_path)
+    assert figures(study, tmp_path) == {}
 
 
-def test_no_password_in_the_note():
+def test_no_password_in_the_note(tmp_path):
     study = make_study()
     study.set_user_attr(names.COMMAND, f"ris-hpo run --storage postgresql://me:{CANARY}@db/x")
-    write_page(study, study._storage)
+    write_page(study, study._storage, tmp_path)
     assert CANARY not in str(study._storage.get_study_system_attrs(study._study_id))
 
 
