@@ -1,4 +1,4 @@
-"""Taking a configuration home: one file with where it came from, read back, run again and compared, and packaged.
+"""Export of a trial's configuration: one file with where it came from, which can be trained, replayed and packaged.
 
 The file is the run configuration with a table ``[provenance]`` beside it: study, trial, fingerprints, versions, scores,
 floor, and the trial's own curve. So ``train --config FILE --replay`` needs no store to check that the curve comes out
@@ -125,8 +125,8 @@ def package(checkpoint: Path, out: Path) -> dict[str, Any]:
 
 
 def _provenance(study: optuna.Study, spec: StudySpec, trial: FrozenTrial, config: RunConfig) -> Provenance:
-    read, told = trial.user_attrs.get, study.user_attrs
-    winner = told.get(names.WINNER)
+    read, attributes = trial.user_attrs.get, study.user_attrs
+    winner = attributes.get(names.WINNER)
     mine = winner is not None and winner["winner"] == f"trial {trial.number}"
     return Provenance(
         study=study.study_name,
@@ -136,9 +136,9 @@ def _provenance(study: optuna.Study, spec: StudySpec, trial: FrozenTrial, config
         origin=read(names.ORIGIN),
         objective=spec.objective,
         config_fingerprint=config.fingerprint(),
-        space_fingerprint=told.get(names.SPACE_FINGERPRINT),
-        score_version=told.get(names.SCORE_VERSION),
-        proof=told.get(names.PROOF),
+        space_fingerprint=attributes.get(names.SPACE_FINGERPRINT),
+        score_version=attributes.get(names.SCORE_VERSION),
+        proof=attributes.get(names.PROOF),
         device=read(names.DEVICE),
         threads=read(names.THREADS),
         host=read(names.HOST),
@@ -151,7 +151,7 @@ def _provenance(study: optuna.Study, spec: StudySpec, trial: FrozenTrial, config
         pipeline=_finite(read(names.PIPELINE)),
         pipeline_floor=read(names.PIPELINE_FLOOR),
         winner=winner["verdict"] if winner is not None and mine else None,
-        versions=told.get(names.VERSIONS, {}),
+        versions=attributes.get(names.VERSIONS, {}),
         curve=sorted(trial.intermediate_values.items()),
     )
 
@@ -160,8 +160,8 @@ def _of_network(study: optuna.Study, spec: StudySpec, trial: FrozenTrial, config
     """The run configuration of the network that an inference study tuned, with the trial's settings in it."""
     _, trained = load_network(Path(config.checkpoint))
     run = trained.replaced({"inference": config.inference.model_dump(mode="json")})
-    told = _provenance(study, spec, trial, run)
-    return Exported(config=run, provenance=told.replaced({"curve": []}))  # its curve is not one of training
+    provenance = _provenance(study, spec, trial, run)
+    return Exported(config=run, provenance=provenance.replaced({"curve": []}))  # its curve is not one of training
 
 
 def _finite(scores: dict[str, float | None] | None) -> dict[str, float]:
@@ -169,8 +169,8 @@ def _finite(scores: dict[str, float | None] | None) -> dict[str, float]:
 
 
 def _versions(study: optuna.Study) -> str:
-    told: dict[str, str] = study.user_attrs.get(names.VERSIONS, {})
-    return ", ".join(f"{name} {value}" for name, value in told.items()) or "unknown"
+    versions: dict[str, str] = study.user_attrs.get(names.VERSIONS, {})
+    return ", ".join(f"{name} {value}" for name, value in versions.items()) or "unknown"
 
 
 def _now() -> str:

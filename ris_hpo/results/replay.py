@@ -32,7 +32,7 @@ class ReplayStep:
 
 @dataclass(frozen=True)
 class ReplayReport:
-    """A recorded curve beside its repetition.
+    """A recorded curve and its repetition.
 
     ``identical`` means bit for bit, which holds on the same kind of CPU under the same number of threads; on a GPU, or
     elsewhere, ``max_difference`` says how far apart the two came. ``stopped`` is true when a stop cut the replay short.

@@ -143,19 +143,19 @@ def successor_of(trial: FrozenTrial, cause: Cause, retries: RetrySpec) -> Frozen
     """
     if cause not in names.RETRIED_CAUSES:
         return None
-    struck = {**trial.user_attrs.get(names.RETRIES, {})}
+    times = {**trial.user_attrs.get(names.RETRIES, {})}
     inherited, reached = trial.user_attrs.get(names.INHERITED_STEP, 0), trial.last_step or 0
     if reached > inherited and cause is Cause.LOST_WORKER:
-        struck[cause.value] = 0  # it got on before it was lost: however often that happens, it ends some day
-    struck[cause.value] = struck.get(cause.value, 0) + 1
+        times[cause.value] = 0  # it made progress before it was lost, and will end some day however often that happens
+    times[cause.value] = times.get(cause.value, 0) + 1
     allowed: dict[str, int] = retries.model_dump()
-    if struck[cause.value] > allowed[cause.value]:
+    if times[cause.value] > allowed[cause.value]:
         return None
     marks = {
         names.LINEAGE: lineage_root(trial),
         names.PREDECESSOR: trial.number,
         names.ATTEMPT: trial.user_attrs.get(names.ATTEMPT, 0) + 1,
-        names.RETRIES: struck,
+        names.RETRIES: times,
         names.INHERITED_STEP: max(inherited, reached),
     }
     if names.ORIGIN in trial.user_attrs:
@@ -190,7 +190,7 @@ def fail_trial(
         trial: the trial as it stands.
         cause: why.
         error: one line for people.
-        retries: how often each cause is forgiven.
+        retries: how often a trial is tried again after each cause.
         owner: who must still hold the trial; None for anyone.
         marks: further attributes.
     """

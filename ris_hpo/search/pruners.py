@@ -1,4 +1,4 @@
-"""Pruners that judge every line of trials once."""
+"""Pruners in which a trial and the retries that continue it count once."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def build_pruner(spec: StudySpec, storage: BaseStorage, *, first_scenes: int, ma
         first_scenes: scenes at the first validation: the first rung unless the study names one.
         max_scenes: scenes of a full trial; it sets the number of hyperband's brackets.
     """
-    return Judge(spec, storage, spec.pruner.first_scenes or first_scenes, max_scenes)
+    return StudyPruner(spec, storage, spec.pruner.first_scenes or first_scenes, max_scenes)
 
 
-class Judge(BasePruner):
-    """Warm-up and patience on top of one of Optuna's pruners, with failed trials out of the competition.
+class StudyPruner(BasePruner):
+    """One of Optuna's pruners, with a warm-up and a patience, that does not compare with failed trials.
 
-    A trial that was retried has left its rungs in the store, and its successor reports the same values again: without
-    the filter each would count twice. Hyperband's bracket follows the line of trials and not the number, for the same
-    reason; within its bracket it is successive halving.
+    A failed trial has left its rungs in the store, and the retry that continues it reports the same values again: both
+    together would count twice. For the same reason hyperband's bracket depends on the number of the first trial, which
+    the retries share; within its bracket it is successive halving.
     """
 
     def __init__(self, spec: StudySpec, storage: BaseStorage, first_scenes: int, max_scenes: int) -> None:
@@ -50,7 +50,11 @@ class Judge(BasePruner):
             self._brackets = 1 + math.floor(math.log(max_scenes / first_scenes, reduction) + 1e-9)
 
     def bracket(self, root: int) -> int:
-        """Return hyperband's bracket of a line of trials; more lines go to the brackets that prune harder."""
+        """Return the bracket in hyperband of a trial and its retries; brackets that prune harder get more of them.
+
+        Args:
+            root: number of the first trial.
+        """
         top = self._brackets - 1
         shares = [math.ceil(self._brackets * self._spec.reduction ** (top - s) / (top - s + 1)) for s in range(top + 1)]
         place = derived_seed(self._seed, root, "bracket") % sum(shares)
@@ -66,14 +70,14 @@ class Judge(BasePruner):
         if self._spec.name == "none" or step is None or step < self._spec.warmup_scenes:
             return False
         bracket = self.bracket(lineage_root(trial))
-        others: Any = _Competition(
+        others: Any = _SomeTrials(
             self._storage_of_all,
             lambda other: other.state != TrialState.FAIL and self.bracket(lineage_root(other)) == bracket,
         )
-        competition = optuna.load_study(study_name=study.study_name, storage=others, sampler=RandomSampler(0))
-        verdict = self._inner(bracket).prune(competition, trial)
-        # asked even while patience holds, since asking is what registers the trial on its rung
-        return bool(verdict) and not self._still_improving(trial)
+        compared = optuna.load_study(study_name=study.study_name, storage=others, sampler=RandomSampler(0))
+        pruned = self._inner(bracket).prune(compared, trial)
+        # asked before patience is looked at, since asking is what registers the trial on its rung
+        return bool(pruned) and not self._still_improving(trial)
 
     def _inner(self, bracket: int) -> BasePruner:
         spec = self._spec
@@ -97,8 +101,8 @@ class Judge(BasePruner):
         return not earlier or min(recent) < min(earlier)
 
 
-class _Competition:
-    """A storage of which a pruner sees some trials only: those that have not failed, of one bracket."""
+class _SomeTrials:
+    """A storage that shows a pruner only the trials to compare with: those of one bracket that have not failed."""
 
     def __init__(self, storage: BaseStorage, keep: Callable[[FrozenTrial], bool]) -> None:
         self._all = storage

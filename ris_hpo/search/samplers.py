@@ -1,7 +1,7 @@
-"""Samplers seeded by trial, and pruners that judge every line of trials once.
+"""Samplers with a seed of their own for each trial.
 
-A fresh sampler is made for each trial, seeded from the study's seed and the number of the first trial of its line. So
-one worker repeats bit for bit, a restarted worker goes on where it was, and no two workers draw the same random point.
+The seed comes from the study's seed and the trial's number (of a retry: the number of the trial that it continues). So
+the draws of one worker repeat bit for bit, also after a restart, and no two workers draw the same random point.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def build_sampler(spec: StudySpec, root: int) -> BaseSampler:
 
     Args:
         spec: the study.
-        root: number of the first trial of the line.
+        root: number of the trial, or of the first of those that it continues.
     """
     seed = derived_seed(spec.seed, root, "sampler")
     sampler = spec.sampler
@@ -55,13 +55,13 @@ def build_sampler(spec: StudySpec, root: int) -> BaseSampler:
             case "random":
                 return RandomSampler(seed=seed)
             case "qmc":
-                return _TicketQMCSampler(spec, root)
+                return _NumberedQMCSampler(spec, root)
             case "nsga2":
                 return NSGAIISampler(seed=seed, population_size=sampler.population)
 
 
-class _TicketQMCSampler(BaseSampler):
-    """A scrambled Sobol sequence whose point is the ticket's number.
+class _NumberedQMCSampler(BaseSampler):
+    """A scrambled Sobol sequence that takes the point with the trial's number.
 
     Optuna's own counts the points in a study attribute that it reads and writes in two steps, so that two workers may
     draw the same one. The draws are the same: point n of ``optuna.samplers.QMCSampler`` with the study's seed.

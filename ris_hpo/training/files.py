@@ -22,7 +22,7 @@ PROVENANCE: Final = "provenance"
 
 
 class Provenance(Spec):
-    """Where a configuration came from and what it scored there."""
+    """Where a configuration came from and what it scored there; ``k_loc`` and the curve are those of ``objective``."""
 
     format: int = FORMAT
     study: str
@@ -109,18 +109,19 @@ def _current(tree: Mapping[str, Any], exported: bool, path: Path) -> Mapping[str
 
 
 def is_unchanged(found: Exported) -> bool:
-    """Whether a configuration is still the one its provenance speaks of."""
+    """Say whether a configuration is still the one that was exported."""
     return found.provenance is not None and found.provenance.config_fingerprint == found.config.fingerprint()
 
 
 def _heading(found: Exported) -> str:
-    told = found.provenance
-    if told is None:
+    origin = found.provenance
+    if origin is None:
         return ""
-    lines = [f"Trial {told.trial} of study '{told.study}'"]
-    if told.k_loc is not None:
-        beside = f", floor {told.floor:.4f}" if told.floor is not None else ""
-        lines[0] += f": k_loc {told.k_loc:.4f} on the {told.objective} path{beside}"
+    lines = [f"Trial {origin.trial} of study '{origin.study}'"]
+    if origin.k_loc is not None:
+        lines[0] += f": k_loc {origin.k_loc:.4f} on the {origin.objective} path"
+    if origin.k_loc is not None and origin.floor is not None:
+        lines[0] += f", floor {origin.floor:.4f}"
     lines += ["ris-hpo train --config THIS --out runs/best", "ris-hpo train --config THIS --out runs/again --replay"]
     return "".join(f"# {line}\n" for line in lines) + "\n"
 

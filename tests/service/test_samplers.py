@@ -1,4 +1,4 @@
-"""Samplers by trial, and pruners that judge every line once."""
+"""Samplers by trial, and pruners that count every line of trials once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from optuna.trial import TrialState, create_trial
 
 from ris_hpo.scoring.k_loc import WORST_K_LOC, finite_score
 from ris_hpo.search.files import parse_study
-from ris_hpo.search.pruners import Judge, build_pruner
+from ris_hpo.search.pruners import StudyPruner, build_pruner
 from ris_hpo.search.samplers import build_sampler
 from ris_hpo.search.spec import PrunerSpec, SamplerSpec, derived_seed
 
@@ -94,11 +94,11 @@ def curve(study: optuna.Study, values: list[float], state: TrialState = TrialSta
     )
 
 
-def verdict(study: optuna.Study, judge: Judge, values: list[float]) -> bool:
+def is_pruned(study: optuna.Study, pruner: StudyPruner, values: list[float]) -> bool:
     trial = study.ask()
     for index, value in enumerate(values):
         trial.report(value, 100 * (index + 1))
-    return judge.prune(study, study.get_trials()[trial.number])
+    return pruner.prune(study, study.get_trials()[trial.number])
 
 
 @pytest.fixture
@@ -111,10 +111,10 @@ def study(storage: InMemoryStorage) -> optuna.Study:
     return optuna.create_study(storage=storage)
 
 
-def judge_of(storage: InMemoryStorage, **pruner: Any) -> Judge:
-    judge = build_pruner(make_spec(pruner=pruner), storage, first_scenes=100, max_scenes=900)
-    assert isinstance(judge, Judge)
-    return judge
+def pruner_of(storage: InMemoryStorage, **pruner: Any) -> StudyPruner:
+    made = build_pruner(make_spec(pruner=pruner), storage, first_scenes=100, max_scenes=900)
+    assert isinstance(made, StudyPruner)
+    return made
 
 
 @pytest.mark.parametrize("name", [name for name in PRUNERS if name != "none"])
@@ -124,48 +124,48 @@ def test_every_pruner_prunes_the_bad_and_spares_the_good(
     good = [5.0, 4.0, 3.5, 3.2, 3.0, 2.9, 2.8, 2.7, 2.6]
     for shift in range(6):
         curve(study, [value + 0.01 * shift for value in good])
-    judge = judge_of(storage, name=name, startup=2, p_threshold=0.3)
-    assert verdict(study, judge, [value + 2 for value in good])
-    assert not verdict(study, judge, [value - 1 for value in good[:3]])
+    pruner = pruner_of(storage, name=name, startup=2, p_threshold=0.3)
+    assert is_pruned(study, pruner, [value + 2 for value in good])
+    assert not is_pruned(study, pruner, [value - 1 for value in good[:3]])
 
 
 def test_none_never_prunes(storage: InMemoryStorage, study: optuna.Study) -> None:
     for _ in range(6):
         curve(study, [1.0, 1.0])
-    assert not verdict(study, judge_of(storage, name="none"), [7.0, 7.0, 7.0])
+    assert not is_pruned(study, pruner_of(storage, name="none"), [7.0, 7.0, 7.0])
 
 
 def test_warm_up_shields_the_start(storage: InMemoryStorage, study: optuna.Study) -> None:
     for _ in range(6):
         curve(study, [3.0, 2.0, 1.0])
-    assert verdict(study, judge_of(storage, name="asha"), [6.0])
-    assert not verdict(study, judge_of(storage, name="asha", warmup_scenes=200), [6.0])
-    assert verdict(study, judge_of(storage, name="asha", warmup_scenes=200), [6.0, 6.0, 6.0])
+    assert is_pruned(study, pruner_of(storage, name="asha"), [6.0])
+    assert not is_pruned(study, pruner_of(storage, name="asha", warmup_scenes=200), [6.0])
+    assert is_pruned(study, pruner_of(storage, name="asha", warmup_scenes=200), [6.0, 6.0, 6.0])
 
 
 def test_patience_lets_a_trial_live_while_it_improves(storage: InMemoryStorage, study: optuna.Study) -> None:
     for _ in range(6):
         curve(study, [3.0, 2.0, 1.0])
-    judge = judge_of(storage, name="median", patience=2, startup=2)
-    assert not verdict(study, judge, [6.0, 5.0, 4.0])
-    assert verdict(study, judge, [6.0, 6.0, 6.0])
+    pruner = pruner_of(storage, name="median", patience=2, startup=2)
+    assert not is_pruned(study, pruner, [6.0, 5.0, 4.0])
+    assert is_pruned(study, pruner, [6.0, 6.0, 6.0])
 
 
 def test_retried_trials_are_out_of_the_competition(storage: InMemoryStorage, study: optuna.Study) -> None:
     curve(study, [2.0, 1.5, 1.0], TrialState.FAIL, cause="lost_worker")
-    assert not verdict(study, judge_of(storage, name="asha"), [3.0])  # alone: the failed trial's rung does not count
+    assert not is_pruned(study, pruner_of(storage, name="asha"), [3.0])  # alone: the failed trial's rung does not count
     curve(study, [2.0, 1.5, 1.0])
-    assert verdict(study, judge_of(storage, name="asha"), [3.1])
+    assert is_pruned(study, pruner_of(storage, name="asha"), [3.1])
 
 
 def test_hyperband_has_brackets_by_line(storage: InMemoryStorage) -> None:
-    judge = judge_of(storage, name="hyperband")
-    brackets = [judge.bracket(root) for root in range(400)]
+    pruner = pruner_of(storage, name="hyperband")
+    brackets = [pruner.bracket(root) for root in range(400)]
     shares = [brackets.count(index) / 400 for index in range(3)]
     assert set(brackets) == {0, 1, 2}
     assert shares[0] > shares[1] > 0.1
     assert shares[2] > 0.1
-    assert {judge_of(storage, name="asha").bracket(root) for root in range(20)} == {0}
+    assert {pruner_of(storage, name="asha").bracket(root) for root in range(20)} == {0}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
