@@ -24,7 +24,7 @@ import tomlkit
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
 
 from ris_hpo.errors import ConfigError
-from ris_hpo.migrations import STEPS, Tree
+from ris_hpo.migrations import RENAMED, STEPS, Tree
 
 SCHEMA: Final = len(STEPS)
 """Version of the names and defaults of all settings."""
@@ -306,7 +306,10 @@ def description(spec: BaseModel, path: str) -> str:
 
 
 def suggestion(word: str, known: list[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the nearest known word, or the choices when few, or nothing."""
+    """Return ``"; did you mean 'x'?"`` for the nearest known word, the choices when few, a new name, or nothing."""
+    for old, new in RENAMED.items():
+        if f".{old}".endswith(f".{word}"):
+            return f"; it is called '{new}' now"
     nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if not nearest:  # the leaf alone may be right where the path is not
         leaf = word.rsplit(".", 1)[-1]

@@ -46,8 +46,22 @@ def has(tree: Tree, path: str) -> bool:
     return True
 
 
+RENAMED: Final = {
+    "inference.refinement_steps": "inference.likelihood.search.final_steps",
+    "inference.count_weight": "inference.likelihood.evidence.prior_weight",
+    "inference.channel_error_db": "inference.likelihood.channel_error_db",
+}
+"""Settings of trainings and of inference that had another name in schema 0."""
+
+
 def _from_0(settings: str, tree: Tree) -> None:
-    """Schema 0 did not state its version; its files are those of release 0.1.0."""
+    """Schema 0 did not state its version; its files are those of release 0.1.0.
+
+    Three inference settings replaced those of the likelihood that do the same; now there are the likelihood's alone.
+    """
+    if settings != "study":
+        for old, new in RENAMED.items():
+            move(tree, old, new)
 
 
 STEPS: Final[tuple[Callable[[str, Tree], None], ...]] = (_from_0,)

@@ -170,14 +170,14 @@ def test_an_older_tree_keeps_its_defaults_and_finds_its_renamed_keys(next_versio
 
 
 def test_a_fingerprint_is_checked_under_the_version_that_recorded_it(next_version: type[Any]) -> None:
-    tree = json.loads(json.dumps(RunConfig().replaced({"optimizer.clip": 2.0}).model_dump(mode="json")))
-    by_version = {0: fingerprint(tree), 1: f"1-{fingerprint({'optimizer': {'clip': 2}})}"}
+    trees = {n: settings.filled({"optimizer": {"clip": 2.0}}, stored_defaults(n, "training")) for n in (0, 1)}
+    by_version = {0: fingerprint(trees[0]), 1: f"1-{fingerprint({'optimizer': {'clip': 2}})}"}
     for version, recorded in by_version.items():
-        stored = {SCHEMA_KEY: version, **tree}
+        stored = {SCHEMA_KEY: version, **trees[version]}
         assert next_version.is_fingerprint_of(recorded, stored, "test")
-        stored["optimizer"] = {**tree["optimizer"], "clip": 2.5}
+        stored["optimizer"] = {**stored["optimizer"], "clip": 2.5}
         assert not next_version.is_fingerprint_of(recorded, stored, "test")
-    old = {SCHEMA_KEY: 0, **tree}  # made by version 0, run again by version 1
+    old = {SCHEMA_KEY: 0, **trees[0]}  # made by version 0, run again by version 1
     assert next_version.is_fingerprint_of(by_version[1], old, "test")
     assert not next_version.is_fingerprint_of("no-fingerprint", old, "test")
     current = next_version.from_stored(old, "test")
@@ -186,13 +186,14 @@ def test_a_fingerprint_is_checked_under_the_version_that_recorded_it(next_versio
 
 def test_whole_numbers_in_an_old_tree_are_as_validation_made_them() -> None:
     """What version 0 fingerprinted had been validated; a study's base has numbers as they were typed."""
-    changes: dict[str, Any] = {"optimizer.clip": 2, "scene.range_m": [1, 8], "scene.channel_error_db": [-30, -5]}
-    validated = RunConfig().replaced(changes).model_dump(mode="json")
+    floats: Tree = {"optimizer": {"clip": 2.0}, "scene": {"range_m": [1.0, 8.0], "channel_error_db": [-30.0, -5.0]}}
+    validated = settings.filled(floats, stored_defaults(0, "training"))
     typed: Tree = {"optimizer": {"clip": 2}, "scene": {"range_m": [1, 8], "channel_error_db": [-30, -5]}}
     assert RunConfig.is_fingerprint_of(fingerprint(validated), typed, "test")
     assert not RunConfig.is_fingerprint_of(fingerprint(validated), {**typed, "seed": 1}, "test")
-    phases = with_curriculum(RunConfig()).model_dump(mode="json")
-    assert RunConfig.is_fingerprint_of(fingerprint(phases), {"phases": phases["phases"]}, "test")
+    phases = {"phases": with_curriculum(RunConfig()).model_dump(mode="json")["phases"]}
+    recorded = fingerprint(settings.filled(phases, stored_defaults(0, "training")))
+    assert RunConfig.is_fingerprint_of(recorded, phases, "test")
 
 
 def test_moving_and_taking_keys() -> None:

@@ -32,25 +32,28 @@ from ris_hpo.physics.sources import Sources
 class InferenceSpec(Spec):
     """Settings of the way from outputs to sources."""
 
-    localizer: Literal["polish", "music", "mvdr"] = "polish"
+    localizer: Literal["polish", "music", "mvdr"] = Field(
+        "polish",
+        description="refine proposals on the snapshots (polish), or take peaks of a spectrum of R_eff (music, mvdr)",
+    )
     proposals: int = Field(64, ge=5, le=512, description="proposals searched by polish")
-    refinement_steps: int = Field(10, ge=0, le=50, description="last Levenberg-Marquardt steps of polish")
-    count_weight: float = Field(1.0, ge=0, le=100, description="weight of the count head's log-probability in evidence")
     count_confidence: float = Field(
         0.0, ge=0, le=1, description="below it the network path counts existing slots instead of trusting the head"
     )
-    channel_error_db: float | None = Field(None, ge=-100, le=20, description="stated error of the known channel")
     covariance_scale: float = Field(
         1.0, gt=0, le=100, description="what the position covariances of polish are multiplied with"
     )
-    likelihood: LikelihoodSpec = LikelihoodSpec(
-        num_sources=(1, 5),
-        double=False,
-        batch=64,
-        search=SearchSpec(greedy_steps=2, final_tolerance=1e-3, residual_maxima=16),
-        evidence=EvidenceSpec(success_weight=2.0, least_prior=1e-3),
+    likelihood: LikelihoodSpec = Field(
+        LikelihoodSpec(
+            num_sources=(1, 5),
+            double=False,
+            batch=64,
+            search=SearchSpec(greedy_steps=2, final_steps=10, final_tolerance=1e-3, residual_maxima=16),
+            evidence=EvidenceSpec(prior_weight=1.0, success_weight=2.0, least_prior=1e-3),
+        ),
+        description="search, refinement and evidence of polish; the count head is the prior that evidence weighs",
     )
-    hybrid: HybridSpec = HybridSpec()
+    hybrid: HybridSpec = Field(HybridSpec(), description="R_eff, for music, mvdr and the loss")
 
 
 @torch.no_grad()
@@ -159,16 +162,12 @@ def refinement(
     network: Network, scenes: Scenes, spec: InferenceSpec, outputs: Outputs
 ) -> tuple[Scenes, Cosines, LikelihoodSpec]:
     """What ``polish`` refines: scenes with noise and channel as the network sees them, its proposals, settings."""
-    most = min(spec.likelihood.max_sources, network.spec.max_sources)
-    likelihood = spec.likelihood.replaced(
-        {
-            "max_sources": most,
-            "num_sources": [min(count, most) for count in spec.likelihood.num_sources],
-            "search.final_steps": spec.refinement_steps,
-            "evidence.prior_weight": spec.count_weight,
-            "channel_error_db": spec.channel_error_db,
-        }
-    )
+    likelihood, most = spec.likelihood, network.spec.max_sources
+    if most < likelihood.max_sources:  # a copy that is valid for sure: this runs once a batch
+        fewest, largest = likelihood.num_sources
+        likelihood = likelihood.model_copy(
+            update={"max_sources": most, "num_sources": (min(fewest, most), min(largest, most))}
+        )
     return _as_seen(network, scenes, outputs), outputs.cosines(spec.proposals), likelihood
 
 

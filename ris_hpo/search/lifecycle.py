@@ -20,6 +20,7 @@ from optuna.trial import FrozenTrial
 
 from ris_hpo.config import suggestion
 from ris_hpo.errors import SpaceError, StudyError
+from ris_hpo.migrations import RENAMED
 from ris_hpo.programs.program import Program
 from ris_hpo.scoring.k_loc import SCORE_VERSION
 from ris_hpo.search import counting
@@ -195,8 +196,10 @@ def _check_same_search(study: Study, old: StudySpec, new: StudySpec, free_name: 
     """
     title = study.study_name
     fork = f"--fork {free_name}"
-    for path in sorted({*old.space, *new.space}):
-        before, now = old.space.get(path), new.space.get(path)
+    renamed = RENAMED if old.base_schema == 0 else {}
+    made_with = {renamed.get(path, path): dimension for path, dimension in old.space.items()}
+    for path in sorted({*made_with, *new.space}):
+        before, now = made_with.get(path), new.space.get(path)
         if before != now or before is None or now is None or before.is_integer != now.is_integer:
             raise SpaceError(
                 f"study '{title}' was made with another space ('space.{path}' differs); add {fork} to start a new one"

@@ -146,7 +146,7 @@ def test_polish_starts_from_the_proposals_and_from_no_others(network, scenes):
         **{name: getattr(outputs, name).roll(32, 1) for name in ("v", "w", "rho", "existence", "power")}
     )
     spec = InferenceSpec().replaced({"likelihood.search.greedy_steps": 0, "likelihood.search.residual_maxima": 0})
-    spec = spec.replaced({"refinement_steps": 0})
+    spec = spec.replaced({"likelihood.search.final_steps": 0})
     known = scenes.truth.num_sources
     few, many = (
         localize(network, scenes, spec.replaced({"proposals": count}), num_sources=known, outputs=late)
@@ -161,7 +161,9 @@ def test_the_last_steps_refine_and_the_covariances_are_widened(network, scenes):
     fixed = InferenceSpec().replaced({"likelihood.search.greedy_steps": 0, "likelihood.search.residual_maxima": 0})
     known = scenes.truth.num_sources
     found = {
-        steps: localize(network, scenes, fixed.replaced({"refinement_steps": steps}), num_sources=known, outputs=off)
+        steps: localize(
+            network, scenes, fixed.replaced({"likelihood.search.final_steps": steps}), num_sources=known, outputs=off
+        )
         for steps in (0, 10)
     }
     errors = {steps: scene_errors(each, scenes.truth).scores().rmse_azimuth_deg for steps, each in found.items()}
@@ -180,7 +182,10 @@ def test_the_count_head_outvotes_the_evidence_when_it_is_given_the_weight(by, ne
     outputs = outputs_at(scenes.truth, log_count=wrong)
     spec = InferenceSpec()
     if by == "weight":
-        loud, quiet = spec.replaced({"count_weight": 100.0}), spec.replaced({"count_weight": 0.0})
+        loud, quiet = (
+            spec.replaced({"likelihood.evidence.prior_weight": 100.0}),
+            spec.replaced({"likelihood.evidence.prior_weight": 0.0}),
+        )
         found = [localize(network, scenes, each, outputs=outputs) for each in (quiet, loud)]
     else:
         raw = torch.zeros(len(scenes), 9)

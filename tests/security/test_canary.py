@@ -43,7 +43,7 @@ kind = "inference"
 [base]
 checkpoint = "nowhere"
 [space]
-"inference.refinement_steps" = { low = 2, high = 20 }
+"inference.likelihood.search.final_steps" = { low = 2, high = 20 }
 """
 
 
