@@ -57,18 +57,17 @@ def tree(room: str) -> Path:
     return copy
 
 
-def annotated(source: str) -> set[tuple[int, int]]:
-    """Every (line, column) inside an annotation, where ``X | None`` is not arithmetic."""
+def without_effect(source: str) -> set[tuple[int, int]]:
+    """Every (line, column) in annotations, where ``X | None`` is no arithmetic, and in the flags of dataclasses."""
     found: set[tuple[int, int]] = set()
     for node in ast.walk(ast.parse(source)):
-        for name in ("annotation", "returns"):
-            part = getattr(node, name, None)
+        parts = [getattr(node, "annotation", None), getattr(node, "returns", None)]
+        for part in parts + (node.decorator_list if isinstance(node, ast.ClassDef) else []):
             if isinstance(part, ast.expr):
-                lines = range(part.lineno, (part.end_lineno or part.lineno) + 1)
-                for line in lines:
+                last_line, last_column = part.end_lineno or part.lineno, part.end_col_offset or 0
+                for line in range(part.lineno, last_line + 1):
                     first = part.col_offset if line == part.lineno else 0
-                    last = part.end_col_offset if line == part.end_lineno else 200
-                    found |= {(line, column) for column in range(first, (last or 0) + 1)}
+                    found |= {(line, column) for column in range(first, last_column if line == last_line else 200)}
     return found
 
 
@@ -80,7 +79,7 @@ def sampled(items: Iterable[WorkItem], share: float, seed: int) -> list[WorkItem
         spec: MutationSpec = item.mutations[0]
         module = str(spec.module_path)
         if module not in skipped:
-            skipped[module] = annotated(Path(module).read_text())
+            skipped[module] = without_effect(Path(module).read_text())
         if spec.start_pos not in skipped[module]:
             places.setdefault(module, {}).setdefault(spec.start_pos, []).append(item)
     chosen: list[WorkItem] = []
