@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import psutil
+import pynvml
 
 from ris_hpo.errors import DeviceError
-
-_MIB = 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -44,27 +42,28 @@ def cores() -> int:
 
 
 def gpus() -> list[Gpu]:
-    """Return the GPUs the driver knows; none where there is no driver."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    query = "--query-gpu=index,uuid,name,memory.total,memory.free"
+    """Return the GPUs that the NVIDIA driver reports; none where there is no driver, and none that is lost."""
     try:
-        done = subprocess.run(
-            [program, query, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=20, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:  # no driver, or one that does not fit its library
         return []
     found: list[Gpu] = []
-    for line in done.stdout.splitlines():
-        index, uuid, name, total, free = (part.strip() for part in line.split(","))
-        if total.isdigit() and free.isdigit():
-            found.append(Gpu(index, uuid, name, int(total) * _MIB, int(free) * _MIB))
+    try:
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            with suppress(pynvml.NVMLError):  # a GPU that fell off the bus, or one that may not be asked
+                handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+                memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+                uuid, name = pynvml.nvmlDeviceGetUUID(handle), pynvml.nvmlDeviceGetName(handle)
+                found.append(Gpu(str(index), uuid, name, int(memory.total), int(memory.free)))
+    except pynvml.NVMLError:
+        return []
+    finally:
+        pynvml.nvmlShutdown()
     return found
 
 
 def visible_gpus() -> list[str]:
-    """Return the GPUs this process may use, in the words of its own ``CUDA_VISIBLE_DEVICES`` where it has one."""
+    """Return the GPUs this process may use, named as in its own ``CUDA_VISIBLE_DEVICES`` where it has one."""
     mask = os.environ.get("CUDA_VISIBLE_DEVICES")
     if mask is not None:
         return [part.strip() for part in mask.split(",") if part.strip() and part.strip() != "-1"]
@@ -74,19 +73,19 @@ def visible_gpus() -> list[str]:
 def plan_slots(
     workers: int | None = None, chosen: Sequence[str] | None = None, per_gpu: int = 1, threads: int | None = None
 ) -> list[Slot]:
-    """Lay out one slot per worker.
+    """Plan one slot per worker.
 
     Args:
-        workers: number of workers; by default one per GPU place, or one on a CPU.
+        workers: number of workers; by default ``per_gpu`` for each GPU, or one on the CPU.
         chosen: GPUs to use, counted within this process's own mask; None for all there are, empty for the CPU.
         per_gpu: workers that share a GPU.
         threads: torch threads per worker; by default the cores divided by the workers.
 
     Raises:
-        DeviceError: a GPU that is not there, or fewer places than workers.
+        DeviceError: a GPU that is not there, or more workers than the chosen GPUs take.
     """
     if per_gpu < 1 or (workers is not None and workers < 1):
-        raise DeviceError("workers and workers per GPU count from 1")
+        raise DeviceError("the number of workers and of workers per GPU must be at least 1")
     visible = visible_gpus()
     if chosen is None:
         names = visible

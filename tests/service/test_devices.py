@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
+import pynvml
 import pytest
 
 from ris_hpo.errors import DeviceError
@@ -25,21 +25,60 @@ from tests.postgres import Postgres
 
 from .conftest import HERE, id_of, make_spec
 
-DRIVER = """#!/bin/sh
-echo '0, GPU-aaaa, Big One, 80000, 70000'
-echo '1, GPU-bbbb, Big One, 80000, 2000'
-"""
+GPUS = [("GPU-aaaa", "Big One", 80_000, 70_000), ("GPU-bbbb", "Big One", 80_000, 2_000)]
+MIB = 2**20
+
+
+class Driver:
+    """What NVIDIA's library answers on a machine with two GPUs; ``lost`` is one that does not answer any more."""
+
+    NVMLError = pynvml.NVMLError
+
+    def __init__(self) -> None:
+        self.open = 0
+        self.lost: int | None = None
+
+    def nvmlInit(self) -> None:
+        self.open += 1
+
+    def nvmlShutdown(self) -> None:
+        self.open -= 1
+
+    def nvmlDeviceGetCount(self) -> int:
+        return len(GPUS)
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        return index
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int) -> object:
+        if handle == self.lost:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+        return SimpleNamespace(total=GPUS[handle][2] * MIB, free=GPUS[handle][3] * MIB)
+
+    def nvmlDeviceGetUUID(self, handle: int) -> str:
+        return GPUS[handle][0]
+
+    def nvmlDeviceGetName(self, handle: int) -> str:
+        return GPUS[handle][1]
 
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A machine with two GPUs, as far as nvidia-smi goes."""
-    program = tmp_path / "nvidia-smi"
-    program.write_text(DRIVER)
-    program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    made = Driver()
+    monkeypatch.setattr(devices, "pynvml", made)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(devices, "cores", lambda: 16)
+    return made
+
+
+def test_the_driver_is_asked_and_left_closed(driver: Driver) -> None:
+    first, second = devices.gpus()
+    assert first == devices.Gpu("0", "GPU-aaaa", "Big One", 80_000 * MIB, 70_000 * MIB)
+    assert devices.free_memory("1") == devices.free_memory("GPU-bbbb") == (2_000 * MIB, 80_000 * MIB)
+    assert devices.free_memory("7") is None
+    driver.lost = 0
+    assert devices.gpus() == [second]
+    assert driver.open == 0
 
 
 def test_without_gpus_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,8 +115,8 @@ def test_the_parents_own_mask_is_kept(mask: str, expected: list[str], monkeypatc
         ({"chosen": ["2"]}, "no GPU '2': this process sees 2"),
         ({"chosen": ["x"]}, "no GPU 'x'"),
         ({"workers": 5, "chosen": ["0", "1"], "per_gpu": 2}, "5 workers do not fit on 2 GPUs"),
-        ({"workers": 0}, "count from 1"),
-        ({"per_gpu": 0}, "count from 1"),
+        ({"workers": 0}, "must be at least 1"),
+        ({"per_gpu": 0}, "must be at least 1"),
     ],
 )
 def test_what_does_not_fit_is_refused(options: dict[str, object], words: str) -> None:
@@ -99,12 +138,18 @@ def test_a_second_worker_waits_for_memory(sqlite_store: Store, program: Program,
     assert not made._has_memory(made._places[2].slot)  # a trial was seen to need more than is free
 
 
-def test_a_driver_that_fails_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices.shutil, "which", lambda name: "/bin/false")
+@pytest.mark.parametrize("code", [pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH])
+def test_a_driver_that_fails_is_no_gpu(driver: Driver, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def fail() -> None:
+        raise pynvml.NVMLError(code)
+
+    monkeypatch.setattr(driver, "nvmlDeviceGetCount", fail)
     assert devices.gpus() == []
-    monkeypatch.setattr(devices.shutil, "which", lambda name: None)
+    assert driver.open == 0
+    monkeypatch.setattr(driver, "nvmlInit", fail)
     assert devices.gpus() == []
     assert devices.free_memory("0") is None
+    assert plan_slots() == [Slot(0, "cpu", "", 16)]
 
 
 def test_out_of_memory_is_known_by_its_names() -> None:
