@@ -1,12 +1,12 @@
-"""Is the best trial really better? Fresh seeds, fresh scenes, the base configuration beside it, and an interval.
+"""Whether the best trial is really better: fresh seeds, fresh scenes, paired with the base configuration.
 
-The best of two hundred noisy scores is a flattering number. The leading configurations are trained again, each with
-the same fresh seeds as the base configuration and scored on scenes nobody has selected on; seed s makes a pair:
+The best of two hundred noisy scores is lower than what it would score again. The leading configurations are therefore
+trained again, each with the same fresh seeds as the base, and scored on fresh scenes; seed s makes a pair:
 
     d_is = k_loc(candidate i, seed s) - k_loc(base, seed s),      mean_i +- t_{n-1, 1 - a/(2k)} sd_i / sqrt(n)
 
 With k candidates looked at, each interval is widened (Bonferroni), so that all of them hold at once with probability
-1 - a and picking the best of k costs nothing in honesty. ``judge`` is just this, a pure function of a table.
+1 - a and picking the best of k is allowed for. ``judge`` computes just this, a pure function of a table.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import dataclasses
 import itertools
 import json
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ CONFIDENCE: Final = 0.95
 FRESH_SHARE: Final = 4  # fresh scenes over those of a trial's own pipeline score: here they are most of what scatters
 FRESH_FAMILY: Final = 1 << 41  # seeds of the scenes of the re-evaluation, far from training's and validation's
 
+Row = np.ndarray[Any, np.dtype[np.float64]]
 Evaluate = Callable[[Spec, Path], float]
 """Train a configuration in a folder (and go on where it was left), score it on fresh scenes; lower is better."""
 
@@ -106,7 +108,7 @@ def judge(candidates: Sequence[str], scores: ArrayLike, *, confidence: float = C
     base, others = table[0], table[1:]
     alpha = 1 - confidence
     compared = [
-        Comparison(name, float(row.mean()), *_interval(row - base, alpha / len(candidates)))
+        Comparison(name, float(row.mean()), *_interval(row, base, alpha / len(candidates)))
         for name, row in zip(candidates, others, strict=True)
     ]
     order = sorted(range(len(candidates)), key=lambda index: (compared[index].mean, index))
@@ -115,7 +117,7 @@ def judge(candidates: Sequence[str], scores: ArrayLike, *, confidence: float = C
     peers = tuple(
         candidates[index]
         for index in order[1:]
-        if not _interval(others[first] - others[index], alpha / max(1, pairs))[2] < 0
+        if not _interval(others[first], others[index], alpha / max(1, pairs))[2] < 0
     )
     leader = compared[first]
     behind = leader.difference >= 0
@@ -245,14 +247,15 @@ def fresh_score(config: Spec, directory: Path, *, device: str = "cpu") -> float:
     return finite_score(score(localize(network, scenes, run.inference), scenes.require_truth()).k_loc)
 
 
-def _interval(differences: np.ndarray[Any, Any], alpha: float) -> tuple[float, float, float]:
-    """Mean of paired differences with its two-sided t interval at level ``1 - alpha``: (mean, low, high)."""
-    n = len(differences)
-    mean = float(differences.mean())
-    if n < 2:
+def _interval(first: Row, second: Row, alpha: float) -> tuple[float, float, float]:
+    """Mean of ``first - second`` with its two-sided paired t interval at level ``1 - alpha``: (mean, low, high)."""
+    mean = float((first - second).mean())
+    if len(first) < 2:
         return mean, -math.inf, math.inf
-    half = float(stats.t.ppf(1 - alpha / 2, n - 1) * differences.std(ddof=1) / math.sqrt(n))
-    return mean, mean - half, mean + half
+    with warnings.catch_warnings():  # of differences that are all alike; their interval has no width
+        warnings.simplefilter("ignore", RuntimeWarning)
+        low, high = stats.ttest_rel(first, second).confidence_interval(1 - alpha)
+    return mean, float(low), float(high)
 
 
 def _sentence(verdict: Verdict, leader: Comparison) -> str:

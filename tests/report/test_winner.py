@@ -103,9 +103,19 @@ def test_intervals_pair_by_seed():
     assert verdict.candidates[0].difference == pytest.approx(-0.275)
 
 
+def test_the_interval_is_the_paired_t_interval_by_hand():
+    found = judge(["a", "b"], [[2.0, 2.0, 2.0], [1.0, 2.0, 3.0], [2.0, 2.5, 3.0]]).candidates
+    half = 6.205347 / math.sqrt(3)  # t at 1 - 0.05/4 with 2 degrees of freedom: two candidates, two sides; sd 1
+    assert [item.name for item in found] == ["a", "b"]
+    assert (found[0].low, found[0].high) == (pytest.approx(-half, rel=1e-6), pytest.approx(half, rel=1e-6))
+    assert (found[1].low, found[1].high) == (pytest.approx(0.5 - half / 2), pytest.approx(0.5 + half / 2))
+
+
 def test_edges_of_the_table():
     assert not judge(["a"], [[2.0], [1.0]]).distinguishable
     assert judge(["a"], [[2.0], [1.0]]).candidates[0].low == -math.inf
+    shifted = judge(["a"], [[2.0, 2.1, 2.3], [1.7, 1.8, 2.0]]).candidates[0]
+    assert (shifted.low, shifted.high) == (pytest.approx(-0.3), pytest.approx(-0.3))
     alike = judge(["a"], [[2.0, 2.0], [2.0, 2.0]])
     assert (alike.winner, alike.distinguishable) == ("base", False)
     worse = judge(["a"], [[2.0, 2.1, 1.9], [3.0, 3.2, 3.1]])
