@@ -1,4 +1,4 @@
-"""What finds sources on the command line: a trained network, or a classical estimator, behind one call."""
+"""Methods that the commands ``evaluate`` and ``localize`` choose from: trained networks and classical estimators."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def run_config(path: Path | None) -> RunConfig:
 
 @dataclass(frozen=True)
 class Method:
-    """A way from scenes to sources.
+    """A function from scenes to sources, with what the commands need to know of it.
 
     Attributes:
         name: as tables show it.
         localize: (scenes, known counts [B] or None) to sources.
-        chunk: scenes in one call, small enough that progress is seen.
-        geometry: the surface it was made for; None where any will do.
+        chunk: scenes in one call; the progress display advances after each.
+        geometry: the surface it was made for; None for any.
         scene: the kind of scenes it was trained on, or the default kind.
-        needs_truth: the truth is one of its inputs, by a setting that says so.
+        needs_truth: one of its settings makes the truth an input.
     """
 
     name: str

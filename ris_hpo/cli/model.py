@@ -203,12 +203,13 @@ def evaluate(
     scenes: Annotated[
         Path | None,
         typer.Option(
-            help="A scene file with truth; it need not be complete.",
+            help="A scene file with truth, complete or in part.",
             show_default="drawn, --per-cell for each SNR and count",
         ),
     ] = None,
     path: Annotated[
-        Literal["pipeline", "network"], typer.Option(help="What localize does, or the network's outputs alone.")
+        Literal["pipeline", "network"],
+        typer.Option(help="pipeline: as localize, with refinement; network: from the network's outputs alone."),
     ] = "pipeline",
     snr_db: Annotated[str, typer.Option(metavar="LIST", help="SNRs of drawn scenes, dB.")] = "0,5,10,15,20",
     counts: Annotated[str, typer.Option(metavar="LIST", help="Source counts of drawn scenes.")] = "1,2,3,4,5",
@@ -295,7 +296,7 @@ _NAMES = {
 }
 _COUNT_COLUMNS = ("k_acc", "k_under", "k_over", "f1", "success")
 _ERROR_COLUMNS = ("rmse_azimuth_deg", "rmse_elevation_deg", "rmse_range_m", "rmspe_m", "gospa_m")
-_ALONE = ("k_acc", "k_under", "k_over")  # the floor takes the count as known: 1, 0, 0
+_ALONE = ("k_acc", "k_under", "k_over")  # shown without a floor, which assumes a known count: 1, 0, 0
 
 
 def _show_evaluation(evaluation: Evaluation, name: str, rate: float | None) -> None:
@@ -379,9 +380,7 @@ def prove(
 
 
 def localize(
-    scenes: Annotated[
-        Path, typer.Argument(help="The scene file; of a truth in it only --num-sources truth reads anything.")
-    ],
+    scenes: Annotated[Path, typer.Argument(help="The scene file: npz, MATLAB or HDF5. A truth in it is not read.")],
     out: Annotated[Path, typer.Option(help="The estimate file to write, .npz.")],
     checkpoint: Checkpoint = None,
     weights: Weights = None,

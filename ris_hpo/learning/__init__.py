@@ -1,1 +1,1 @@
-"""The network and what it is judged by: features, outputs, losses, matching, metrics and the way to sources."""
+"""The network: features, outputs, losses, and the way from outputs to sources."""

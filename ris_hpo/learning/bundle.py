@@ -1,12 +1,12 @@
-"""Inference bundles: a trained network as a folder that locates sources without any training code.
+"""Inference bundles: a trained network in a folder, which locates sources without the training code.
 
     bundle.json          specifications, provenance, and the SHA-256 of the other two files
     weights.safetensors  the network's weights
     network.pt2          the learned part as a ``torch.export`` program with a dynamic batch, weights included
 
-The fixed part of the front-end and everything after the network (refinement, evidence, count) are the very functions
-that ``localize`` uses, so a bundle gives the same sources as the checkpoint it was made from. A ``.pt2`` program is
-code: load bundles from people you trust.
+The fixed part of the front-end and everything after the network (refinement, evidence, count) are the functions that
+``localize`` uses, so a bundle gives the same sources as the checkpoint it was made from. A ``.pt2`` program is code:
+load only bundles from sources that you trust.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from ris_hpo.physics.sources import Sources
 FORMAT: Final = "ris-hpo bundle 1"
 MANIFEST, WEIGHTS, PROGRAM = "bundle.json", "weights.safetensors", "network.pt2"
 
-_FIELDS: Final = 11  # of Outputs; the dense maps that follow are for training
+_FIELDS: Final = 11  # the first ones of Outputs; the dense maps that follow are for training
 _LARGEST_BATCH: Final = 65_536
 
 
@@ -54,7 +54,7 @@ class Manifest(Spec):
 
 
 class Bundle:
-    """A network that stands in for :class:`Network` wherever outputs are all that is asked of it."""
+    """A loaded network, for every function that takes a :class:`Network` and only computes its outputs."""
 
     def __init__(self, manifest: Manifest, call: Any) -> None:
         self.manifest = manifest
@@ -63,7 +63,7 @@ class Bundle:
         self._call = call
 
     def features(self, scenes: Scenes) -> Any:
-        """Fixed part of the front-end: the network's own."""
+        """Fixed part of the front-end, as :meth:`Network.features`."""
         return Network.features(cast(Network, self), scenes)
 
     def __call__(self, *features: Tensor) -> Outputs:
@@ -72,11 +72,11 @@ class Bundle:
             return Outputs(*self._call(*features)[:_FIELDS])
 
     def train(self, mode: bool = True) -> Bundle:
-        """Nothing to switch: a bundle is always in evaluation mode."""
+        """Do nothing: a bundle is always in evaluation mode."""
         return self
 
     def eval(self) -> Bundle:
-        """Likewise."""
+        """Do nothing, as :meth:`train`."""
         return self
 
     def localize(self, scenes: Scenes, *, num_sources: Tensor | None = None) -> Sources:
@@ -91,17 +91,17 @@ def save_bundle(
     scene: SceneSpec,
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a bundle, whole or not at all.
+    """Write a bundle; after an error nothing is left behind.
 
     Args:
         path: a folder that does not exist yet.
-        network: trained.
-        inference: settings of the way from outputs to sources.
+        network: trained; moved to the CPU.
+        inference: settings from outputs to sources.
         scene: the kind of scenes it was trained on.
         provenance: JSON types that go into the manifest as they are.
 
     Raises:
-        OutputError: something is there already, or it cannot be written.
+        OutputError: the path exists already, or cannot be written.
     """
     if path.exists():
         raise OutputError(f"{path}: already there; name a new folder")
@@ -144,7 +144,7 @@ def load_bundle(path: Path, *, device: str = "cpu", form: Literal["program", "we
         path: its folder.
         device: where to compute.
         form: run the exported program, or build the network from this package's code and load the weights, which
-            needs no program and works where this torch cannot read it.
+            also works with a torch that cannot read the program.
 
     Raises:
         CheckpointError: not a bundle, damaged, or of another format.
@@ -185,7 +185,7 @@ def load_bundle(path: Path, *, device: str = "cpu", form: Literal["program", "we
 
 
 class _LearnedPart(nn.Module):
-    """The network's tensors in and out, without the maps that only training looks at."""
+    """The network as a function of tensors, without the dense maps, which only training uses."""
 
     def __init__(self, network: Network) -> None:
         super().__init__()

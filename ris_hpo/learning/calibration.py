@@ -1,4 +1,4 @@
-"""Fitting what is left to fit once a network is trained: how its count head and the refined evidence are weighed."""
+"""Fitting the weights with which a trained network's count head and the refined evidence are combined."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ris_hpo.learning.inference import InferenceSpec, predict, refinement
 from ris_hpo.learning.network import CountMixing, Network, count_weights
 from ris_hpo.physics.scene import Scenes
 
-_PULL = 20.0, 2.0  # nats over all scenes on squared weights of the standardised context and on squared changes of bias
+_PENALTIES = 20.0, 2.0  # nats, over all scenes, on squared weights of the standardised context and squared bias changes
 _STEPS = 200
 
 
 def fit_count_mixing(network: Network, scenes: Scenes, spec: InferenceSpec) -> float:
     """Fit the network's :class:`CountMixing` on scenes whose counts are known, and return its cross-entropy in nats.
 
-    The evidence is that of the very refinement that ``localize`` runs, so the posterior of the count is calibrated on
-    what a user gets. Nothing is drawn at random.
+    The evidence comes from the same refinement as in ``localize``, so that the posterior of the count is calibrated for
+    its results. Nothing is drawn at random.
 
     Args:
         network: trained, with the count head ``evidence``; its buffers are changed in place.
-        scenes: with truth, of the kind that the network will be used on, none of them trained or validated on.
+        scenes: with truth, like those that the network will be used on, and not used in training or validation.
         spec: settings of the refinement.
     """
     mixing = network.heads["mixing"]
@@ -33,7 +33,9 @@ def fit_count_mixing(network: Network, scenes: Scenes, spec: InferenceSpec) -> f
     scores = order_evidence(*refinement(network, scenes, spec, outputs), outputs.log_count)
     context = torch.cat([network.features(scenes[i : i + 64]).context for i in range(0, len(scenes), 64)])
     count, log_prior = scenes.require_truth().num_sources, outputs.log_count.double()
-    tried = scores.gather(1, count.unsqueeze(-1)).squeeze(-1).isfinite()  # elsewhere the answer is out of reach
+    tried = (
+        scores.gather(1, count.unsqueeze(-1)).squeeze(-1).isfinite()
+    )  # without evidence of the true count there is nothing to fit
     shift, scale = context.mean(0), 1 / context.std(0).clamp(min=1e-3)
     standard = ((context - shift) * scale)[tried].double()
     scores, count, log_prior = scores[tried], count[tried], log_prior[tried]
@@ -48,8 +50,8 @@ def fit_count_mixing(network: Network, scenes: Scenes, spec: InferenceSpec) -> f
 
     def closure() -> float:
         optimizer.zero_grad()
-        pull = _PULL[0] * weight.square().sum() + _PULL[1] * (bias - constants).square().sum()
-        loss = nats() + pull / len(count)
+        penalty = _PENALTIES[0] * weight.square().sum() + _PENALTIES[1] * (bias - constants).square().sum()
+        loss = nats() + penalty / len(count)
         loss.backward()
         return float(loss.detach())
 

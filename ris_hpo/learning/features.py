@@ -1,17 +1,17 @@
-"""What the network sees: back-projections of the snapshots, their spectra on the grid, and spectra of the residual.
+"""Inputs of the network: back-projections of the snapshots, their spectra on the grid, and spectra of the residual.
 
 With H known in full, the compact sufficient forms of a scene are the back-projections
 
     z_l = diag(c_l)^* H^H W y_l            [L, N]
 
 with W = I (matched) or W = (H H^H / h + I / snr)^-1 (whitened by the covariance that isotropic sources give the
-snapshots; h is the mean eigenvalue of H H^H), and their spectra sum_l |a_g^H z_l|^2 on the grid. The collapsed product
-H c_l alone would not do: it cannot tell the elements apart. The matched spectrum, blurred by the line of sight, adds
-nothing to the whitened one (measured: 14.14 against 14.15 nats a scene), so that only tokens carry it.
+snapshots; h is the mean eigenvalue of H H^H), and their spectra sum_l |a_g^H z_l|^2 on the grid. The product H c_l
+alone is not enough, because it does not distinguish the elements. The matched spectrum, blurred by the line of sight,
+adds nothing to the whitened one (measured: 14.14 against 14.15 nats a scene), so that only tokens contain it.
 
 A *residual pass* takes the highest cell, projects its snapshots T_l a out of y_l (orthogonal matching pursuit, Pati,
-Rezaiifar and Krishnaprasad, Asilomar 1993) and adds the spectrum of what is left: weaker sources come out from under
-the side lobes of stronger ones, which differ from scene to scene with H and the codes.
+Rezaiifar and Krishnaprasad, Asilomar 1993) and adds the spectrum of what is left. It shows weaker sources that the side
+lobes of stronger ones cover; these lobes differ from scene to scene with H and the codes.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from ris_hpo.physics.array import Geometry
 from ris_hpo.physics.grid import GridSpec, dictionary, spectrum
 from ris_hpo.physics.scene import Scenes
 
-_LOADINGS = (0.003, 5.0, 28)  # where the noise power is not told, 1 / snr is averaged over so many values between these
-_BLAME, _ERRORS = 0.5, (1e-3, 0.05)  # first guess of the channel's error: share of the noise, and limits
-GAIN_EDGE = 0.01  # of the gain's logit
+_LOADINGS = (0.003, 5.0, 28)  # an estimate of 1 / snr averages over 28 values between these two
+_CHANNEL_SHARE, _ERRORS = 0.5, (1e-3, 0.05)  # first guess of the channel's error: share of the noise, and limits
+GAIN_EDGE = 0.01  # the gain is kept this far from 0 and 1 before its logit is taken
 _SMALL = 1e-30
 
 
@@ -43,10 +43,11 @@ class Features(NamedTuple):
         relief: float32 [B, num_rho, num_v, num_w], the whitened log spectrum below its maximum (<= 0); empty likewise.
         tokens: float32 [B, L, 4N], real and imaginary parts of both back-projections, unit mean power per scene;
             empty [B, 0] for the spectral front-end.
-        context: float32 [B, num_context]: log10 of the observed (or estimated) SNR and of L, then for each spectrum
-            its spread and peak, then for each residual pass the log share of energy left, and of that the first had;
-            where the noise is not known also the log power of the channel's scattered part over its line of sight's,
-            and last the logit of a first guess of the gain that part deserves.
+        context: float32 [B, num_context]: log10 of the observed (or estimated) SNR and of L; for each spectrum its
+            standard deviation and a quarter of its peak; for each residual pass the log of the energy it leaves over
+            the energy before, and log(1 + energy left over energy of the first). Where the noise is not known also the
+            log power of the channel's scattered part over its line of sight's, and last the logit of a first guess of
+            the scattered part's gain.
     """
 
     maps: Tensor
@@ -67,7 +68,7 @@ def back_projection(channel: Tensor, codes: Tensor, y: Tensor) -> Tensor:
 
 
 def spectral_features(scenes: Scenes, grid: GridSpec, *, passes: int, noise_known: bool) -> Features:
-    """Features of the spectral front-end; ``noise_known`` False hides the noise power from the network."""
+    """Features of the spectral front-end; with ``noise_known`` False the noise power is not looked at."""
     scenes, _ = scenes.in_unit_levels()
     loading, context = _levels(scenes, noise_known)
     y, channel = whiten(scenes, loading)
@@ -148,7 +149,7 @@ def _log_spectrum(geometry: Geometry, grid: GridSpec, z: Tensor) -> Tensor:
 
 
 def noise_loading(scenes: Scenes, *, noise_known: bool) -> Tensor:
-    """1 / snr of every scene [B], from the noise power that is told or estimated."""
+    """1 / snr of every scene [B], from the noise power, given or estimated."""
     if not noise_known:
         return estimated_loading(scenes)
     received = scenes.y.abs().square().mean((1, 2))
@@ -164,13 +165,13 @@ def _gram(scenes: Scenes) -> tuple[Tensor, Tensor]:
 def _levels(scenes: Scenes, noise_known: bool) -> tuple[Tensor, list[Tensor]]:
     """1 / snr of every scene [B], and the context that does not come from spectra.
 
-    Where the noise is not known, half of it is put down to the channel for a first guess of the scattered part's gain.
-    The spectra stay those of the channel as given: with the gain they detect no better, even with the true one.
+    Where the noise is not known, the first guess of the scattered part's gain attributes half of it to the channel. The
+    spectra are those of the channel as given: with the gain, even the true one, they detect no better.
     """
     loading = noise_loading(scenes, noise_known=noise_known)
     context = [-loading.log10(), torch.full_like(loading, scenes.y.shape[1]).log10()]
     if not noise_known:
-        _, gain = posterior_mean_channel(scenes.bs_ris_channel, (_BLAME * loading).clamp(*_ERRORS))
+        _, gain = posterior_mean_channel(scenes.bs_ris_channel, (_CHANNEL_SHARE * loading).clamp(*_ERRORS))
         direct, scattered = split_channel(scenes.bs_ris_channel)
         shares = (_energy(scattered) + _SMALL) / (_energy(direct) + _SMALL)
         context += [shares.log(), torch.logit(gain, eps=GAIN_EDGE)]

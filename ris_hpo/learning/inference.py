@@ -1,8 +1,8 @@
 """From a scene to sources: one path for validation, evaluation and use.
 
-``network``: sources from the network's outputs alone; y is not looked at again. What a search should compare.
-``pipeline``: what a user gets. Proposals of the network -> orthogonal least squares with Levenberg-Marquardt refinement
-among them -> count from evidence and count head -> sources with existence and position covariance.
+``network``: sources from the network's outputs alone; y is not used again. Searches compare trials on this path.
+``pipeline``: what the command ``localize`` does. Proposals of the network -> orthogonal least squares among them with
+Levenberg-Marquardt refinement -> count from evidence and count head -> sources with existence and position covariance.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def localize(
         scenes: on the network's device.
         spec: settings.
         num_sources: [B] where the count is known.
-        outputs: of the same network on the same scenes, where they have been computed already.
+        outputs: of this network on these scenes, if they have been computed already.
 
     Returns:
         Sources [B, K_max]; existence and position covariance with ``polish``.
@@ -123,7 +123,7 @@ def localize(
     if spec.localizer != "polish":
         if spec.hybrid.sharpening:
             outputs = sharpened(network, scenes, outputs, spec, num_sources)
-        effective = covariances(outputs, _as_seen(network, scenes, outputs), spec.hybrid).effective
+        effective = covariances(outputs, _with_estimates(network, scenes, outputs), spec.hybrid).effective
         counts = network_sources(outputs, spec, num_sources).num_sources
         form = network.spec
         return localize_covariance(
@@ -144,13 +144,17 @@ def localize(
 def sharpened(
     network: Network, scenes: Scenes, outputs: Outputs, spec: InferenceSpec, num_sources: Tensor | None = None
 ) -> Outputs:
-    """Outputs whose factor is spanned by the slots as a few steps on the snapshots leave them.
+    """Outputs whose factor is spanned by the slots after a few refinement steps on the snapshots.
 
-    A cell tells a range beyond 4 m to a metre at best, half of what the snapshots know; the steps bring the rest.
+    Beyond 4 m the grid's cells resolve range to a metre at best, where the snapshots allow half a metre.
     """
     slots = network_sources(outputs, spec, num_sources)
     moved = refine(
-        _as_seen(network, scenes, outputs), slots, spec.hybrid.sharpening, region=network.spec.grid.region, double=False
+        _with_estimates(network, scenes, outputs),
+        slots,
+        spec.hybrid.sharpening,
+        region=network.spec.grid.region,
+        double=False,
     )
     share = moved.power * moved.mask
     share = share / share.sum(-1, keepdim=True).clamp(min=1e-30)
@@ -161,22 +165,22 @@ def sharpened(
 def refinement(
     network: Network, scenes: Scenes, spec: InferenceSpec, outputs: Outputs
 ) -> tuple[Scenes, Cosines, LikelihoodSpec]:
-    """What ``polish`` refines: scenes with noise and channel as the network sees them, its proposals, settings."""
+    """What ``polish`` searches: scenes with the network's noise power and channel, its proposals, and the settings."""
     likelihood, most = spec.likelihood, network.spec.max_sources
-    if most < likelihood.max_sources:  # a copy that is valid for sure: this runs once a batch
+    if most < likelihood.max_sources:  # copied without validation, since this runs once a batch
         fewest, largest = likelihood.num_sources
         likelihood = likelihood.model_copy(
             update={"max_sources": most, "num_sources": (min(fewest, most), min(largest, most))}
         )
-    return _as_seen(network, scenes, outputs), outputs.cosines(spec.proposals), likelihood
+    return _with_estimates(network, scenes, outputs), outputs.cosines(spec.proposals), likelihood
 
 
-def _as_seen(network: Network, scenes: Scenes, outputs: Outputs) -> Scenes:
-    """The scenes with noise power and channel as a network says them that is told neither."""
+def _with_estimates(network: Network, scenes: Scenes, outputs: Outputs) -> Scenes:
+    """The scenes with the noise power and channel that the network estimates, if it is not given the noise power."""
     if network.spec.noise_known:
         return scenes
     received = scenes.y.abs().square().mean((1, 2))
     direct, scattered = split_channel(scenes.bs_ris_channel)
     channel = direct + outputs.channel_gain[:, None, None] * scattered
-    noise = (outputs.disturbance * received).clamp(min=1e-30)  # also where nothing was received
+    noise = (outputs.disturbance * received).clamp(min=1e-30)  # positive even where y is 0
     return dataclasses.replace(scenes, bs_ris_channel=channel, noise_power=noise)

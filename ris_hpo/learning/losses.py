@@ -27,7 +27,7 @@ SUBSPACE_LOADING = 3e-4
 
 
 class LossSpec(Spec):
-    """Weights; the name used in earlier reports in brackets. A weight of 0 switches the term's computation off."""
+    """Weights of the loss terms; names in earlier reports in brackets. A term of weight 0 is not computed."""
 
     covariance: float = Field(0.1, ge=0, description="NMSE of R_eff (lam_cov)")
     covariance_pred: float = Field(0.0, ge=0, description="NMSE of R_pred (lam_cov_pred)")
@@ -36,8 +36,10 @@ class LossSpec(Spec):
     detection: float = Field(1.0, ge=0, description="existence of a source in a cell, or of a slot")
     offset: float = Field(0.5, ge=0, description="offset from the cell's centre and relative power, at true cells")
     count: float = Field(0.5, ge=0, description="negative log-probability of the true count (lam_K)")
-    auxiliary: float = Field(0.2, ge=0, description="Huber on matched angles and log-range (lam_aux)")
-    disturbance: float = Field(0.2, ge=0, description="share of noise and channel error, where it is not known")
+    auxiliary: float = Field(0.2, ge=0, description="Huber loss on matched angles and log-range (lam_aux)")
+    disturbance: float = Field(
+        0.2, ge=0, description="share of noise and channel error; for networks without the noise power"
+    )
     orthogonality: float = Field(0.0, ge=0, description="factor columns' mutual coherence (lam_ortho)")
     cross: float = Field(0.0, ge=0, description="agreement of angle and range Gram matrices (lam_cross)")
     gap: float = Field(0.0, ge=0, description="eigengap hinge (lam_gap)")
@@ -51,7 +53,7 @@ class LossSpec(Spec):
         return LossSpec(**(off | weights))
 
     def active(self, *, noise_known: bool) -> list[str]:
-        """Terms with a weight, less those that have nothing to say: the disturbance where the noise power is told."""
+        """Terms with a weight, without the disturbance where the network is given the noise power."""
         return [name for name in TERMS if getattr(self, name) > 0 and not (noise_known and name == "disturbance")]
 
 
@@ -157,8 +159,8 @@ def auxiliary(outputs: Outputs, truth: Sources) -> Tensor:
 def disturbance(outputs: Outputs, scenes: Scenes) -> Tensor:
     """Huber on the logits of the channel's gain and of the disturbance's share of the received power.
 
-    The gain is the regression of the true channel's scattered part on the known one's; the disturbance is what the
-    channel with that gain does not explain: y_l - H^ diag(c_l) sum_k a_k s_kl.
+    The true gain is the regression coefficient of the true channel's scattered part on the known one's; the true
+    disturbance is what the channel with that gain does not explain: y_l - H^ diag(c_l) sum_k a_k s_kl.
 
     Raises:
         ConfigError: scenes without symbols.
@@ -287,7 +289,7 @@ def _normalised_gram(columns: Tensor) -> Tensor:
 
 
 def _mean_off_diagonal(square: Tensor) -> Tensor:
-    """Mean of the entries [B, K, K] off the diagonal; 0 where K = 1 has none."""
+    """Mean of the entries off the diagonal of [B, K, K]; 0 for K = 1."""
     size = square.shape[-1]
     if size == 1:
         return square.sum() * 0

@@ -1,4 +1,4 @@
-"""Stored weights into a network, where they are those of such a network."""
+"""Loading stored weights into a network, with a check that they belong to one of its form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ris_hpo.learning.network import Network
 
 
 def load_weights(network: Network, weights: Mapping[str, Tensor], source: str) -> None:
-    """Copy weights and buffers into a network; what else stands beside them is left alone.
+    """Copy weights and buffers into a network; other tensors among them are ignored.
 
     Args:
         network: takes them.

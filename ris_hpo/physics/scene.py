@@ -129,13 +129,14 @@ class Scenes:
         """
         received = _power_of_two(self.y, 1)
         channel = _power_of_two(self.bs_ris_channel, self.bs_ris_channel.shape[1])
-        true = self.true_channel
+        true, noise = self.true_channel, self.true_noise_power
         scaled = dataclasses.replace(
             self,
             y=self.y / received.to(self.y.real.dtype)[:, None, None],
             bs_ris_channel=self.bs_ris_channel / channel.to(self.bs_ris_channel.real.dtype)[:, None, None],
             noise_power=(self.noise_power / received.square()).to(self.noise_power.dtype),
             true_channel=None if true is None else true / channel.to(true.real.dtype)[:, None, None],
+            true_noise_power=None if noise is None else (noise / received.square()).to(noise.dtype),
         )
         return scaled, (received / channel).square()
 

@@ -1,4 +1,4 @@
-"""Estimates against truth as a table: all scenes, per SNR and per number of sources, each row beside its floor."""
+"""Scores of an estimate as a table: all scenes, per SNR and per number of sources, each row with its floor."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SNR_BINS_DB = (-5.0, 0.0, 5.0, 10.0, 15.0, 20.0)
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Scores of one group of scenes beside the floor on the same scenes; None where the truth is not complete."""
+    """Scores of one group of scenes and the floor on the same scenes; no floor where the truth is not complete."""
 
     label: str
     scores: Scores
@@ -115,7 +115,7 @@ def evaluate(estimate: Sources, scenes: Scenes, *, draws: int = 8) -> Evaluation
 
 
 def _snr_groups(snr_db: Tensor) -> Mapping[str, Tensor]:
-    """One group per value where there are few, else 5 dB bins, with what lies outside them at the ends."""
+    """One group per value if there are at most 12, else 5 dB bins; the outer bins include all values beyond them."""
     values = snr_db.unique()
     if len(values) <= 12:
         return {f"{float(value):g} dB": snr_db == value for value in values}

@@ -1,4 +1,4 @@
-"""Facts of the score that need no torch: its version, its worst value, and how near the floor a value is."""
+"""The score without torch: its version, its worst value, and the efficiency of a value against its floor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WORST_K_LOC: Final = 7.0
 
 
 def efficiency(value: float, floor: float) -> float:
-    """Return the share of the way from the worst score to the floor that a value covers; 1 is at the floor."""
+    """Return (7 - value) / (7 - floor): 0 at the worst score, 1 at the floor."""
     return (WORST_K_LOC - value) / (WORST_K_LOC - floor)
 
 

@@ -2,8 +2,8 @@
 
     k_loc = (1 - K_acc) + RMSE_az / 5 deg + RMSE_el / 5 deg + RMSE_r / 1 m - success          (lower is better, -1..7)
 
-RMSEs run over the max(K, K^) slots of every scene with errors capped at 10 deg, 10 deg and 2 m; a missed source or a
-ghost counts as a capped error, so the composite is bounded and no scene is ever dropped.
+RMSEs run over the max(K, K^) slots of every scene with errors capped at 10 deg, 10 deg and 2 m; a source that is missed
+or estimated in excess counts as a capped error, so the composite is bounded and no scene is dropped.
 
 A coordinate that the truth does not give is NaN there. Figures that need it are NaN (``null`` in JSON); the others are
 computed from what is known, a hit being a pair within the tolerances of the known coordinates.
@@ -186,7 +186,7 @@ def score(estimate: Sources, truth: Sources) -> Scores:
 
 
 def floor_errors(scenes: Scenes, draws: int = 8, seed: int = 0) -> SceneErrors:
-    """What the deterministic Cramer-Rao bound leaves possible on these very scenes, K being known.
+    """Errors of an estimator that attains the deterministic Cramer-Rao bound on these scenes and knows K.
 
     Errors in (az, el, r) are drawn from N(0, CRB) of every scene ``draws`` times, every second one the negative of
     another. Each belongs to its own source: only GOSPA looks for another assignment, being a minimum over all. A
@@ -216,7 +216,7 @@ def floor_errors(scenes: Scenes, draws: int = 8, seed: int = 0) -> SceneErrors:
 
 
 def floor_scores(scenes: Scenes, draws: int = 8) -> Scores:
-    """Scores at the floor: the mark beside every result."""
+    """Scores of :func:`floor_errors`, printed with every result."""
     return floor_errors(scenes, draws).scores()
 
 
