@@ -102,7 +102,7 @@ def service() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(f"{folder}/bench.db")
         study = bench_service.begin(store, bench_service.spec_of("ours", 10, 0.0, "random"), TRIALS)
-        job = WorkerJob(store.address, study.study_name, program=bench_service.PROGRAM, directory=f"{folder}/trials")
+        job = WorkerJob(store.address, study.study_name, f"{folder}/trials")
         began = time.perf_counter()
         run_worker(job)
         ours = TRIALS / (time.perf_counter() - began)

@@ -33,9 +33,11 @@ from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget, quiet_
 from ris_hpo.search.spec import StudySpec
 from ris_hpo.store.cache import Store, ticket
 from ris_hpo.store.open import open_store
-from ris_hpo.store.owner import owner_name
-from ris_hpo.workers.local import LocalPool
-from ris_hpo.workers.worker import WorkerJob, run_worker
+from ris_hpo.store.owner import Owner, this_process
+from ris_hpo.workers.devices import plan_slots
+from ris_hpo.workers.local import LocalProcesses
+from ris_hpo.workers.supervisor import Supervisor
+from ris_hpo.workers.worker import WorkerJob, job_for, run_worker
 
 HERE = Path(__file__).parent
 PROGRAM = "idle_program"
@@ -44,6 +46,7 @@ PROGRAM = "idle_program"
 def spec_of(name: str, reports: int, pause_s: float, sampler: str = "tpe") -> StudySpec:
     """Return a study of four dimensions whose trials report ``reports`` times, ``pause_s`` apart."""
     tree: dict[str, Any] = {
+        "study": {"program": PROGRAM},
         "base": {"budget": {"scenes": reports, "validate_every": 1}, "pause_s": pause_s},
         "space": {
             "shape.a": {"low": 0.0, "high": 1.0},
@@ -73,8 +76,9 @@ def overhead(folder: Path, urls: dict[str, str], seconds: float) -> None:
             os.environ["IDLE_JOURNAL"] = str(journal)
             store = open_store(url)
             study = begin(store, spec_of(f"w{workers}", 10, seconds / 10), trials)
-            pool = LocalPool(store, study, workers=workers, gpus=[], program=PROGRAM, directory=folder / kind)
-            for _ in pool.run():
+            processes = LocalProcesses(plan_slots(workers, []), folder / kind)
+            job = job_for(store, study, directory=folder / kind)
+            for _ in Supervisor(store, study, processes, job).run():
                 pass
             # from a worker's first claim to its last end: starting a process, and waiting for the others' last trials
             # when no ticket is left, are once per study and not per trial
@@ -82,7 +86,7 @@ def overhead(folder: Path, urls: dict[str, str], seconds: float) -> None:
             each = [trial.user_attrs["seconds"] for trial in study.get_trials()]
             begun = [trial.datetime_start.timestamp() for trial in study.get_trials() if trial.datetime_start]
             ended = [trial.datetime_complete.timestamp() for trial in study.get_trials() if trial.datetime_complete]
-            owners = [trial.user_attrs["owner"].split(":")[1] for trial in study.get_trials()]
+            owners = [trial.user_attrs["owner"].rpartition(":")[0] for trial in study.get_trials()]
             busy = sum(
                 max(end for end, who in zip(ended, owners, strict=True) if who == owner)
                 - min(start for start, who in zip(begun, owners, strict=True) if who == owner)
@@ -106,7 +110,7 @@ def throughput(folder: Path, urls: dict[str, str], trials: int, repeats: int) ->
         for repeat in range(repeats):
             store = open_store(url)
             study = begin(store, spec_of(f"ours{repeat}", 10, 0.0, "random"), trials)
-            job = WorkerJob(store.address, study.study_name, program=PROGRAM, directory=str(folder / f"{kind}{repeat}"))
+            job = WorkerJob(store.address, study.study_name, str(folder / f"{kind}{repeat}"))
             began = time.perf_counter()
             run_worker(job)
             ours.append(trials / (time.perf_counter() - began))
@@ -157,7 +161,7 @@ def _pop(url: str, study_id: int, ours: bool, start: float, results: Any) -> Non
     time.sleep(max(0.0, start - time.time()))
     while True:
         if ours:
-            trial_id = store.claim(study_id, owner_name(len(taken)))
+            trial_id = store.claim(study_id, str(Owner(this_process(), len(taken))))
         else:
             trial_id = study._pop_waiting_trial_id()
         if trial_id is None:
@@ -188,7 +192,7 @@ def claims(folder: Path, tickets: int, processes: int) -> None:
 
 def _crowd_worker(url: str, folder: str, results: Any) -> None:
     try:
-        report = run_worker(WorkerJob(url, "crowd", program=PROGRAM, directory=folder))
+        report = run_worker(WorkerJob(url, "crowd", folder))
     except Exception as error:  # noqa: BLE001 - the figure asked for is how many of them there are
         results.put((0, f"{type(error).__name__}: {error}"))
         return

@@ -23,7 +23,10 @@ from ris_hpo.search.files import load_study
 from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget, quiet_optuna
 from ris_hpo.search.pruners import build_pruner
 from ris_hpo.store.open import open_store
-from ris_hpo.workers.local import LocalPool
+from ris_hpo.workers.devices import plan_slots
+from ris_hpo.workers.local import LocalProcesses
+from ris_hpo.workers.supervisor import Supervisor
+from ris_hpo.workers.worker import job_for
 
 CURVES = Path(__file__).with_name("curves.json")
 SCENES, EVERY = 1536, 128
@@ -44,7 +47,8 @@ def record(trials: int, folder: Path, workers: int) -> None:
     store = open_store(str(folder / "curves.db"))
     study = create_or_resume_study(store, spec)
     fill_budget(store, study, trials)
-    pool = LocalPool(store, study, workers=workers, gpus=[], threads=1, directory=folder / "trials")
+    processes = LocalProcesses(plan_slots(workers, [], threads=1), folder / "trials")
+    pool = Supervisor(store, study, processes, job_for(store, study, directory=folder / "trials"))
     for snapshot in pool.run(interval=30):
         print(f"{snapshot.seconds:7.0f} s  {snapshot.tally.complete} of {trials}", *snapshot.messages, flush=True)
         _write([trial for trial in study.get_trials() if trial.state == TrialState.COMPLETE])

@@ -27,11 +27,14 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.bench_service import HERE, PROGRAM, begin, spec_of
+from benchmarks.bench_service import HERE, begin, spec_of
 from ris_hpo.report.study_page import kept_current
 from ris_hpo.search.lifecycle import quiet_optuna
 from ris_hpo.store.open import open_store
-from ris_hpo.workers.local import LocalPool
+from ris_hpo.workers.devices import plan_slots
+from ris_hpo.workers.local import LocalProcesses
+from ris_hpo.workers.supervisor import Supervisor
+from ris_hpo.workers.worker import job_for
 
 TOKEN = "token-of-the-soak-benchmark"
 POLL_S = 2.0
@@ -119,7 +122,8 @@ def soak(address: str, folder: Path, trials: int, workers: int, seconds: float, 
     """Run the study and print the table."""
     store = open_store(address)
     study = begin(store, spec_of("soak", 10, seconds / 10, sampler), trials)
-    pool = LocalPool(store, study, workers=workers, gpus=[], threads=1, program=PROGRAM, directory=folder / "trials")
+    processes = LocalProcesses(plan_slots(workers, [], threads=1), folder / "trials")
+    pool = Supervisor(store, study, processes, job_for(store, study, directory=folder / "trials"))
     watched = Watched(address, folder)
     supervisor, dashboard = psutil.Process(), psutil.Process(watched.process.pid)
     begun, looks = time.monotonic(), []

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.live import Live
@@ -17,42 +17,28 @@ from ris_hpo.cli import display
 from ris_hpo.text import duration
 
 if TYPE_CHECKING:
-    from ris_hpo.workers.local import PoolSnapshot
+    from ris_hpo.workers.supervisor import PoolSnapshot
 
 PLAIN_SECONDS = 15.0
 """Least time between two plain lines while no trial ends."""
 
 
-def follow(snapshots: Iterable[PoolSnapshot], n_trials: int) -> None:
+def follow(snapshots: Iterable[PoolSnapshot]) -> None:
     """Show a pool's progress on stderr until it ends."""
     if not sys.stderr.isatty():
-        _follow_plainly(snapshots, n_trials)
+        _follow_plainly(snapshots)
         return
     with Live(console=display.stderr(), refresh_per_second=4, transient=True) as view:
         for snapshot in snapshots:
             for message in snapshot.messages:
                 view.console.print(message, markup=False, style="yellow")
-            view.update(_view(snapshot, n_trials))
+            view.update(_view(snapshot))
 
 
-def tell(event: Mapping[str, Any]) -> None:
-    """Print one line for each trial that a single worker starts or ends."""
-    if event["event"] == "claimed":
-        display.print_note(f"trial {event['number']}: started")
-    elif event["event"] == "ended":
-        value = event.get("value")
-        parts = [
-            event.get("state"),
-            None if value is None else f"k_loc {value:.3f}",
-            event.get("cause"),
-            event.get("error"),
-        ]
-        display.print_note(f"trial {event.get('number', '?')}: {', '.join(str(part) for part in parts if part)}")
-
-
-def _counts(snapshot: PoolSnapshot, n_trials: int) -> str:
+def _counts(snapshot: PoolSnapshot) -> str:
     tally = snapshot.tally
-    return f"{tally.ended} of {n_trials} trials ({tally.complete} complete, {tally.pruned} pruned, {tally.fail} failed)"
+    by_state = f"{tally.complete} complete, {tally.pruned} pruned, {tally.fail} failed"
+    return f"{tally.ended} of {snapshot.n_trials} trials ({by_state})"
 
 
 def _best(snapshot: PoolSnapshot) -> str:
@@ -63,7 +49,7 @@ def _best(snapshot: PoolSnapshot) -> str:
     return f" | best: trial {best.number}, k_loc {best.k_loc:.3f}{floor}"
 
 
-def _follow_plainly(snapshots: Iterable[PoolSnapshot], n_trials: int) -> None:
+def _follow_plainly(snapshots: Iterable[PoolSnapshot]) -> None:
     ended, printed_at, printed = -1, 0.0, ""
     for snapshot in snapshots:
         now = time.monotonic()
@@ -79,12 +65,12 @@ def _follow_plainly(snapshots: Iterable[PoolSnapshot], n_trials: int) -> None:
         ]
         rest = "".join([_best(snapshot), *running])
         ended, printed_at = snapshot.tally.ended, now
-        if (news := _counts(snapshot, n_trials) + rest) != printed:  # the clock alone is no news
+        if (news := _counts(snapshot) + rest) != printed:  # the clock alone is no news
             printed = news
-            display.print_note(f"{_counts(snapshot, n_trials)}, {duration(snapshot.seconds)}{rest}")
+            display.print_note(f"{_counts(snapshot)}, {duration(snapshot.seconds)}{rest}")
 
 
-def _view(snapshot: PoolSnapshot, n_trials: int) -> Group:
+def _view(snapshot: PoolSnapshot) -> Group:
     grid = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("worker", "device", "state", "trial", "scenes", "k_loc", "floor", "scenes/s", "memory", "restarts"):
         words = column in ("worker", "device", "state")
@@ -106,6 +92,6 @@ def _view(snapshot: PoolSnapshot, n_trials: int) -> Group:
         )
         grid.add_row(*(display.cell(value) for value in row))
     line = Table.grid(expand=True)  # a bar alone ends without a line break and would swallow the titles below it
-    line.add_row(ProgressBar(total=n_trials, completed=min(snapshot.tally.ended, n_trials)))
-    headline = f"{_counts(snapshot, n_trials)}, {duration(snapshot.seconds)}{_best(snapshot)}"
+    line.add_row(ProgressBar(total=snapshot.n_trials, completed=snapshot.tally.ended))
+    headline = f"{_counts(snapshot)}, {duration(snapshot.seconds)}{_best(snapshot)}"
     return Group(Text(headline), line, grid)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ris_hpo.cli import display, options
-from ris_hpo.errors import StudyError
+from ris_hpo.errors import StudyError, WorkerError
 from ris_hpo.text import duration
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ris_hpo.results.replay import ReplayReport
     from ris_hpo.search.dimension import Dimension
     from ris_hpo.store.cache import Store
+    from ris_hpo.workers.supervisor import Supervisor
 
 SHOWN_TRIALS = 12
 
@@ -55,8 +56,18 @@ def show_status(store: Store, name: str, *, json_: bool) -> None:
     pairs["device time"] = duration(3600 * found.device_hours)
     display.facts("", pairs)
     if found.running:
-        rows = [(each.number, each.step, each.k_loc, each.seconds, each.owner) for each in found.running]
-        display.table("\nrunning", ["trial", "scenes", "k_loc", "seconds", "worker"], rows, text={4})
+        rows = [
+            (
+                each.number,
+                each.step,
+                each.k_loc,
+                duration(each.seconds),
+                each.device,
+                f"{each.host}, process {each.pid}",
+            )
+            for each in found.running
+        ]
+        display.table("\nrunning", ["trial", "scenes", "k_loc", "time", "device", "worker"], rows, text={3, 4, 5})
 
 
 def best_line(number: int, k_loc: float, floor: float | None, efficiency: float | None) -> dict[str, object]:
@@ -99,6 +110,31 @@ def show_outcome(store: Store, name: str, *, json_: bool) -> None:
         choice = f"--study {shlex.quote(name)}"
         display.print_note(
             f"next: ris-hpo best {choice}    ris-hpo export {choice} --out best.toml    ris-hpo dashboard"
+        )
+
+
+def end_of_run(supervisor: Supervisor, store: Store, name: str) -> None:
+    """Say why a run or worker ended before its study did, and turn what it achieved into an exit code.
+
+    Raises:
+        typer.Exit: it was interrupted.
+        WorkerError: trials ended, and all of them failed.
+    """
+    from ris_hpo.search.lifecycle import status as status_of
+
+    if supervisor.ending == "interrupted":
+        display.print_note("interrupted; every trial is checkpointed, and the same command goes on from there")
+        raise typer.Exit(options.INTERRUPTED)
+    if supervisor.ending not in ("finished", "max_trials"):
+        display.print_note(f"stopped by a rule of the study: {supervisor.ending}")
+    found = status_of(store, name)
+    counts = found.trials
+    if (supervisor.ended and not supervisor.succeeded) or (counts.ended and not counts.complete + counts.pruned):
+        number = supervisor.ended or counts.ended
+        causes = ", ".join(f"{count} {cause}" for cause, count in found.causes.items())
+        raise WorkerError(
+            f"no trial of study '{name}' succeeded: {number} ended and failed ({causes} in all); 'ris-hpo status "
+            f"--study {shlex.quote(name)} --json' lists each with its cause"
         )
 
 

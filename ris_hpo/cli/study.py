@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from ris_hpo.errors import OutputError, StudyError
 
 if TYPE_CHECKING:
     from ris_hpo.search.spec import StudySpec
+    from ris_hpo.workers.pool import Executor
 
 PANEL = "Studies"
 
@@ -108,7 +110,10 @@ def run(
     from ris_hpo.store.credentials import redact
     from ris_hpo.store.open import open_store
     from ris_hpo.workers.devices import plan_slots
-    from ris_hpo.workers.local import LocalPool
+    from ris_hpo.workers.local import LocalProcesses
+    from ris_hpo.workers.ray import RayActors
+    from ris_hpo.workers.supervisor import Supervisor
+    from ris_hpo.workers.worker import job_for
 
     given: dict[str, Any] = {
         "sampler.name": sampler,
@@ -137,8 +142,8 @@ def run(
     store = open_store(storage)
     if engine == "ray" and store.is_sqlite:
         raise options.UsageError("--engine ray needs a store that every node reaches: --storage postgresql://...")
-    if engine == "local":
-        plan_slots(workers, chosen, per_gpu)  # a device that is not there is told before a study is made
+    # before a study is made: a device that is not there is refused here
+    slots = plan_slots(workers, chosen, per_gpu) if engine == "local" else []
     proof = "no-proof" if no_proof else _proof(spec)
     command = redact(shlex.join(["ris-hpo", *sys.argv[1:]]))
     made = create_or_resume_study(
@@ -157,19 +162,15 @@ def run(
     added = fill_budget(store, made, n_trials)
     total = stored_spec(made).budget.n_trials
     display.print_note(f"study '{name}' in {store.redacted}: {total} trials, {added} to add")
+    job = job_for(store, made)
     if engine == "ray":
-        from ris_hpo.workers.ray import RayPool
-
-        pool: Any = RayPool(store, made, workers=workers, address=address, gpus=chosen is None, per_gpu=per_gpu)
+        executor: Executor = RayActors(store, workers=workers, address=address, gpus=chosen is None, per_gpu=per_gpu)
     else:
-        pool = LocalPool(store, made, workers=workers, gpus=chosen, per_gpu=per_gpu)
-    live.follow(kept_current(made, store, pool.run(), storage_directory() / "artifacts"), total)
+        executor = LocalProcesses(slots, Path(job.directory))
+    supervisor = Supervisor(store, made, executor, job)
+    live.follow(kept_current(made, store, supervisor.run(), storage_directory() / "artifacts"))
     standing.show_outcome(store, name, json_=json_)
-    if pool.ending == "interrupted":
-        display.print_note("interrupted; every trial is checkpointed, and the same command goes on from there")
-        raise typer.Exit(options.INTERRUPTED)
-    if pool.ending != "finished":
-        display.print_note(f"stopped by the study's rule: {pool.ending}")
+    standing.end_of_run(supervisor, store, name)
 
 
 def worker(
@@ -181,29 +182,29 @@ def worker(
     json_: options.Json = False,
 ) -> None:
     """Join a study as one more worker, from any host that reaches its store."""
-    from dataclasses import asdict
-
     from ris_hpo.physics.device import find_device
-    from ris_hpo.process import StopSignals
-    from ris_hpo.search.lifecycle import get_study, stored_spec
-    from ris_hpo.store.open import default_url, open_store
-    from ris_hpo.workers.worker import WorkerJob, run_worker
+    from ris_hpo.search.lifecycle import get_study
+    from ris_hpo.store.open import open_store
+    from ris_hpo.workers.devices import Slot
+    from ris_hpo.workers.local import LocalProcesses
+    from ris_hpo.workers.supervisor import Supervisor
+    from ris_hpo.workers.worker import job_for
 
     if device != "cpu":
         find_device(device)
     store = open_store(storage, create=False)
     title = standing.choose_study(store, study)
-    rules = stored_spec(get_study(store, title)).stop
-    store.close()
-    job = WorkerJob(storage or default_url(), title, device=device, threads=threads, max_trials=max_trials)
-    with StopSignals() as stop:
-        report = run_worker(job, stop=stop, notify=live.tell, rules=rules)
+    joined = get_study(store, title)
+    job = job_for(store, joined)
+    log = f"worker-{socket.gethostname()}-{os.getpid()}.log"  # hosts may share the folder
+    executor = LocalProcesses([Slot(0, device, None, threads)], Path(job.directory), log_name=log)
+    supervisor = Supervisor(store, joined, executor, job, max_trials=max_trials)
+    live.follow(supervisor.run())
     if json_:
-        display.print_json(asdict(report))
+        display.print_json({"study": title, "ended": supervisor.ended, "reason": supervisor.ending})
     else:
-        display.facts("", {"study": title, "trials ended here": report.ended, "why it left": report.reason})
-    if report.reason == "stopped":
-        raise typer.Exit(options.INTERRUPTED)
+        display.facts("", {"study": title, "trials ended here": supervisor.ended, "why it left": supervisor.ending})
+    standing.end_of_run(supervisor, store, title)
 
 
 def status(study: StudyName = None, storage: Storage = None, json_: options.Json = False) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from typing import Any, Literal
 
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
@@ -199,9 +198,6 @@ def fail_trial(
     return store.retire(study_id, trial.number, owner, marks, lambda latest: successor_of(latest, cause, retries))
 
 
-# -- owners ----------------------------------------------------------------------------------------------------------
-
-
 # -- stop rules ------------------------------------------------------------------------------------------------------
 
 StopRule = Literal["timeout", "gpu_hours", "target", "patience"]
@@ -211,31 +207,25 @@ def stop_reason(rules: StopSpec, trials: Sequence[FrozenTrial], seconds: float) 
     """Return the rule that ends the study now, if any.
 
     Args:
-        rules: the limits; every one that is None is off.
+        rules: the limits; one that is None does not apply.
         trials: all trials of the study.
         seconds: wall clock since this run began.
     """
     if rules.timeout_s is not None and seconds >= rules.timeout_s:
         return "timeout"
-    if rules.gpu_hours is not None:
-        now = datetime.now()
-        spent = 0.0
-        for trial in trials:
-            if trial.state == TrialState.RUNNING and trial.datetime_start is not None:
-                spent += (now - trial.datetime_start).total_seconds()
-            spent += trial.user_attrs.get(names.SECONDS, 0.0)
-        if spent >= 3600 * rules.gpu_hours:
-            return "gpu_hours"
+    if rules.gpu_hours is not None and device_seconds(trials) >= 3600 * rules.gpu_hours:
+        return "gpu_hours"
     best = best_trial(trials)
     if best is None:
         return None
     if rules.target is not None and best.values[0] <= rules.target:
         return "target"
     if rules.patience is not None and best.datetime_complete is not None:
+        reached = best.datetime_complete.timestamp()  # local times repeat an hour in autumn, time stamps do not
         since = sum(
             trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
             and trial.datetime_complete is not None
-            and trial.datetime_complete > best.datetime_complete
+            and trial.datetime_complete.timestamp() > reached
             for trial in trials
         )
         if since >= rules.patience:
@@ -243,7 +233,13 @@ def stop_reason(rules: StopSpec, trials: Sequence[FrozenTrial], seconds: float) 
     return None
 
 
-# -- status ----------------------------------------------------------------------------------------------------------
+def device_seconds(trials: Iterable[FrozenTrial]) -> float:
+    """Return the seconds that workers have spent on these trials, whatever became of them.
+
+    Workers measure them on their own clocks: exactly for a trial that ended, was put back, or was killed by its
+    supervisor, and up to the last heartbeat for one that runs or was lost.
+    """
+    return sum(float(trial.user_attrs.get(names.SECONDS, 0.0)) for trial in trials)
 
 
 def lineage_root(trial: FrozenTrial | Trial) -> int:

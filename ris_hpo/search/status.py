@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from ris_hpo.search.counting import Tally, best_trial, tally
+from ris_hpo.search.counting import Tally, best_trial, device_seconds, tally
 from ris_hpo.store import attributes as names
 from ris_hpo.store.attributes import Cause
+from ris_hpo.store.owner import Owner
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,32 @@ class BestTrial:
 
 @dataclass(frozen=True)
 class RunningTrial:
-    """A trial that a worker holds now."""
+    """A trial that a worker holds now; ``seconds`` spent on it, as of its last heartbeat."""
 
     number: int
-    owner: str | None
+    host: str | None
+    pid: int | None
+    device: str | None
     step: int | None
     k_loc: float | None
-    seconds: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class FailedTrial:
+    """A trial that failed.
+
+    ``retried`` says whether a successor continues it; ``last_step`` is the number of scenes seen at its last report.
+    """
+
+    number: int
+    cause: str
+    error: str | None
+    host: str | None
+    device: str | None
+    last_step: int | None
+    seconds: float
+    retried: bool
 
 
 @dataclass(frozen=True)
@@ -47,6 +67,7 @@ class StudyStatus:
     best: BestTrial | None
     running: list[RunningTrial]
     causes: dict[str, int]
+    failed: list[FailedTrial]
     device_hours: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -73,31 +94,46 @@ def summarise_best(trial: FrozenTrial | None) -> BestTrial | None:
 
 def study_status(name: str, trials: Sequence[FrozenTrial]) -> StudyStatus:
     """Summarise the trials of a study."""
-    now = datetime.now()
-    causes: dict[str, int] = {}
-    running: list[RunningTrial] = []
-    seconds = 0.0
-    for trial in trials:
-        seconds += trial.user_attrs.get(names.SECONDS, 0.0)
-        if trial.state == TrialState.FAIL:
-            cause = str(trial.user_attrs.get(names.CAUSE, Cause.BUG.value))
-            causes[cause] = causes.get(cause, 0) + 1
-        elif trial.state == TrialState.RUNNING:
-            step = trial.last_step
-            running.append(
-                RunningTrial(
-                    number=trial.number,
-                    owner=trial.user_attrs.get(names.OWNER),
-                    step=step,
-                    k_loc=None if step is None else trial.intermediate_values[step],
-                    seconds=None if trial.datetime_start is None else (now - trial.datetime_start).total_seconds(),
-                )
-            )
+    continued = {trial.user_attrs.get(names.PREDECESSOR) for trial in trials}
+    failed = [
+        _failed(trial, retried=trial.number in continued)
+        for trial in trials
+        if trial.state == TrialState.FAIL and trial.user_attrs.get(names.CAUSE) != Cause.WITHDRAWN
+    ]
     return StudyStatus(
         study=name,
         trials=tally(trials),
         best=summarise_best(best_trial(trials)),
-        running=running,
-        causes=causes,
-        device_hours=seconds / 3600,
+        running=[_running(trial) for trial in trials if trial.state == TrialState.RUNNING],
+        causes=dict(Counter(trial.cause for trial in failed)),
+        failed=failed,
+        device_hours=device_seconds(trials) / 3600,
+    )
+
+
+def _running(trial: FrozenTrial) -> RunningTrial:
+    owner, step = Owner.parse(trial.user_attrs.get(names.OWNER)), trial.last_step
+    return RunningTrial(
+        number=trial.number,
+        host=None if owner is None else owner.process.host,
+        pid=None if owner is None else owner.process.pid,
+        device=trial.user_attrs.get(names.DEVICE),
+        step=step,
+        k_loc=None if step is None else trial.intermediate_values[step],
+        seconds=device_seconds([trial]),
+    )
+
+
+def _failed(trial: FrozenTrial, *, retried: bool) -> FailedTrial:
+    attributes = trial.user_attrs
+    owner = Owner.parse(attributes.get(names.OWNER))
+    return FailedTrial(
+        number=trial.number,
+        cause=str(attributes.get(names.CAUSE, Cause.BUG.value)),
+        error=attributes.get(names.ERROR),
+        host=attributes.get(names.HOST) or (None if owner is None else owner.process.host),  # lost before it told
+        device=attributes.get(names.DEVICE),
+        last_step=trial.last_step,
+        seconds=device_seconds([trial]),
+        retried=retried,
     )

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Final
 
+import sqlalchemy
+
 from ris_hpo.errors import StoreError
 
 PASSWORD_VARIABLE: Final = "RIS_HPO_STORAGE_PASSWORD"
@@ -40,3 +42,15 @@ def password_from_surroundings() -> str | None:
         raise StoreError(f"{PASSWORD_FILE_VARIABLE}: {file} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise StoreError(f"{PASSWORD_FILE_VARIABLE}: {file} cannot be read (not UTF-8 text)") from None
+
+
+def with_password(address: str) -> str:
+    """Return a store's address with the password that this process's surroundings hold, for a process without them.
+
+    An address with a password of its own, and one of an SQLite file, come back as they are.
+    """
+    url = sqlalchemy.make_url(address)
+    password = password_from_surroundings()
+    if url.get_backend_name() == "sqlite" or url.password or password is None:
+        return address
+    return url.set(password=password).render_as_string(hide_password=False)

@@ -26,12 +26,20 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one worker runs. ``mask`` is its ``CUDA_VISIBLE_DEVICES``; ``rank`` counts the slots that share its GPU."""
+    """Where one worker runs.
+
+    Attributes:
+        index: number of the slot within its run.
+        device: torch device, as the worker sees it.
+        mask: the worker's ``CUDA_VISIBLE_DEVICES``; None leaves what its surroundings have.
+        threads: torch threads; None leaves torch's choice.
+        rank: how many slots before this one share its GPU.
+    """
 
     index: int
     device: str
-    mask: str
-    threads: int
+    mask: str | None
+    threads: int | None
     rank: int = 0
 
 

@@ -13,18 +13,19 @@ from ris_hpo.search.spec import RetrySpec
 from ris_hpo.store import attributes as names
 from ris_hpo.store.attributes import Cause
 from ris_hpo.store.cache import Store
-from ris_hpo.store.owner import is_dead_here
+from ris_hpo.store.owner import Owner
 from ris_hpo.store.patience import LONGEST_PAUSE_S
 
 
 class LostTrials:
     """Finds running trials whose worker is gone, and queues their successors.
 
-    A dead process of this host is known at once. For the others the heartbeat decides: a trial whose heartbeat has not
-    changed while this process watched for a whole grace period is lost, and so is one that never had any, since its
-    worker may have died before the first. Only this process's own monotonic clock counts, and of a pause between two
-    looks (the server was away, this machine slept) no more than one beat: whatever any other clock is set to, and
-    however old all beats look after an outage, a worker that still beats is not declared lost.
+    A dead process of this host, boot and PID namespace is known at once. For all others the heartbeat decides: a trial
+    whose heartbeat has not changed while this process watched for a whole grace period is lost, and so is one that
+    never had any, since its worker may have died before the first. Only this process's own monotonic clock counts, and
+    of a pause between two looks (the server was away, this machine slept) no more than one heartbeat interval. So a
+    worker that still beats is not declared lost, whatever any other clock is set to, and however old all beats look
+    after an outage.
     """
 
     def __init__(self, store: Store, study_id: int, retries: RetrySpec) -> None:
@@ -58,11 +59,13 @@ class LostTrials:
         self._beats = seen
         lost: list[tuple[FrozenTrial, str]] = []
         for trial in running:
-            owner = trial.user_attrs.get(names.OWNER)
-            if owner is not None and is_dead_here(owner):
-                lost.append((trial, f"worker {owner} is gone"))
+            text = trial.user_attrs.get(names.OWNER)
+            owner = Owner.parse(text)
+            if owner is not None and owner.process.is_gone:
+                lost.append((trial, f"process {owner.process.pid} on {owner.process.host} is gone"))
             elif self._silence[trial.number] >= self._grace:
-                lost.append((trial, f"no heartbeat from {owner or 'its worker'} for {self._grace:.0f} s"))
+                whose = text if owner is None else f"process {owner.process.pid} on {owner.process.host}"
+                lost.append((trial, f"no heartbeat from {whose or 'its worker'} for {self._grace:.0f} s"))
         if lost:
             before([trial.number for trial, _ in lost])
         return [trial.number for trial, reason in lost if self._fail(trial, reason)]

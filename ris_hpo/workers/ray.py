@@ -1,76 +1,84 @@
-"""The same workers on a Ray cluster: one actor per slot, restarts left to Ray, state in the store alone.
+"""Workers as actors of a Ray cluster: Ray places them, the supervisor restarts them, the state is in the store alone.
 
-An actor is a worker in a process that Ray places, with fractional GPUs if asked. When a node goes, Ray starts the actor
-elsewhere; the trial it held is found by its missing heartbeat, and its successor goes on from the checkpoint where the
-nodes share a disk, or from the start, to the same curve, where they do not.
+An actor runs the worker on one thread and hands its events to the supervisor on another. When a node goes, the
+supervisor starts another actor, which Ray places elsewhere; the trial that was lost is found by its missing heartbeat,
+and its successor goes on from the checkpoint where the nodes share a disk, or from the start, to the same curve, where
+they do not.
 """
 
 from __future__ import annotations
 
+import queue
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
-from optuna.study import Study
-from optuna.trial import TrialState
-
 from ris_hpo.errors import StoreError, WorkerError
-from ris_hpo.process import StopSignals, storage_directory
-from ris_hpo.search import counting
-from ris_hpo.search.lifecycle import stored_spec
-from ris_hpo.search.status import summarise_best
-from ris_hpo.store import attributes as names
 from ris_hpo.store.cache import Store
-from ris_hpo.store.open import HEARTBEAT_S
-from ris_hpo.workers.local import Ending, PoolSnapshot, WorkerView
-from ris_hpo.workers.lost import LostTrials
-from ris_hpo.workers.worker import WorkerJob, run_worker
+from ris_hpo.store.credentials import with_password
+from ris_hpo.trials.failures import one_line
+from ris_hpo.workers.devices import Slot
+from ris_hpo.workers.events import Event, Left, Reason, decode, encode
+from ris_hpo.workers.pool import Worker
+from ris_hpo.workers.worker import WorkerJob, work
 
-_GRACE_S = 8.0
+_QUIET_S = 5.0  # how long an actor waits for its worker to report anything before it answers with nothing
+_CONNECT_S = 5.0
+_END = ""  # stands after the last event, also where the worker raised something unforeseen
 
 
 class _Actor:
-    """One worker in a Ray process; ``work`` runs beside ``ask_to_stop``, on the actor's second thread."""
+    """One worker in a process of a Ray node; each method runs on a thread of its own."""
 
     def __init__(self) -> None:
         self._stop = False
+        self._events: queue.SimpleQueue[str] = queue.SimpleQueue()
 
-    def work(self, job: dict[str, Any]) -> dict[str, Any]:
-        return asdict(run_worker(WorkerJob(**job), stop=lambda: self._stop))
+    def work(self, job: dict[str, Any]) -> None:
+        """Run the worker to its end."""
+        try:
+            work(WorkerJob(**job), lambda: self._stop, lambda event: self._events.put(encode(event)))
+        finally:
+            self._events.put(_END)
+
+    def events(self) -> list[str]:
+        """Return what the worker has reported since the last call, after waiting for the first of it."""
+        lines: list[str] = []
+        try:
+            lines.append(self._events.get(timeout=_QUIET_S))
+            while True:
+                lines.append(self._events.get_nowait())
+        except queue.Empty:
+            return lines
 
     def ask_to_stop(self) -> None:
+        """Ask the worker to checkpoint its trial, put it back and leave."""
         self._stop = True
 
 
-class RayPool:
-    """Workers as actors of a Ray cluster.
+class RayActors:
+    """Starts workers as actors of a Ray cluster.
 
     Args:
         store: the store; PostgreSQL, since the nodes are several machines.
-        study: the study, with its tickets filled.
         workers: number of actors; None for one a GPU slot of the cluster, or one where it has no GPU.
-        address: the cluster, ``auto`` for the one this machine belongs to.
+        address: the cluster, ``auto`` for the one that this machine belongs to.
         gpus: whether to use the cluster's GPUs.
         per_gpu: actors that share a GPU.
         cpus_per_worker: cores per actor.
         device: torch device of the actors; None for ``cuda`` where they have a share of a GPU, else ``cpu``.
-        program: module of the training program; None for the study kind's.
-        directory: folder of the trials, the same on all nodes where they share one.
-        heartbeat: seconds between heartbeats; a trial of a lost node is found after about four of them.
-        environment: variables of the actors' processes.
+        environment: variables of the actors' processes. Ray writes them into its logs: nothing secret may stand here.
 
-    Attributes:
-        workers: the number of actors, once the cluster is known.
-        ending: after ``run()``: ``finished``, ``interrupted``, or the stop rule that struck.
+    Raises:
+        StoreError: the store is a file of this machine.
+        WorkerError: Ray is not installed.
     """
 
     def __init__(
         self,
         store: Store,
-        study: Study,
         *,
         workers: int | None = None,
         address: str = "auto",
@@ -78,10 +86,7 @@ class RayPool:
         per_gpu: int = 1,
         cpus_per_worker: float = 1.0,
         device: str | None = None,
-        program: str | None = None,
-        directory: Path | None = None,
-        heartbeat: int = HEARTBEAT_S,
-        environment: dict[str, str] | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         if store.is_sqlite:
             raise StoreError("a Ray cluster needs a store that every node reaches: --storage postgresql://...")
@@ -90,104 +95,68 @@ class RayPool:
         except ImportError:
             raise WorkerError("the ray engine needs Ray; install ris-hpo[ray]") from None
         self._ray: Any = ray
-        self._store = store
-        self._study = study
-        self._spec = stored_spec(study)
-        self.workers = workers
+        self._workers = workers
         self._address = address
-        self._gpus = gpus
+        self._use_gpus = gpus
         self._per_gpu = per_gpu
         self._cpus = cpus_per_worker
-        self._environment = dict(environment or {})
-        self._stop = StopSignals()
-        self._begun = time.monotonic()
-        self._study_id = store.get_study_id_from_name(study.study_name)
-        self._lost = LostTrials(store, self._study_id, self._spec.retries)
-        self._job = WorkerJob(
-            address=store.address,
-            study=study.study_name,
-            device=device or "cpu",
-            threads=max(1, int(cpus_per_worker)),
-            directory=str(directory or storage_directory().absolute() / "trials" / study.study_name),
-            program=program,
-            artifacts=str(storage_directory().absolute() / "artifacts"),
-            heartbeat=heartbeat,
-            max_bugs=self._spec.retries.bugs,
-        )
         self._device = device
-        self.ending: Ending | None = None
+        self._environment = {"OMP_WAIT_POLICY": "PASSIVE", **(environment or {})}
+        self._joined_here = False
+        self._gpus = 0
 
-    def run(self, *, interval: float = 0.5) -> Iterator[PoolSnapshot]:
-        """Run until every trial has ended, a stop rule strikes, or a signal asks to stop.
+    def __enter__(self) -> None:
+        """Connect to the cluster.
 
         Raises:
-            WorkerError: the cluster cannot be reached, or trials keep failing with a bug.
+            WorkerError: it cannot be reached.
         """
         ray = self._ray
-        self._begun = time.monotonic()
-        joined_here = not ray.is_initialized()
-        if joined_here:
+        self._joined_here = not ray.is_initialized()
+        if self._joined_here:
             self._check_address()
             try:
                 ray.init(address=self._address, log_to_driver=False, logging_level="ERROR")
             except ConnectionError as error:
                 raise WorkerError(f"no Ray cluster at '{self._address}' ({' '.join(str(error).split())})") from None
-        gpus = int(ray.cluster_resources().get("GPU", 0)) if self._gpus else 0
-        workers = self.workers = self.workers or max(1, gpus * self._per_gpu)
-        self._job = replace(self._job, device=self._device or ("cuda" if gpus else "cpu"))
-        remote = ray.remote(
-            num_cpus=self._cpus,
-            num_gpus=1 / self._per_gpu if gpus else 0,
-            max_restarts=-1,
-            max_task_retries=-1,
-            max_concurrency=2,
-            runtime_env={"env_vars": {**self._environment}},
-        )(_Actor)
-        actors = [remote.remote() for _ in range(workers)]
-        work = [actor.work.remote(asdict(self._job)) for actor in actors]
-        finished: list[bool] = [False] * len(work)
-        messages: list[str] = []
-        try:
-            with self._stop:
-                while self.ending is None:
-                    ready, _ = (
-                        ray.wait(
-                            [task for task, done in zip(work, finished, strict=True) if not done],
-                            num_returns=1,
-                            timeout=interval,
-                        )
-                        if not all(finished)
-                        else ([], [])
-                    )
-                    for task in ready:
-                        index = work.index(task)
-                        finished[index] = True
-                        messages += self._outcome(index, task)
-                    trials = self._store.get_all_trials(self._study_id, deepcopy=False)
-                    counts = counting.tally(trials)
-                    if self._stop():
-                        self.ending = "interrupted"
-                    elif counts.open == 0:
-                        self.ending = "finished"
-                    else:
-                        self.ending = counting.stop_reason(self._spec.stop, trials, time.monotonic() - self._begun)
-                        self._lost.recover()
-                        if all(finished):  # a trial came back after the last worker had left
-                            work = [actor.work.remote(asdict(self._job)) for actor in actors]
-                            finished = [False] * len(work)
-                    yield self._snapshot(messages)
-                    messages = []
-                self._shut_down(actors, work)
-                yield self._snapshot(messages)
-        finally:
-            for actor in actors:
-                ray.kill(actor)
-            if joined_here:
-                ray.shutdown()
+        self._gpus = int(ray.cluster_resources().get("GPU", 0)) if self._use_gpus else 0
 
-    def stop(self) -> None:
-        """Ask the run to stop, as SIGTERM does."""
-        self._stop.ask()
+    def __exit__(self, *exception: object) -> None:
+        if self._joined_here:
+            self._ray.shutdown()
+
+    def slots(self) -> Sequence[Slot]:
+        """Return one slot per actor."""
+        count = self._workers or max(1, self._gpus * self._per_gpu)
+        device = self._device or ("cuda" if self._gpus else "cpu")
+        return [Slot(index, device, None, max(1, int(self._cpus))) for index in range(count)]
+
+    def has_room(self, slot: Slot, peak_bytes: Callable[[], int]) -> bool:
+        """Return True: Ray itself keeps an actor waiting until a node has room for it."""
+        return True
+
+    def start(self, slot: Slot, job: WorkerJob) -> Worker:
+        """Start an actor.
+
+        The job goes as an argument, since the address of the store holds its password: Ray logs the environment of an
+        actor, and not its arguments.
+        """
+        kind = self._ray.remote(
+            num_cpus=self._cpus,
+            num_gpus=1 / self._per_gpu if self._gpus else 0,
+            max_restarts=0,  # the supervisor restarts, and counts
+            max_concurrency=3,
+            runtime_env={"env_vars": self._environment},
+        )(_Actor)
+        return _RayWorker(self._ray, kind.remote(), replace(job, address=with_password(job.address)))
+
+    def wait(self, workers: Sequence[Worker], seconds: float) -> None:
+        """Return when a worker has something to report, or after so many seconds."""
+        answers = [worker.answer for worker in workers if isinstance(worker, _RayWorker)]
+        if answers:
+            self._ray.wait(answers, num_returns=1, timeout=seconds)
+        else:
+            time.sleep(seconds)
 
     def _check_address(self) -> None:
         """Refuse at once what Ray itself would try for minutes, and then end the process over."""
@@ -195,54 +164,52 @@ class RayPool:
         if not port.isdigit():
             return  # ``auto``, ``local``: Ray answers soon
         try:
-            socket.create_connection((host, int(port)), timeout=5).close()
+            socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
         except OSError as error:
             raise WorkerError(f"no Ray cluster at '{self._address}' ({error})") from None
 
-    def _outcome(self, index: int, task: Any) -> list[str]:
+
+class _RayWorker:
+    """One actor, as the supervisor sees it."""
+
+    def __init__(self, ray: Any, actor: Any, job: WorkerJob) -> None:
+        self._ray = ray
+        self._actor = actor
+        self._has_left = False
+        self._end = actor.work.remote(asdict(job))
+        self.pid: int | None = None
+        self.answer = actor.events.remote()
+
+    def poll(self) -> list[Event]:
+        """Return what the worker reported since the last call; ``Left`` comes last, also from an actor that died."""
         ray = self._ray
+        if self._has_left or not ray.wait([self.answer], timeout=0)[0]:
+            return []
+        events: list[Event] = []
         try:
-            report = ray.get(task)
+            lines = ray.get(self.answer)
+            events = [decode(line) for line in lines if line != _END]
+            if _END in lines and not (events and isinstance(events[-1], Left)):
+                ray.get(self._end)  # raises what the worker died of
         except ray.exceptions.RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, WorkerError):
-                raise WorkerError(str(cause)) from None
-            return [f"worker {index}: {' '.join(str(cause).split())[:300]}"]
-        except ray.exceptions.RayActorError as error:
-            return [f"worker {index} was lost: {' '.join(str(error).split())[:200]}"]
-        return [] if report["reason"] in ("done", "stopped") else [f"worker {index} left: {report['reason']}"]
+            events = [*events, Left(Reason.CRASHED, one_line(error.cause))]
+        except ray.exceptions.RayError as error:  # the actor or its node is gone
+            events = [*events, Left(Reason.CRASHED, one_line(error))]
+        if events and isinstance(events[-1], Left):
+            self._has_left = True
+            ray.kill(self._actor)
+        else:
+            self.answer = self._actor.events.remote()
+        return events
 
-    def _shut_down(self, actors: list[Any], work: list[Any]) -> None:
-        ray = self._ray
-        for actor in actors:
-            actor.ask_to_stop.remote()
-        ray.wait(work, num_returns=len(work), timeout=_GRACE_S)
+    def ask_to_stop(self) -> None:
+        """Ask the worker to checkpoint its trial, put it back and leave."""
+        self._actor.ask_to_stop.remote()
 
-    def _snapshot(self, messages: list[str]) -> PoolSnapshot:
-        trials = self._store.get_all_trials(self._study_id, deepcopy=False)
-        counts = counting.tally(trials)
-        views: list[WorkerView] = []
-        for trial in trials:
-            if trial.state != TrialState.RUNNING:
-                continue
-            step = trial.last_step
-            owner = str(trial.user_attrs.get(names.OWNER))
-            views.append(
-                WorkerView(
-                    slot=len(views),
-                    device=f"{trial.user_attrs.get(names.DEVICE, self._job.device)}@{owner.split(':')[0]}",
-                    state="training",
-                    trial=trial.number,
-                    step=step,
-                    k_loc=None if step is None else trial.intermediate_values[step],
-                )
-            )
-        return PoolSnapshot(
-            study=self._study.study_name,
-            n_trials=counts.ended + counts.open,
-            tally=counts,
-            best=summarise_best(counting.best_trial(trials)),
-            workers=views,
-            seconds=time.monotonic() - self._begun,
-            messages=messages,
-        )
+    def kill(self) -> None:
+        """End the actor's process."""
+        self._ray.kill(self._actor)
+
+    def memory_bytes(self) -> int | None:
+        """Return None: the process is on another machine."""
+        return None

@@ -1,8 +1,8 @@
 """A worker: claims one trial after the other, runs it, and leaves when the study has none left.
 
-The same loop serves the local pool (one spawned process per slot, ``python -m ris_hpo.workers.worker``), ``ris-hpo
-worker`` on any host, and the actors of a Ray cluster. All it needs is the store's address and the study's name: the
-rest stands in the study's attributes.
+The same loop serves local processes (``python -m ris_hpo.workers.worker``, one per slot) and the actors of a Ray
+cluster. All it needs is the store's address and the study's name: the rest stands in the study's attributes. Clocks,
+stop rules, lost trials and restarts are its supervisor's.
 """
 
 from __future__ import annotations
@@ -16,82 +16,93 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
+import optuna
 from optuna.study import Study
-from optuna.trial import Trial, TrialState
+from optuna.trial import TrialState
 
-from ris_hpo.errors import RisHpoError, WorkerError
+from ris_hpo.errors import DeviceError, OutputError, RisHpoError, StoreError
 from ris_hpo.process import StopSignals, storage_directory
 from ris_hpo.programs.program import load_program
-from ris_hpo.search import counting
 from ris_hpo.search.lifecycle import get_study, stored_spec
-from ris_hpo.search.spec import StopSpec
 from ris_hpo.store.attributes import Cause
+from ris_hpo.store.cache import Store
 from ris_hpo.store.open import HEARTBEAT_S, open_store
-from ris_hpo.store.owner import owner_name
+from ris_hpo.store.owner import Owner, this_process
 from ris_hpo.store.patience import PATIENCE_S
-from ris_hpo.trials.run import Figures, Outcome, Seat, TrialBugError, UnfitHostError, run_trial
-from ris_hpo.workers.lost import LostTrials
+from ris_hpo.trials.drawing import Figures
+from ris_hpo.trials.run import TrialEnvironment, UnfitHostError, run_trial
+from ris_hpo.workers.events import Event, Left, Ready, Reason, encode
 
-EXIT_DONE: Final = 0
-EXIT_STOPPED: Final = 3
-EXIT_BUG: Final = 70
-EXIT_UNFIT: Final = 74
-EXIT_OUT_OF_MEMORY: Final = 75
-EXIT_STORE: Final = 76
-
-_LONGEST_IDLE_S = 1.0
 THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
-Event = dict[str, Any]
+_SHORTEST_WAIT_S = 0.05
+_LONGEST_WAIT_S = 1.0
 
 
 @dataclass(frozen=True)
 class WorkerJob:
-    """What a worker is told: plain values, so that it travels as JSON.
+    """What a worker needs to know: plain values, so that it travels as JSON.
 
     Attributes:
         address: the store; may hold a password, and is never put on a command line.
         study: the study's name.
-        device: ``cpu`` or ``cuda``.
+        directory: folder of the trials' checkpoints.
+        device: torch device.
         threads: torch threads; None leaves torch's own choice.
-        directory: folder of the trials' checkpoints; None for the storage directory's.
-        program: module with ``Trainer`` and ``RunConfig``; None for the study kind's own, with the dashboard's figures.
-        artifacts: folder of the dashboard's figures; None for the storage directory's.
-        heartbeat: seconds between heartbeats.
-        max_bugs: trials that may fail with a bug before this worker gives up.
-        fresh_after_memory: leave after an out-of-memory failure, so that a fresh process goes on.
+        artifacts: folder of the dashboard's figures of trained networks; None draws none.
+        heartbeat: seconds between heartbeats; None for none.
         max_trials: trials after which this worker leaves; None for as many as there are.
     """
 
     address: str
     study: str
+    directory: str
     device: str = "cpu"
     threads: int | None = None
-    directory: str | None = None
-    program: str | None = None
     artifacts: str | None = None
     heartbeat: int | None = HEARTBEAT_S
-    max_bugs: int = 3
-    fresh_after_memory: bool = False
     max_trials: int | None = None
+
+
+def job_for(
+    store: Store,
+    study: Study,
+    *,
+    directory: Path | None = None,
+    artifacts: Path | None = None,
+    heartbeat: int | None = HEARTBEAT_S,
+) -> WorkerJob:
+    """Return the job of a study's workers, with absolute paths, so that it holds in any process.
+
+    Args:
+        store: the store.
+        study: the study.
+        directory: folder of the trials; None for the storage directory's.
+        artifacts: folder of the dashboard's figures; None for the storage directory's.
+        heartbeat: seconds between heartbeats; None for none.
+    """
+    storage = storage_directory().absolute()
+    return WorkerJob(
+        address=store.address,
+        study=study.study_name,
+        directory=str(directory or storage / "trials" / study.study_name),
+        artifacts=str(artifacts or storage / "artifacts"),
+        heartbeat=heartbeat,
+    )
 
 
 @dataclass(frozen=True)
 class WorkerReport:
-    """What a worker did.
-
-    ``reason``: ``done`` (nothing left to run), ``stopped`` (asked to), ``out_of_memory`` (leaves for a fresh process),
-    ``share`` (its own ``max_trials``), or the stop rule that struck.
-    """
+    """What a worker did: trials that ended (completed, pruned or failed), trials put back, and why it left."""
 
     ended: int
     requeued: int
-    bugs: int
-    reason: Literal["done", "stopped", "out_of_memory", "share"] | counting.StopRule
+    reason: Reason
+    error: str = ""
 
 
 def run_worker(
@@ -99,113 +110,88 @@ def run_worker(
     *,
     stop: Callable[[], bool] = lambda: False,
     notify: Callable[[Event], None] = lambda event: None,
-    rules: StopSpec | None = None,
 ) -> WorkerReport:
-    """Work on a study until it has no open trial, ``stop()`` is true, or a stop rule strikes.
+    """Work on a study until it has no open trial, or ``stop()`` is true.
 
-    While other workers still run trials this one waits: a trial of theirs that is lost comes back into the queue.
+    While other workers still run trials this one waits: a trial of theirs that is lost comes back into the queue. It
+    leaves after a trial that ran out of memory or failed with a bug; the next process is a fresh one.
 
     Args:
         job: which study, where, on what.
         stop: asked between training steps; the trial at hand is then checkpointed and put back.
-        notify: told of every claim, validation and end.
-        rules: the study's stop rules, for a worker without a supervisor; None where a supervisor watches them.
+        notify: called with every event but ``Left``.
 
     Raises:
         StudyError: no such study.
         StoreError: the store cannot be opened, or stays away.
-        WorkerError: too many trials failed with a bug.
+        UnfitHostError: this machine cannot run trials now; the trial at hand was put back.
     """
     _limit_threads(job.threads)
     store = open_store(job.address, create=False, heartbeat=job.heartbeat, patience_s=PATIENCE_S)
     try:
         study = get_study(store, job.study)
-        spec = stored_spec(study)
         study_id = store.get_study_id_from_name(job.study)
-        root = Path(job.directory) if job.directory is not None else storage_directory() / "trials" / job.study
-        seat = Seat(
-            store=store,
-            study=study,
-            spec=spec,
-            program=load_program(job.program or spec.kind),
-            directory=lambda number: root / str(number),
-            device=job.device,
-            stop=stop,
-            notify=lambda report: notify({"event": "report", **asdict(report)}),
-            started=lambda number: notify({"event": "claimed", "number": number}),
-            figures=_figures(job, study) if job.program is None and spec.kind == "training" else None,
-        )
-        lost = LostTrials(store, study_id, spec.retries)
-        notify({"event": "ready"})
-        begun = time.monotonic()
-        ended = requeued = bugs = 0
-        idle, next_look = 0.05, 0.0
-        sequence = itertools.count()
-        reason: Any = None
-        while reason is None:
+        environment = _environment(job, store, study, study_id, stop, notify)
+        process = this_process()
+        notify(Ready(str(Owner(process, 0))))
+        ended = requeued = 0
+        wait = _SHORTEST_WAIT_S
+        for claim in itertools.count():
             if stop():
-                reason = "stopped"
-                break
+                return WorkerReport(ended, requeued, Reason.STOPPED)
             if job.max_trials is not None and ended >= job.max_trials:
-                reason = "share"
-                break
-            if rules is not None:
-                trials = store.get_all_trials(study_id, deepcopy=False)
-                reason = counting.stop_reason(rules, trials, time.monotonic() - begun)
-                if reason is not None:
-                    break
-            if time.monotonic() >= next_look:
-                lost.recover()
-                next_look = time.monotonic() + (job.heartbeat or HEARTBEAT_S) / 2
-            owner = owner_name(next(sequence))
-            number = store.claim(study_id, owner)
+                return WorkerReport(ended, requeued, Reason.LIMIT)
+            owner = Owner(process, claim)
+            number = store.claim(study_id, str(owner))
             if number is None:
-                open_states = (TrialState.RUNNING, TrialState.WAITING)
-                if not store.get_all_trials(study_id, deepcopy=False, states=open_states):
-                    reason = "done"
-                    break
-                time.sleep(idle)
-                idle = min(1.5 * idle, _LONGEST_IDLE_S)
+                if not store.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
+                    return WorkerReport(ended, requeued, Reason.DONE)
+                time.sleep(wait)
+                wait = min(1.5 * wait, _LONGEST_WAIT_S)
                 continue
-            idle = 0.05
-            try:
-                outcome = run_trial(seat, number, owner)
-            except TrialBugError as error:
-                bugs += 1
-                ended += 1
-                notify({"event": "ended", "state": "failed", "cause": Cause.BUG.value, "error": str(error)})
-                if bugs >= job.max_bugs:
-                    raise WorkerError(
-                        f"{bugs} trials failed with a bug, the last: {error}; its traceback stands in the trial's "
-                        "attributes, and the same command goes on when it is mended"
-                    ) from error
-                continue
-            notify(_ended(outcome))
+            wait = _SHORTEST_WAIT_S
+            outcome = run_trial(environment, number, owner)
+            notify(outcome)
             requeued += outcome.state == "requeued"
-            ended += outcome.state in ("complete", "pruned")
-            if outcome.cause is Cause.OUT_OF_MEMORY and job.fresh_after_memory:
-                reason = "out_of_memory"
-        return WorkerReport(ended=ended, requeued=requeued, bugs=bugs, reason=reason)
+            ended += outcome.state in ("complete", "pruned", "failed")
+            if outcome.state == "failed":
+                reason = Reason.OUT_OF_MEMORY if outcome.cause is Cause.OUT_OF_MEMORY else Reason.BUG
+                return WorkerReport(ended, requeued, reason, outcome.error or "")
+        raise AssertionError("the count of claims has no end")
     finally:
         store.close()
 
 
-def _figures(job: WorkerJob, study: Study) -> Callable[[Trial, Path], Figures]:
-    from ris_hpo.report.trial_figures import TrialFigures  # imported late, since it brings torch
+def _environment(
+    job: WorkerJob,
+    store: Store,
+    study: Study,
+    study_id: int,
+    stop: Callable[[], bool],
+    notify: Callable[[Event], None],
+) -> TrialEnvironment:
+    spec = stored_spec(study)
+    root = Path(job.directory)
+    figures: Callable[[optuna.Trial, Path], Figures] | None = None
+    if job.artifacts is not None and spec.program is None and spec.kind == "training":
+        from ris_hpo.report.trial_figures import TrialFigures  # imported late, since it brings torch
 
-    folder = Path(job.artifacts) if job.artifacts is not None else storage_directory() / "artifacts"
-    return lambda trial, directory: TrialFigures(study, trial, directory, folder)
+        artifacts = Path(job.artifacts)
 
+        def figures(trial: optuna.Trial, directory: Path) -> Figures:
+            return TrialFigures(study, trial, directory, artifacts)
 
-def _ended(outcome: Outcome) -> Event:
-    return {
-        "event": "ended",
-        "number": outcome.number,
-        "state": outcome.state,
-        "value": outcome.value,
-        "cause": None if outcome.cause is None else outcome.cause.value,
-        "error": outcome.error,
-    }
+    return TrialEnvironment(
+        store=store,
+        study_id=study_id,
+        spec=spec,
+        program=load_program(spec.program or spec.kind),
+        directory=lambda number: root / str(number),
+        device=job.device,
+        stop=stop,
+        notify=notify,
+        figures=figures,
+    )
 
 
 def _limit_threads(threads: int | None) -> None:
@@ -218,46 +204,60 @@ def _limit_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
+def work(job: WorkerJob, stop: Callable[[], bool], notify: Callable[[Event], None]) -> Left:
+    """Run a worker to its end; report the end, whatever it is, as the last event.
+
+    Args:
+        job: which study, where, on what.
+        stop: asked between training steps.
+        notify: called with every event.
+    """
+    try:
+        report = run_worker(job, stop=stop, notify=notify)
+        left = Left(report.reason, report.error)
+    except (UnfitHostError, DeviceError, OutputError) as error:
+        left = Left(Reason.UNFIT, str(error))
+    except StoreError as error:
+        left = Left(Reason.STORE, str(error))
+    except RisHpoError as error:
+        left = Left(Reason.REFUSED, str(error))
+    notify(left)
+    return left
+
+
 # -- the process of a local slot -------------------------------------------------------------------------------------
 
 
-def main(arguments: Mapping[str, Any]) -> int:
-    """Run the worker of one slot; the parent's death is a request to stop.
+def main(arguments: Mapping[str, Any]) -> None:
+    """Run the worker of one slot; the death of the supervisor is a request to stop.
 
     Args:
-        arguments: ``job`` (a ``WorkerJob``) and ``events`` (file descriptor for JSON lines).
+        arguments: ``job`` (a ``WorkerJob``) and ``events`` (file descriptor for lines of JSON).
     """
     job = WorkerJob(**arguments["job"])
     with os.fdopen(arguments["events"], "w", buffering=1, encoding="utf-8") as events, StopSignals() as stop:
 
         def notify(event: Event) -> None:
             try:
-                events.write(json.dumps(event) + "\n")
+                events.write(encode(event) + "\n")
             except BrokenPipeError:
                 stop.ask()
 
-        def watch_parent() -> None:
-            os.read(sys.stdin.fileno(), 1)  # the parent never writes again: this returns when it is gone
+        def watch_supervisor() -> None:
+            os.read(sys.stdin.fileno(), 1)  # the supervisor never writes again: this returns when it is gone
             stop.ask()
 
-        threading.Thread(target=watch_parent, daemon=True).start()
+        threading.Thread(target=watch_supervisor, daemon=True).start()
         warnings.simplefilter("default")
-        try:
-            report = run_worker(job, stop=stop, notify=notify)
-        except RisHpoError as error:
-            notify({"event": "failed", "error": str(error)})
+        left = work(job, stop, notify)
+        if left.error:
             with suppress(OSError):  # the log may lie on the disk that is full
-                sys.stderr.write(f"{error}\n")
-            if isinstance(error, UnfitHostError):
-                return EXIT_UNFIT
-            return EXIT_BUG if isinstance(error, WorkerError) else EXIT_STORE
-    if report.reason == "out_of_memory":
-        return EXIT_OUT_OF_MEMORY
-    return EXIT_STOPPED if report.reason == "stopped" else EXIT_DONE
+                sys.stderr.write(f"{left.error}\n")
 
 
 if __name__ == "__main__":
-    _status = main(json.loads(sys.stdin.buffer.readline()))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(_status)  # a daemon thread may hang in a system call, and a worker has nothing left to tidy
+    main(json.loads(sys.stdin.buffer.readline()))
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(0)  # a daemon thread may hang in a system call, and a worker has nothing left to tidy

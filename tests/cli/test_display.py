@@ -15,7 +15,8 @@ from ris_hpo.cli import display, live
 from ris_hpo.search.counting import Tally
 from ris_hpo.search.status import BestTrial
 from ris_hpo.text import duration, file_size
-from ris_hpo.workers.local import PoolSnapshot, WorkerView
+from ris_hpo.workers.pool import WorkerView
+from ris_hpo.workers.supervisor import PoolSnapshot
 
 
 def snapshot(ended: int = 3, messages: tuple[str, ...] = ()) -> PoolSnapshot:
@@ -29,7 +30,7 @@ def snapshot(ended: int = 3, messages: tuple[str, ...] = ()) -> PoolSnapshot:
 
 def test_the_live_view_shows_every_worker_and_the_best_trial() -> None:
     console = Console(file=io.StringIO(), width=120)
-    console.print(live._view(snapshot(), 8))
+    console.print(live._view(snapshot()))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "3 of 8 trials (3 complete, 0 pruned, 0 failed), 1 min 05 s" in text
     assert "best: trial 1, k_loc 2.500, floor 1.000" in text
@@ -40,7 +41,7 @@ def test_the_live_view_shows_every_worker_and_the_best_trial() -> None:
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_live_view_titles_its_columns(width: int) -> None:
     console = Console(file=io.StringIO(), width=width, force_terminal=True)
-    console.print(live._view(snapshot(), 8))
+    console.print(live._view(snapshot()))
     printed = console.file.getvalue()  # type: ignore[attr-defined]
     lines = [Text.from_ansi(line).plain for line in printed.splitlines()]
     first = next(index for index, line in enumerate(lines) if "training" in line)
@@ -49,7 +50,7 @@ def test_the_live_view_titles_its_columns(width: int) -> None:
 
 
 def test_without_a_terminal_a_line_is_said_when_something_changed(capsys: pytest.CaptureFixture[str]) -> None:
-    live.follow([snapshot(1), snapshot(1), snapshot(2, ("trial 7: worker 1 ended with signal 9",))], 8)
+    live.follow([snapshot(1), snapshot(1), snapshot(2, ("trial 7: worker 1 ended with signal 9",))])
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(" trials")[0] for line in lines if "trials (" in line] == ["1 of 8", "2 of 8"]
     assert "trial 7: worker 1 ended with signal 9" in lines
@@ -61,7 +62,7 @@ def test_without_a_terminal_no_line_is_printed_twice(
     monkeypatch.setattr(live, "PLAIN_SECONDS", 0.0)
     later = dataclasses.replace(snapshot(1), seconds=80.0)
     trained = dataclasses.replace(snapshot(1), workers=[WorkerView(0, "cpu", "training", trial=4, step=4096)])
-    live.follow([snapshot(1), later, trained], 8)
+    live.follow([snapshot(1), later, trained])
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     assert "1 min 05 s" in lines[0]
@@ -71,13 +72,6 @@ def test_without_a_terminal_no_line_is_printed_twice(
         for done in (5, 5, 6):
             advance(done, "half")
     assert capsys.readouterr().err.splitlines() == ["5 of 10 scenes  half", "6 of 10 scenes  half"]
-
-
-def test_a_single_worker_tells_each_trial(capsys: pytest.CaptureFixture[str]) -> None:
-    live.tell({"event": "claimed", "number": 3})
-    live.tell({"event": "report", "number": 3})
-    live.tell({"event": "ended", "number": 3, "state": "complete", "value": 1.5, "cause": None, "error": None})
-    assert capsys.readouterr().err.splitlines() == ["trial 3: started", "trial 3: complete, k_loc 1.500"]
 
 
 @pytest.mark.parametrize(

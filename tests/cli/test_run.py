@@ -109,9 +109,8 @@ def test_a_worker_joins_a_study_and_leaves_when_nothing_is_left(cli, brief: Path
     store.close()
     outcome = cli("worker", "--study", "brief", "--threads", 1, "--json")
     assert outcome.code == 0, outcome.err
-    assert outcome.json == {"ended": 1, "requeued": 0, "bugs": 0, "reason": "done"}
-    assert "trial 0: started" in outcome.err
-    assert "trial 0: complete, k_loc" in outcome.err
+    assert outcome.json == {"study": "brief", "ended": 1, "reason": "finished"}
+    assert "1 of 1 trials (1 complete, 0 pruned, 0 failed)" in outcome.err
     assert cli("status", "--json").json["trials"]["complete"] == 1
     assert cli("worker", "--study", "breif").code == StudyError.exit_code
 

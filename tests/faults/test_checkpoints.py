@@ -12,6 +12,7 @@ from optuna.trial import TrialState
 from ris_hpo.results.replay import replay
 from ris_hpo.store.cache import Store
 from ris_hpo.training import checkpoint
+from ris_hpo.trials.run import Report
 from ris_hpo.workers.worker import WorkerJob, run_worker
 
 from .test_disk import tiny_study
@@ -41,7 +42,7 @@ def test_a_damaged_checkpoint_costs_time_and_nothing_else(
     stopped = run_worker(
         job,
         stop=lambda: len(seen) >= reports,
-        notify=lambda event: seen.append(event["step"]) if event["event"] == "report" else None,
+        notify=lambda event: seen.append(event.step) if isinstance(event, Report) else None,
     )
     assert stopped.requeued == 1
     acknowledged = study.get_trials()[0].intermediate_values

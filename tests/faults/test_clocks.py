@@ -16,11 +16,11 @@ from ris_hpo.programs.program import Program
 from ris_hpo.search import counting
 from ris_hpo.store import attributes as names
 from ris_hpo.store.cache import Store
-from ris_hpo.store.owner import is_dead_here, owner_name
+from ris_hpo.store.owner import _identity, this_process
 from ris_hpo.workers import lost as lost_module
 from ris_hpo.workers.lost import LostTrials
-from tests.service.conftest import id_of, make_spec
-from tests.service.pools import begin, pool_of, same_curves, slow_base
+from tests.service.conftest import elsewhere, id_of, make_spec
+from tests.service.pools import begin, same_curves, slow_base, supervisor_of
 
 
 def set_clock(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
@@ -33,12 +33,13 @@ def set_clock(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs the kernel's own ticks")
 @pytest.mark.parametrize("seconds", [-86400, -2, 2, 3600])
 def test_a_process_keeps_its_name_when_the_clock_is_set(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    owner = owner_name(0)
+    process = this_process()
     began = psutil.Process().create_time()
     set_clock(monkeypatch, seconds)
     assert psutil.Process().create_time() == pytest.approx(began + seconds)  # what the name must not be made of
-    assert not is_dead_here(owner)
-    assert owner_name(0) == owner
+    _identity.cache_clear()
+    assert this_process() == process
+    assert not process.is_gone
 
 
 def test_workers_of_a_run_survive_a_set_clock(
@@ -46,14 +47,16 @@ def test_workers_of_a_run_survive_a_set_clock(
 ) -> None:
     study = begin(sqlite_store, program, 4, base=slow_base(), pruner={"name": "none"})
     generator = random.Random(11)
-    running = pool_of(sqlite_store, study, tmp_path, 2)
+    running = supervisor_of(sqlite_store, study, tmp_path, 2)
+    lost: list[int] = []
     for snapshot in running.run(interval=0.1):
         if snapshot.tally.running:
             with monkeypatch.context() as patch:
                 set_clock(patch, generator.uniform(-1e6, 1e6))
-                running._look_at_store(0.0)
+                lost += LostTrials(sqlite_store, id_of(sqlite_store, study), make_spec().retries).recover()
     counts = counting.tally(study.get_trials())
     assert (counts.complete, counts.retried, counts.open) == (4, 0, 0)
+    assert lost == []
     same_curves(sqlite_store, study, program)
 
 
@@ -63,7 +66,7 @@ def test_the_databases_clock_is_set_by_hours(
 ) -> None:
     """Heartbeats are stamped by the database: after a step they are all far in the past, or in the future."""
     study = begin(store, program, 2)
-    alive, dead = (store.claim(id_of(store, study), f"elsewhere:{pid}:0:0") for pid in (1, 2))
+    alive, dead = (store.claim(id_of(store, study), str(elsewhere(pid))) for pid in (1, 2))
     assert alive is not None
     assert dead is not None
     ids = [store.get_trial_id_from_study_id_trial_number(id_of(store, study), number) for number in (alive, dead)]
@@ -88,4 +91,4 @@ def test_the_databases_clock_is_set_by_hours(
         found += lost.recover()
     assert found == [1]
     failed = study.get_trials(states=[TrialState.FAIL])
-    assert [trial.user_attrs[names.ERROR] for trial in failed] == ["no heartbeat from elsewhere:2:0:0 for 30 s"]
+    assert [trial.user_attrs[names.ERROR] for trial in failed] == ["no heartbeat from process 2 on elsewhere for 30 s"]

@@ -26,12 +26,13 @@ from ris_hpo.store.open import open_store
 from ris_hpo.training import checkpoint
 from ris_hpo.training.config import RunConfig
 from ris_hpo.training.files import Exported, write_config
-from ris_hpo.trials.run import UnfitHostError
-from ris_hpo.workers import local as pool
-from ris_hpo.workers.local import LocalPool
-from ris_hpo.workers.worker import Event, WorkerJob, run_worker
+from ris_hpo.trials.run import Report, UnfitHostError
+from ris_hpo.workers import pool
+from ris_hpo.workers.events import Event
+from ris_hpo.workers.supervisor import Supervisor
+from ris_hpo.workers.worker import WorkerJob, run_worker
 from tests.service.conftest import id_of
-from tests.service.pools import begin, pool_of, same_curves, slow_base
+from tests.service.pools import begin, same_curves, slow_base, supervisor_of
 from tests.training.conftest import TINY
 
 from .conftest import Disk
@@ -89,8 +90,8 @@ def test_a_real_trial_outlives_a_full_disk(disk: Disk, sqlite_store: Store, tmp_
     reported: list[int] = []
 
     def fill_up(event: Event) -> None:
-        if event["event"] == "report":
-            reported.append(event["step"])
+        if isinstance(event, Report):
+            reported.append(event.step)
             disk.fill()
 
     with pytest.raises(UnfitHostError, match=r"trial 0 was put back: OutputError: .*cannot be written .*No space left"):
@@ -108,7 +109,7 @@ def test_a_real_trial_outlives_a_full_disk(disk: Disk, sqlite_store: Store, tmp_
     assert replay(sqlite_store, "tiny", 0).identical
 
 
-def fill_once_running(running: LocalPool, disk: Disk) -> None:
+def fill_once_running(running: Supervisor, disk: Disk) -> None:
     """Run a pool and fill the disk after the first report of its first trial."""
     full = False
     for snapshot in running.run(interval=0.02):
@@ -120,15 +121,15 @@ def fill_once_running(running: LocalPool, disk: Disk) -> None:
 def test_workers_on_a_full_disk_give_up_and_lose_nothing(
     disk: Disk, sqlite_store: Store, program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool, "_CRASHES", 2)
+    monkeypatch.setattr(pool, "_FAILURES", 2)
     study = begin(sqlite_store, program, 3, base=slow_base(), pruner={"name": "none"})
-    with pytest.raises(WorkerError, match=r"died 2 times .*trial 0 was put back: OSError: .*No space left"):
-        fill_once_running(pool_of(sqlite_store, study, disk.folder, 1), disk)
+    with pytest.raises(WorkerError, match=r"gave up after 2 failures .*trial 0 was put back: OSError: .*No space left"):
+        fill_once_running(supervisor_of(sqlite_store, study, disk.folder, 1), disk)
     counts = counting.tally(study.get_trials())
     assert (counts.waiting, counts.running, counts.fail) == (3, 0, 0)
     assert 100 in study.get_trials()[0].intermediate_values
     disk.empty()
-    for _ in pool_of(sqlite_store, study, disk.folder, 1).run():
+    for _ in supervisor_of(sqlite_store, study, disk.folder, 1).run():
         pass
     assert counting.tally(study.get_trials()).complete == 3
     same_curves(sqlite_store, study, program)
@@ -138,14 +139,14 @@ def test_a_store_on_a_full_disk_keeps_every_acknowledged_report(disk: Disk, prog
     store = open_store(str(disk.folder / "studies.db"))
     study = begin(store, program, 3, base=slow_base(), pruner={"name": "none"})
     with pytest.raises(StoreError, match="the store refused: database or disk is full") as caught:
-        fill_once_running(pool_of(store, study, tmp_path, 1), disk)
+        fill_once_running(supervisor_of(store, study, tmp_path, 1), disk)
     assert "\n" not in str(caught.value)
     disk.empty()
     store.close()
     again = open_store(str(disk.folder / "studies.db"))
     study = get_study(again, study.study_name)
     assert 100 in study.get_trials()[0].intermediate_values
-    for _ in pool_of(again, study, tmp_path, 1).run():
+    for _ in supervisor_of(again, study, tmp_path, 1).run():
         pass
     counts = counting.tally(study.get_trials())
     assert (counts.complete, counts.open, counts.fail) == (3, 0, 0)

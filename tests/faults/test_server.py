@@ -17,10 +17,9 @@ from ris_hpo.search import counting
 from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget
 from ris_hpo.store import patience
 from ris_hpo.store.open import open_store
-from ris_hpo.workers.local import LocalPool
 from tests.postgres import Postgres
-from tests.service.conftest import DOUBLE, HERE, id_of, make_spec
-from tests.service.pools import same_curves, slow_base
+from tests.service.conftest import id_of, make_spec
+from tests.service.pools import same_curves, slow_base, supervisor_of
 
 pytestmark = pytest.mark.postgres
 
@@ -48,17 +47,7 @@ def run_through(
 ) -> None:
     """Run a study while the server suffers ``outages``, and expect it not to show."""
     store, study = begin(server, program, n_trials, base=slow_base(1200, 0.05))
-    pool = LocalPool(
-        store,
-        study,
-        workers=workers,
-        gpus=[],
-        threads=1,
-        program=DOUBLE,
-        directory=folder / "trials",
-        heartbeat=1,
-        environment={"PYTHONPATH": str(HERE)},
-    )
+    pool = supervisor_of(store, study, folder, workers, heartbeat=1)
     generator = random.Random(3)
     waiting = list(outages)
     next_one = 0.0

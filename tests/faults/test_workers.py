@@ -22,13 +22,13 @@ from ris_hpo.store import attributes as names
 from ris_hpo.store.attributes import Cause
 from ris_hpo.store.cache import Store
 from ris_hpo.store.open import open_store
-from ris_hpo.workers import local as pool_module
 from ris_hpo.workers import lost as lost_module
-from ris_hpo.workers.local import LocalPool
-from tests.service.pools import begin, drain, pool_of, same_curves, slow_base
+from ris_hpo.workers import supervisor as supervisor_module
+from ris_hpo.workers.supervisor import Supervisor
+from tests.service.pools import begin, drain, same_curves, slow_base, supervisor_of
 
 
-def kill_some(pool: LocalPool, kills: int, generator: random.Random, journal: Path) -> int:
+def kill_some(pool: Supervisor, kills: int, generator: random.Random, journal: Path) -> int:
     """Run the pool and kill -9 a random training worker, moments drawn by the validations that the journal counts."""
     done = 0
     next_kill = generator.randint(2, 8)
@@ -62,7 +62,7 @@ def check_campaign(store: Store, study: Study, program: Program, n_trials: int, 
 
 def test_killed_workers_lose_nothing(store: Store, program: Program, tmp_path: Path) -> None:
     study = begin(store, program, 8, base=slow_base(1600, 0.06), pruner={"name": "median", "startup": 3})
-    done = kill_some(pool_of(store, study, tmp_path, 2), 3, random.Random(5), tmp_path / "journal")
+    done = kill_some(supervisor_of(store, study, tmp_path, 2), 3, random.Random(5), tmp_path / "journal")
     assert done == 3
     check_campaign(store, study, program, 8, done, tmp_path / "journal")
 
@@ -72,7 +72,7 @@ def test_killed_workers_lose_nothing(store: Store, program: Program, tmp_path: P
 def test_a_campaign_of_kills(seed: int, store: Store, program: Program, tmp_path: Path) -> None:
     pruner = {"name": "median", "startup": 10}
     study = begin(store, program, 40, base=slow_base(1600, 0.12), pruner=pruner, retries={"lost_worker": 10})
-    done = kill_some(pool_of(store, study, tmp_path, 4), 15, random.Random(seed), tmp_path / "journal")
+    done = kill_some(supervisor_of(store, study, tmp_path, 4), 15, random.Random(seed), tmp_path / "journal")
     assert done >= 10
     check_campaign(store, study, program, 40, done, tmp_path / "journal")
 
@@ -82,8 +82,7 @@ def test_killed_workers_of_the_real_trainer(sqlite_store: Store, tmp_path: Path)
     spec = load_study("smoke").replaced({"pruner.name": "none"}).with_base({"budget.scenes": 256})
     study = create_or_resume_study(sqlite_store, spec)
     fill_budget(sqlite_store, study, 4)
-    folders = {"directory": tmp_path / "trials", "artifacts": tmp_path / "artifacts"}
-    pool = LocalPool(sqlite_store, study, workers=1, gpus=[], threads=1, **folders)
+    pool = supervisor_of(sqlite_store, study, tmp_path, 1)
     kills, killed_at = 0, None
     for snapshot in pool.run(interval=0.05):
         view = snapshot.workers[0]
@@ -103,7 +102,7 @@ def test_killed_workers_of_the_real_trainer(sqlite_store: Store, tmp_path: Path)
 
 def test_a_hung_worker_is_killed_and_its_trial_continues(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
     study = begin(sqlite_store, program, 2, base={"fault": "hang"}, pruner={"name": "none"}, retries={"timeout": 3})
-    last = drain(pool_of(sqlite_store, study, tmp_path, 1, stall_timeout_s=2.0))[-1]
+    last = drain(supervisor_of(sqlite_store, study, tmp_path, 1, stall_timeout_s=2.0))[-1]
     assert (last.tally.complete, last.tally.retried) == (2, 2)
     causes = [trial.user_attrs[names.CAUSE] for trial in study.get_trials(states=[TrialState.FAIL])]
     assert causes == [Cause.TIMEOUT] * 2
@@ -111,7 +110,7 @@ def test_a_hung_worker_is_killed_and_its_trial_continues(sqlite_store: Store, pr
 
 def test_a_stopped_worker_counts_as_hung(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
     study = begin(sqlite_store, program, 2, base=slow_base(1600), pruner={"name": "none"})
-    pool = pool_of(sqlite_store, study, tmp_path, 1, stall_timeout_s=2.0)
+    pool = supervisor_of(sqlite_store, study, tmp_path, 1, stall_timeout_s=2.0)
     stopped = False
     for snapshot in pool.run(interval=0.1):
         view = snapshot.workers[0]
@@ -129,7 +128,7 @@ def test_a_stopped_worker_is_missed_without_any_clock_of_the_study(
     monkeypatch.setattr(lost_module, "LONGEST_PAUSE_S", 1.0)
     store = open_store(sqlite_store.address, heartbeat=1)
     study = begin(store, program, 2, base=slow_base(1600), pruner={"name": "none"})
-    running = pool_of(store, study, tmp_path, 1, heartbeat=1)
+    running = supervisor_of(store, study, tmp_path, 1, heartbeat=1)
     stopped = 0
     for snapshot in running.run(interval=0.1):
         view = snapshot.workers[0]
@@ -150,7 +149,7 @@ def test_a_worker_stopped_within_a_write_does_not_hold_the_others_up(
     monkeypatch.setenv("DOUBLE_STORE", str(tmp_path / "studies.db"))
     store = open_store(str(tmp_path / "studies.db"), heartbeat=1)
     study = begin(store, program, 2, base={"fault": "lock"}, pruner={"name": "none"})
-    last = drain(pool_of(store, study, tmp_path, 2, heartbeat=1))[-1]
+    last = drain(supervisor_of(store, study, tmp_path, 2, heartbeat=1))[-1]
     assert (last.tally.complete, last.tally.open, last.tally.fail) == (2, 0, 0)
     assert last.tally.retried >= 1
     same_curves(store, study, program)
@@ -160,9 +159,9 @@ def test_a_worker_stopped_within_a_write_does_not_hold_the_others_up(
 def test_a_worker_stopped_with_nothing_to_do_does_not_hold_the_run_up(
     sqlite_store: Store, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool_module, "_GRACE_S", 0.5)
+    monkeypatch.setattr(supervisor_module, "_GRACE_S", 0.5)
     study = begin(sqlite_store, program, 1, base=slow_base(1600, 0.1), pruner={"name": "none"})
-    running = pool_of(sqlite_store, study, tmp_path, 2)
+    running = supervisor_of(sqlite_store, study, tmp_path, 2)
     stopped = 0
     for snapshot in running.run(interval=0.05):
         pids = {view.state: view.pid for view in snapshot.workers}
@@ -179,7 +178,7 @@ def test_memory_that_runs_out_costs_one_fresh_process_and_then_the_trial(
     sqlite_store: Store, program: Program, tmp_path: Path
 ) -> None:
     study = begin(sqlite_store, program, 1, base={"fault": "allocate"})
-    last = drain(pool_of(sqlite_store, study, tmp_path, 1))[-1]
+    last = drain(supervisor_of(sqlite_store, study, tmp_path, 1))[-1]
     assert (last.tally.fail, last.tally.retried, last.tally.open) == (1, 1, 0)
     assert last.workers[0].restarts in (1, 2)  # the pool may end before it counts the second
     assert {trial.user_attrs[names.CAUSE] for trial in study.get_trials()} == {Cause.OUT_OF_MEMORY}
@@ -187,6 +186,6 @@ def test_memory_that_runs_out_costs_one_fresh_process_and_then_the_trial(
 
 def test_trials_that_kill_their_worker_end_as_lost(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
     study = begin(sqlite_store, program, 1, base={"fault": "die"}, retries={"lost_worker": 1})
-    drain(pool_of(sqlite_store, study, tmp_path, 1))
+    drain(supervisor_of(sqlite_store, study, tmp_path, 1))
     counts = counting.tally(study.get_trials())
     assert (counts.fail, counts.retried, counts.open) == (1, 1, 0)

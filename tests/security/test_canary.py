@@ -18,11 +18,11 @@ import sqlalchemy
 
 from ris_hpo.cli import execute, live
 from ris_hpo.dashboard.server import Dashboard
-from ris_hpo.errors import StoreError, StudyError
+from ris_hpo.errors import StoreError, StudyError, WorkerError
 from ris_hpo.store import credentials
 from ris_hpo.store.open import URL_VARIABLE, open_store
 from ris_hpo.store.patience import reason
-from ris_hpo.workers.local import PoolSnapshot
+from ris_hpo.workers.supervisor import PoolSnapshot
 from tests.postgres import Postgres
 
 CANARY = "cAnArY5e9f2"
@@ -63,7 +63,7 @@ def said(
     heard: list[str] = []
     follow = live.follow
 
-    def watched(snapshots: Iterator[PoolSnapshot], n_trials: int) -> None:
+    def watched(snapshots: Iterator[PoolSnapshot]) -> None:
         def each() -> Iterator[PoolSnapshot]:
             for snapshot in snapshots:
                 for child in psutil.Process().children(recursive=True):
@@ -71,7 +71,7 @@ def said(
                         heard.append(" ".join(child.cmdline()))
                 yield snapshot
 
-        follow(each(), n_trials)
+        follow(each())
 
     monkeypatch.setattr(live, "follow", watched)
     root = logging.getLogger()
@@ -101,7 +101,7 @@ def test_the_password_is_found_nowhere(
     assert command(monkeypatch, "--verbose", "run", "--space", "brief.toml", *place, *few) == 0
     monkeypatch.setenv(URL_VARIABLE, address)
     # both of its trials fail, with a traceback
-    assert command(monkeypatch, "run", "--space", "broken.toml", *few, "--set", "seed=1") == 0
+    assert command(monkeypatch, "run", "--space", "broken.toml", *few, "--set", "seed=1") == WorkerError.exit_code
     for words in (
         ("status",), ("doctor",), ("best", "--no-confirm"), ("report", "--out", "report.html"),
         ("report", "--out", "report.json"), ("export", "--out", "best.toml"), ("status", "--json"),

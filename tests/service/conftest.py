@@ -14,6 +14,7 @@ from ris_hpo.search.files import parse_study
 from ris_hpo.search.spec import StudySpec
 from ris_hpo.store.cache import Store
 from ris_hpo.store.open import open_store
+from ris_hpo.store.owner import Owner, Process
 from tests.postgres import Postgres
 
 HERE = Path(__file__).parent
@@ -39,6 +40,11 @@ def study_tree(**changes: object) -> dict[str, object]:
         table = tree.get(key)
         tree[key] = {**table, **value} if isinstance(table, dict) and isinstance(value, dict) else value
     return tree
+
+
+def elsewhere(pid: int = 1, claim: int = 0) -> Owner:
+    """A claim by a process of another machine."""
+    return Owner(Process("elsewhere", "another-boot", "1", pid, "0"), claim)
 
 
 def make_spec(name: str = "unit", **changes: object) -> StudySpec:

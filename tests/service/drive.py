@@ -11,7 +11,10 @@ from ris_hpo.programs.program import load_program
 from ris_hpo.search.files import parse_study
 from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget
 from ris_hpo.store.open import open_store
-from ris_hpo.workers.local import LocalPool
+from ris_hpo.workers.devices import plan_slots
+from ris_hpo.workers.local import LocalProcesses
+from ris_hpo.workers.supervisor import Supervisor
+from ris_hpo.workers.worker import job_for
 
 
 def main(options: dict[str, Any]) -> None:
@@ -20,22 +23,16 @@ def main(options: dict[str, Any]) -> None:
     store = open_store(options["url"])
     study = create_or_resume_study(store, spec, score_version=1)
     fill_budget(store, study, options["n_trials"], program=program)
-    pool = LocalPool(
-        store,
-        study,
-        workers=options["workers"],
-        gpus=[],
-        threads=1,
-        program="double",
-        directory=Path(options["directory"]),
-        heartbeat=options.get("heartbeat", 10),
-    )
-    for snapshot in pool.run(interval=0.2):
+    folder = Path(options["folder"])
+    job = job_for(store, study, directory=folder / "trials", artifacts=folder / "artifacts")
+    processes = LocalProcesses(plan_slots(options["workers"], [], threads=1), folder / "trials")
+    supervisor = Supervisor(store, study, processes, job)
+    for snapshot in supervisor.run(interval=0.2):
         sys.stdout.write(
             json.dumps({"tally": snapshot.tally.as_dict(), "pids": [w.pid for w in snapshot.workers]}) + "\n"
         )
         sys.stdout.flush()
-    sys.stdout.write(json.dumps({"ending": pool.ending}) + "\n")
+    sys.stdout.write(json.dumps({"ending": supervisor.ending}) + "\n")
 
 
 if __name__ == "__main__":

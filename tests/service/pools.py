@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,12 @@ from ris_hpo.results.replay import replay
 from ris_hpo.search import counting
 from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget
 from ris_hpo.store.cache import Store
-from ris_hpo.workers.local import LocalPool, PoolSnapshot
+from ris_hpo.workers.devices import plan_slots
+from ris_hpo.workers.local import LocalProcesses
+from ris_hpo.workers.supervisor import PoolSnapshot, Supervisor
+from ris_hpo.workers.worker import job_for
 
-from .conftest import DOUBLE, HERE, make_spec, study_tree
+from .conftest import HERE, make_spec, study_tree
 
 
 def begin(store: Store, program: Program, n_trials: int, name: str = "unit", **changes: Any) -> Study:
@@ -27,13 +30,25 @@ def begin(store: Store, program: Program, n_trials: int, name: str = "unit", **c
     return study
 
 
-def pool_of(store: Store, study: Study, folder: Path, workers: int, **options: Any) -> LocalPool:
-    options.setdefault("directory", folder / "trials")
-    return LocalPool(store, study, workers=workers, gpus=[], threads=1, program=DOUBLE, **options)
+def supervisor_of(
+    store: Store,
+    study: Study,
+    folder: Path,
+    workers: int,
+    *,
+    heartbeat: int | None = 10,
+    environment: Mapping[str, str] | None = None,
+    **clocks: float | None,
+) -> Supervisor:
+    """A supervisor of local processes, with everything that they write in ``folder``."""
+    directory, artifacts = folder / "trials", folder / "artifacts"
+    job = job_for(store, study, directory=directory, artifacts=artifacts, heartbeat=heartbeat)
+    processes = LocalProcesses(plan_slots(workers, [], threads=1), directory, environment=environment)
+    return Supervisor(store, study, processes, job, **clocks)  # type: ignore[arg-type]
 
 
-def drain(pool: LocalPool, interval: float = 0.1) -> list[PoolSnapshot]:
-    return list(pool.run(interval=interval))
+def drain(supervisor: Supervisor, interval: float = 0.1) -> list[PoolSnapshot]:
+    return list(supervisor.run(interval=interval))
 
 
 def slow_base(scenes: int = 800, pause_s: float = 0.03, **more: Any) -> dict[str, Any]:
@@ -53,7 +68,7 @@ class Driver:
     def __init__(self, url: str, folder: Path, n_trials: int, workers: int, **changes: Any) -> None:
         options = {
             "url": url,
-            "directory": str(folder / "trials"),
+            "folder": str(folder),
             "n_trials": n_trials,
             "workers": workers,
             "name": "unit",

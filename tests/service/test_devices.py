@@ -17,13 +17,14 @@ from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget
 from ris_hpo.store import attributes as names
 from ris_hpo.store.cache import Store
 from ris_hpo.store.open import open_store
-from ris_hpo.trials.run import is_out_of_memory
+from ris_hpo.trials.failures import is_out_of_memory
 from ris_hpo.workers import devices
-from ris_hpo.workers import local as pool
 from ris_hpo.workers.devices import Slot, plan_slots
+from ris_hpo.workers.local import LocalProcesses
 from tests.postgres import Postgres
 
 from .conftest import HERE, id_of, make_spec
+from .pools import supervisor_of
 
 GPUS = [("GPU-aaaa", "Big One", 80_000, 70_000), ("GPU-bbbb", "Big One", 80_000, 2_000)]
 MIB = 2**20
@@ -125,17 +126,13 @@ def test_what_does_not_fit_is_refused(options: dict[str, object], words: str) ->
 
 
 @pytest.mark.usefixtures("driver")
-def test_a_second_worker_waits_for_memory(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
-    study = create_or_resume_study(sqlite_store, make_spec(), score_version=1)
-    fill_budget(sqlite_store, study, 3, program=program)
-    made = pool.LocalPool(sqlite_store, study, per_gpu=2, program="double", directory=tmp_path / "trials")
-    free = [place for place in made._places if made._has_memory(place.slot)]
-    assert [(place.slot.mask, place.slot.rank) for place in free] == [("0", 0), ("1", 0), ("0", 1)]
-    study_id = id_of(sqlite_store, study)
-    number = sqlite_store.claim(study_id, "here:1:0:0")
-    assert number is not None
-    sqlite_store.mark(study_id, number, {names.PEAK_MEMORY: 75 * 1024**3, names.DEVICE: "cuda"})
-    assert not made._has_memory(made._places[2].slot)  # a trial was seen to need more than is free
+def test_a_second_worker_waits_for_memory(tmp_path: Path) -> None:
+    slots = plan_slots(per_gpu=2)
+    processes = LocalProcesses(slots, tmp_path)
+    free = [slot for slot in slots if processes.has_room(slot, lambda: 0)]
+    assert [(slot.mask, slot.rank) for slot in free] == [("0", 0), ("1", 0), ("0", 1)]
+    assert not processes.has_room(slots[2], lambda: 75 * 1024**3)  # a trial has taken more than is free
+    assert processes.has_room(slots[0], lambda: 75 * 1024**3)  # the first on its GPU is let try
 
 
 @pytest.mark.parametrize("code", [pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH])
@@ -207,9 +204,8 @@ def test_a_workers_command_line_and_attributes_hold_no_password(
     store = open_store(address)
     study = create_or_resume_study(store, make_spec(), score_version=1, command=f"run --storage {address}")
     fill_budget(store, study, 2, program=program)
-    made = pool.LocalPool(store, study, workers=1, gpus=[], program="double", directory=tmp_path / "trials")
     lines = set()
-    for snapshot in made.run(interval=0.05):
+    for snapshot in supervisor_of(store, study, tmp_path, 1).run(interval=0.05):
         assert canary not in repr(snapshot)
         for view in snapshot.workers:
             if view.pid is not None:

@@ -13,10 +13,9 @@ from ris_hpo.search.lifecycle import fill_budget
 from ris_hpo.store import attributes as names
 from ris_hpo.store.attributes import Cause
 from ris_hpo.store.cache import Store
-from ris_hpo.workers.local import LocalPool
 
 from .conftest import HERE
-from .pools import begin, drain, pool_of, slow_base
+from .pools import begin, drain, slow_base, supervisor_of
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +27,7 @@ def _importable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize("workers", [1, 3])
 def test_the_budget_is_exact(workers: int, store: Store, program: Program, tmp_path: Path) -> None:
     study = begin(store, program, 13)
-    pool = pool_of(store, study, tmp_path, workers)
+    pool = supervisor_of(store, study, tmp_path, workers)
     last = drain(pool)[-1]
     assert pool.ending == "finished"
     assert (last.tally.ended, last.tally.open, last.n_trials) == (13, 0, 13)
@@ -37,7 +36,7 @@ def test_the_budget_is_exact(workers: int, store: Store, program: Program, tmp_p
     trials = study.get_trials()
     assert len(trials) == 13
     assert len({tuple(sorted(trial.params.items())) for trial in trials}) == 13
-    assert drain(pool_of(store, study, tmp_path, workers))[-1].tally.ended == 13
+    assert drain(supervisor_of(store, study, tmp_path, workers))[-1].tally.ended == 13
     assert len(study.get_trials()) == 13
 
 
@@ -49,7 +48,7 @@ def test_the_budget_is_exact_again_and_again(
 ) -> None:
     study = begin(store, program, 25, study={"seed": repetition})
     for _ in range(2):
-        last = drain(pool_of(store, study, tmp_path, workers))[-1]
+        last = drain(supervisor_of(store, study, tmp_path, workers))[-1]
         assert (last.tally.ended, last.tally.open, len(study.get_trials())) == (25, 0, 25)
         assert fill_budget(store, study, 25, program=program) == 0
 
@@ -58,7 +57,7 @@ def test_the_budget_is_exact_again_and_again(
 def test_sixteen_processes_on_one_sqlite_file(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
     base = {"budget": {"scenes": 2000, "validate_every": 100}}
     study = begin(sqlite_store, program, 800, base=base, pruner={"name": "none"}, sampler={"name": "random"})
-    last = drain(pool_of(sqlite_store, study, tmp_path, 16))[-1]
+    last = drain(supervisor_of(sqlite_store, study, tmp_path, 16))[-1]
     assert (last.tally.complete, last.tally.open, last.tally.retried) == (800, 0, 0)
     assert sum(view.restarts for view in last.workers) == 0
     assert all(len(trial.intermediate_values) == 20 for trial in study.get_trials())
@@ -66,7 +65,7 @@ def test_sixteen_processes_on_one_sqlite_file(sqlite_store: Store, program: Prog
 
 def test_snapshots_tell_what_workers_do(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
     study = begin(sqlite_store, program, 3, base=slow_base(), pruner={"name": "none"})
-    snapshots = drain(pool_of(sqlite_store, study, tmp_path, 1))
+    snapshots = drain(supervisor_of(sqlite_store, study, tmp_path, 1))
     views = [snapshot.workers[0] for snapshot in snapshots if snapshot.workers[0].k_loc is not None]
     assert views
     view = views[-1]
@@ -83,7 +82,7 @@ def test_snapshots_tell_what_workers_do(sqlite_store: Store, program: Program, t
 def test_a_trial_has_a_wall_clock(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
     base = slow_base(100_000, 0.05)
     study = begin(sqlite_store, program, 1, base=base, pruner={"name": "none"}, retries={"timeout": 0})
-    last = drain(pool_of(sqlite_store, study, tmp_path, 1, trial_timeout_s=1.5))[-1]
+    last = drain(supervisor_of(sqlite_store, study, tmp_path, 1, trial_timeout_s=1.5))[-1]
     assert (last.tally.fail, last.tally.open) == (1, 0)
     (trial,) = study.get_trials()
     assert trial.user_attrs[names.CAUSE] == Cause.TIMEOUT
@@ -92,8 +91,8 @@ def test_a_trial_has_a_wall_clock(sqlite_store: Store, program: Program, tmp_pat
 
 def test_workers_that_die_at_once_break_the_loop(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
     study = begin(sqlite_store, program, 4)
-    pool = LocalPool(sqlite_store, study, workers=1, gpus=[], program="no_such_module", directory=tmp_path / "trials")
-    with pytest.raises(WorkerError, match=r"died 5 times in a row.*No module named 'no_such_module'"):
+    pool = supervisor_of(sqlite_store, study, tmp_path, 1, environment={"PYTHONPATH": ""})
+    with pytest.raises(WorkerError, match=r"gave up after 5 failures in a row.*No module named 'double'"):
         drain(pool)
     assert counting.tally(study.get_trials()).waiting == 4
 
@@ -101,7 +100,7 @@ def test_workers_that_die_at_once_break_the_loop(sqlite_store: Store, program: P
 def test_repeated_bugs_stop_the_study(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
     study = begin(sqlite_store, program, 12, base={"fault": "bug"})
     with pytest.raises(WorkerError, match=r"3 trials failed with a bug.*a bug on order"):
-        drain(pool_of(sqlite_store, study, tmp_path, 1))
+        drain(supervisor_of(sqlite_store, study, tmp_path, 1))
     counts = counting.tally(study.get_trials())
     assert (counts.fail, counts.waiting, counts.running) == (3, 9, 0)
 
@@ -110,12 +109,12 @@ def test_a_target_stops_the_pool_and_leaves_the_rest_waiting(
     sqlite_store: Store, program: Program, tmp_path: Path
 ) -> None:
     study = begin(sqlite_store, program, 40, base=slow_base(800, 0.02), stop={"target": 3.0})
-    pool = pool_of(sqlite_store, study, tmp_path, 2)
+    pool = supervisor_of(sqlite_store, study, tmp_path, 2)
     last = drain(pool)[-1]
     assert pool.ending == "target"
     assert last.tally.running == 0
     assert last.tally.ended + last.tally.waiting == 40
     assert last.tally.waiting > 0
-    again = pool_of(sqlite_store, study, tmp_path, 2)
+    again = supervisor_of(sqlite_store, study, tmp_path, 2)
     assert drain(again)[-1].tally.ended == last.tally.ended
     assert again.ending == "target"

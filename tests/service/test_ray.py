@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -20,10 +21,13 @@ from ris_hpo.store import attributes as names
 from ris_hpo.store.attributes import Cause
 from ris_hpo.store.cache import Store
 from ris_hpo.store.open import open_store
-from ris_hpo.workers.ray import RayPool
+from ris_hpo.store.owner import Owner
+from ris_hpo.workers.ray import RayActors
+from ris_hpo.workers.supervisor import Supervisor
+from ris_hpo.workers.worker import job_for
 from tests.postgres import Postgres
 
-from .conftest import DOUBLE, HERE, make_spec
+from .conftest import HERE, make_spec
 from .pools import same_curves, slow_base
 
 pytestmark = [
@@ -71,29 +75,26 @@ def begin(store: Store, program: Program, n_trials: int, **changes: Any) -> Any:
     return study
 
 
-def pool_of(store: Store, study: Any, cluster: RayCluster, folder: Path, **options: Any) -> RayPool:
-    return RayPool(
-        store,
-        study,
-        address=cluster.address,
-        program=DOUBLE,
-        directory=folder / "trials",
-        environment={"PYTHONPATH": str(HERE)},
-        device="cpu",  # GPUs are declared, not there
-        **options,
-    )
+def supervisor_of(
+    store: Store, study: Any, cluster: RayCluster, folder: Path, *, heartbeat: int = 10, **options: Any
+) -> Supervisor:
+    options.setdefault("device", "cpu")  # GPUs are declared, not there
+    environment = {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])])}
+    actors = RayActors(store, address=cluster.address, environment=environment, **options)
+    return Supervisor(store, study, actors, job_for(store, study, directory=folder / "trials", heartbeat=heartbeat))
 
 
-def test_sqlite_is_refused(sqlite_store: Store, program: Program) -> None:
+def test_sqlite_is_refused(sqlite_store: Store) -> None:
     with pytest.raises(StoreError, match="needs a store that every node reaches"):
-        RayPool(sqlite_store, begin(sqlite_store, program, 1), workers=1)
+        RayActors(sqlite_store, workers=1)
 
 
 def test_no_cluster_is_one_line(postgres: Postgres, program: Program) -> None:
     store = open_store(postgres.url())
-    pool = RayPool(store, begin(store, program, 1), workers=1, address="127.0.0.1:1")
+    study = begin(store, program, 1)
+    actors = RayActors(store, workers=1, address="127.0.0.1:1")
     with pytest.raises(WorkerError, match=r"no Ray cluster at '127.0.0.1:1'"):
-        list(pool.run())
+        list(Supervisor(store, study, actors, job_for(store, study)).run())
     store.close()
 
 
@@ -103,13 +104,14 @@ def test_a_small_cluster_runs_the_exact_budget(
     cluster.add(num_cpus=2, num_gpus=1)
     store = open_store(postgres.url())
     study = begin(store, program, 9, base=slow_base(800, 0.01))
-    pool = pool_of(store, study, cluster, tmp_path, per_gpu=2, cpus_per_worker=0.5)
+    pool = supervisor_of(store, study, cluster, tmp_path, per_gpu=2, cpus_per_worker=0.5)
     last = list(pool.run(interval=0.2))[-1]
     assert pool.ending == "finished"
-    assert pool.workers == 2  # the slots of the one GPU
+    assert len(last.workers) == 2  # the slots of the one GPU
     assert (last.tally.ended, last.tally.open, last.tally.retried) == (9, 0, 0)
-    owners = {trial.user_attrs[names.OWNER].split(":")[1] for trial in study.get_trials()}
-    assert 1 <= len(owners) <= 2
+    owners = [Owner.parse(trial.user_attrs[names.OWNER]) for trial in study.get_trials()]
+    assert 1 <= len({owner.process for owner in owners if owner is not None}) <= 2
+    assert None not in owners
     same_curves(store, study, program)
     store.close()
 
@@ -125,7 +127,7 @@ def test_the_budget_is_exact_again_and_again(
             study = begin(store, program, 25, study={"seed": repetition})
             for _ in range(2):
                 folder = tmp_path / f"{workers}-{repetition}"
-                last = list(pool_of(store, study, cluster, folder, workers=workers).run(interval=0.2))[-1]
+                last = list(supervisor_of(store, study, cluster, folder, workers=workers).run(interval=0.2))[-1]
                 assert (last.tally.ended, last.tally.open, len(study.get_trials())) == (25, 0, 25)
             store.close()
 
@@ -138,7 +140,7 @@ def test_a_removed_node_loses_nothing(
     cluster.add(num_cpus=2, num_gpus=1)
     store = open_store(postgres.url(), heartbeat=1)
     study = begin(store, program, 20, base=slow_base(1600, 0.1), pruner={"name": "none"})
-    pool = pool_of(store, study, cluster, tmp_path, workers=4, per_gpu=2, cpus_per_worker=0.5, heartbeat=1)
+    pool = supervisor_of(store, study, cluster, tmp_path, workers=4, per_gpu=2, cpus_per_worker=0.5, heartbeat=1)
     removed = False
     for snapshot in pool.run(interval=0.3):
         if not removed and snapshot.tally.running == 4 and snapshot.tally.ended >= 2:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import math
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,14 @@ from ris_hpo.store import attributes as names
 from ris_hpo.store.attributes import Cause
 from ris_hpo.store.cache import Store
 from ris_hpo.store.open import open_store
-from ris_hpo.store.owner import owner_name
-from ris_hpo.trials.run import Outcome, Seat, TrialBugError, run_trial
+from ris_hpo.store.owner import Owner, this_process
+from ris_hpo.trials.run import Report, TrialEnvironment, run_trial
 from ris_hpo.workers import lost as lost_module
+from ris_hpo.workers.events import Reason
 from ris_hpo.workers.lost import LostTrials
-from ris_hpo.workers.worker import WorkerJob, run_worker
+from ris_hpo.workers.worker import WorkerJob, WorkerReport, run_worker
 
-from .conftest import DOUBLE, id_of, make_spec
+from .conftest import elsewhere, id_of, make_spec
 from .double import FLOOR, PIPELINE_FLOOR
 
 
@@ -41,11 +43,11 @@ def begin(store: Store, spec: StudySpec, program: Program, n_trials: int, **opti
     return study
 
 
-def work(store: Store, study: Study, folder: Path, **options: Any) -> Any:
-    stop = options.pop("stop", lambda: False)
-    rules = options.pop("rules", None)
-    job = WorkerJob(store.address, study.study_name, directory=str(folder / "trials"), program=DOUBLE, **options)
-    return run_worker(job, stop=stop, rules=rules)
+def work(
+    store: Store, study: Study, folder: Path, stop: Callable[[], bool] = lambda: False, max_trials: int | None = None
+) -> WorkerReport:
+    job = WorkerJob(store.address, study.study_name, str(folder / "trials"), max_trials=max_trials)
+    return run_worker(job, stop=stop)
 
 
 def table(store: Store, study: Study) -> list[tuple[Any, ...]]:
@@ -134,26 +136,26 @@ def test_a_lost_trial_continues_from_its_checkpoint(store: Store, program: Progr
 
     # a worker that dies in its third validation of trial 0: the checkpoint is there, the last report is not
     spec = stored_spec(study)
-    owner = "elsewhere:1:0:0"
-    number = store.claim(id_of(store, study), owner)
+    owner = elsewhere()
+    number = store.claim(id_of(store, study), str(owner))
     assert number is not None
 
     class KilledError(BaseException):
         pass
 
-    def killed(report: Any) -> None:
-        if report.step == 300:
+    def killed(event: object) -> None:
+        if isinstance(event, Report) and event.step == 300:
             raise KilledError
 
-    seat = Seat(store, study, spec, program, lambda number: tmp_path / "broken" / str(number), notify=killed)
+    trials, study_id = tmp_path / "broken", id_of(store, study)
+    environment = TrialEnvironment(store, study_id, spec, program, lambda number: trials / str(number), notify=killed)
     with pytest.raises(KilledError):
-        run_trial(seat, number, owner)
+        run_trial(environment, number, owner)
     (running,) = study.get_trials(states=[TrialState.RUNNING])
     assert max(running.intermediate_values) == 300
-    study_id = id_of(store, study)
-    assert counting.fail_trial(store, study_id, running, Cause.LOST_WORKER, "gone", spec.retries, owner=owner)
+    assert counting.fail_trial(store, study_id, running, Cause.LOST_WORKER, "gone", spec.retries, owner=str(owner))
 
-    job = WorkerJob(store.address, "broken", directory=str(tmp_path / "broken"), program=DOUBLE)
+    job = WorkerJob(store.address, "broken", directory=str(tmp_path / "broken"))
     run_worker(job)
     trials = study.get_trials()
     assert [trial.number for trial in trials if trial.state == TrialState.FAIL] == [0]
@@ -189,7 +191,7 @@ def test_a_trial_lost_before_its_parameters_draws_the_same_ones(
     work(sqlite_store, undisturbed, tmp_path / "whole")
     study = begin(sqlite_store, make_spec("broken"), program, 4)
     for _ in range(2):  # trial 0 (the base configuration) and trial 1 (the sampler's) die with nothing done
-        sqlite_store.claim(id_of(sqlite_store, study), "elsewhere:1:0:0")
+        sqlite_store.claim(id_of(sqlite_store, study), str(elsewhere()))
         (running,) = study.get_trials(states=[TrialState.RUNNING])
         counting.fail_trial(
             sqlite_store, id_of(sqlite_store, study), running, Cause.LOST_WORKER, "gone", make_spec().retries
@@ -210,7 +212,7 @@ def test_a_successor_that_is_lost_at_once_hands_everything_on(
     assert work(sqlite_store, study, tmp_path, stop=CountedStop(14)).requeued == 1
     (begun,) = [trial for trial in study.get_trials() if trial.params and trial.state == TrialState.WAITING]
     for _ in range(3):  # claimed, lost before anything else, three times over
-        sqlite_store.claim(id_of(sqlite_store, study), "elsewhere:1:0:0")
+        sqlite_store.claim(id_of(sqlite_store, study), str(elsewhere()))
         (running,) = study.get_trials(states=[TrialState.RUNNING])
         assert running.params == begun.params
         counting.fail_trial(
@@ -226,7 +228,7 @@ def test_a_successor_that_is_lost_at_once_hands_everything_on(
 def test_a_line_ends_when_its_retries_are_spent(store: Store, program: Program, tmp_path: Path) -> None:
     study = begin(store, make_spec(retries={"lost_worker": 2}), program, 1)
     for _ in range(3):
-        store.claim(id_of(store, study), "elsewhere:1:0:0")
+        store.claim(id_of(store, study), str(elsewhere()))
         (running,) = study.get_trials(states=[TrialState.RUNNING])
         counting.fail_trial(store, id_of(store, study), running, Cause.LOST_WORKER, "gone", stored_spec(study).retries)
     counts = counting.tally(study.get_trials())
@@ -238,15 +240,18 @@ def test_a_late_owner_is_fenced_off(store: Store, program: Program, tmp_path: Pa
     study = begin(store, make_spec(), program, 1)
     spec = stored_spec(study)
     study_id = id_of(store, study)
-    number = store.claim(study_id, "late:1:0:0")
+    late = elsewhere()
+    number = store.claim(study_id, str(late))
     assert number is not None
 
-    def declared_lost(report: Any) -> None:
-        if report.step == 300:
+    def declared_lost(event: object) -> None:
+        if isinstance(event, Report) and event.step == 300:
             counting.fail_trial(store, study_id, study.get_trials()[number], Cause.LOST_WORKER, "silent", spec.retries)
 
-    seat = Seat(store, study, spec, program, lambda number: tmp_path / str(number), notify=declared_lost)
-    outcome = run_trial(seat, number, "late:1:0:0")
+    environment = TrialEnvironment(
+        store, study_id, spec, program, lambda number: tmp_path / str(number), notify=declared_lost
+    )
+    outcome = run_trial(environment, number, late)
     assert outcome.state == "fenced"
     work(store, study, tmp_path)
     failed, successor = study.get_trials()
@@ -280,8 +285,7 @@ def test_seconds_before_a_trial_was_put_back_count(
     study = begin(sqlite_store, make_spec(base={"fault": fault}), program, 1)
     (waiting,) = study.get_trials()
     sqlite_store.mark(id_of(sqlite_store, study), waiting.number, {names.SECONDS: 1000.0})
-    with suppress(WorkerError):
-        work(sqlite_store, study, tmp_path, max_bugs=1)
+    work(sqlite_store, study, tmp_path)
     trial = study.get_trials()[0]
     assert trial.user_attrs.get(names.CAUSE) == cause
     assert 1000 < trial.user_attrs[names.SECONDS] < 1300
@@ -300,9 +304,9 @@ def test_out_of_memory_is_retried_once_in_a_fresh_process(
     sqlite_store: Store, program: Program, tmp_path: Path
 ) -> None:
     study = begin(sqlite_store, make_spec(base={"fault": "memory"}), program, 1)
-    assert work(sqlite_store, study, tmp_path, fresh_after_memory=True).reason == "out_of_memory"
-    assert work(sqlite_store, study, tmp_path, fresh_after_memory=True).reason == "out_of_memory"
-    assert work(sqlite_store, study, tmp_path, fresh_after_memory=True).reason == "done"
+    assert work(sqlite_store, study, tmp_path).reason == "out_of_memory"
+    assert work(sqlite_store, study, tmp_path).reason == "out_of_memory"
+    assert work(sqlite_store, study, tmp_path).reason == "done"
     trials = study.get_trials()
     assert [trial.user_attrs[names.CAUSE] for trial in trials] == ["out_of_memory", "out_of_memory"]
     assert counting.tally(trials).fail == 1
@@ -319,7 +323,7 @@ def test_a_damaged_checkpoint_leads_to_the_same_curve_from_the_start(
     (trial,) = study.get_trials()
     assert trial.state == TrialState.COMPLETE
     assert replay(sqlite_store, "unit", 0, program=program).identical
-    assert len(list((tmp_path / "trials").glob("0.damaged-*"))) == 1
+    assert [path.name for path in (tmp_path / "trials").iterdir()] == ["0"]  # what was damaged is cleaned up by then
 
 
 def test_a_full_disk_puts_the_trial_back(
@@ -339,17 +343,15 @@ def test_a_full_disk_puts_the_trial_back(
     assert counting.tally(study.get_trials()).ended == 2
 
 
-def test_bugs_stop_the_worker_after_a_few(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
+def test_a_bug_is_written_down_and_ends_the_worker(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
     study = begin(sqlite_store, make_spec(base={"fault": "bug"}), program, 10)
-    with pytest.raises(WorkerError, match=r"3 trials failed with a bug.*a bug on order"):
-        work(sqlite_store, study, tmp_path)
-    failed = study.get_trials(states=[TrialState.FAIL])
-    assert len(failed) == 3
-    for trial in failed:
-        assert trial.user_attrs[names.CAUSE] == Cause.BUG
-        assert trial.user_attrs[names.ERROR] == "ZeroDivisionError: a bug on order"
-        assert "double.py" in trial.user_attrs[names.TRACEBACK]
-    assert counting.tally(study.get_trials()).waiting == 7
+    report = work(sqlite_store, study, tmp_path)
+    assert (report.reason, report.error) == (Reason.BUG, "ZeroDivisionError: a bug on order")
+    (trial,) = study.get_trials(states=[TrialState.FAIL])
+    assert trial.user_attrs[names.CAUSE] == Cause.BUG
+    assert trial.user_attrs[names.ERROR] == "ZeroDivisionError: a bug on order"
+    assert "double.py" in trial.user_attrs[names.TRACEBACK]
+    assert counting.tally(study.get_trials()).waiting == 9  # and no successor: it would only fail again
 
 
 # -- budgets, forks, warm starts -------------------------------------------------------------------------------------
@@ -519,17 +521,25 @@ def test_unknown_studies_are_named_with_a_suggestion(sqlite_store: Store, progra
         (StopSpec(target=3.0), "target"),
         (StopSpec(patience=2), "patience"),
         (StopSpec(gpu_hours=1e-9), "gpu_hours"),
-        (StopSpec(timeout_s=1e-6), "timeout"),
+        (StopSpec(timeout_s=3), "timeout"),
     ],
 )
 def test_stop_rules(rules: StopSpec, reason: str, sqlite_store: Store, program: Program, tmp_path: Path) -> None:
     study = begin(sqlite_store, make_spec(), program, 30)
-    report = work(sqlite_store, study, tmp_path, rules=rules)
-    assert report.reason == reason
-    assert report.ended < 30
-    counts = counting.tally(study.get_trials())
-    assert counts.running == 0
-    assert counts.ended + counts.waiting == 30
+    ended = 0
+    while (found := counting.stop_reason(rules, study.get_trials(), seconds=ended)) is None:
+        work(sqlite_store, study, tmp_path, max_trials=1)
+        ended += 1
+    assert found == reason
+    assert 0 < ended < 30
+    scores = [trial.value for trial in study.get_trials() if trial.state == TrialState.COMPLETE]
+    match reason:
+        case "target":
+            assert min(scores) == scores[-1] <= 3.0
+        case "patience":
+            assert study.best_trial.number == ended - 3
+        case "timeout":
+            assert ended == 3
 
 
 @pytest.mark.parametrize("name", ["../up", "/tmp/x", "a/b", "..", ".hidden", "two words", "x" * 65, "line\n"])
@@ -577,12 +587,11 @@ def test_lost_trials_are_found_by_owner_and_by_heartbeat(
 ) -> None:
     study = begin(store, make_spec(), program, 4)
     study_id = id_of(store, study)
-    here = owner_name(0)
-    host, pid, birth, _ = here.rsplit(":", 3)
-    store.claim(study_id, here)  # this process: alive
-    store.claim(study_id, f"{host}:{pid}:{birth}1:0")  # its number was used before: dead
-    silent = store.claim(study_id, "elsewhere:1:0:0")  # another host, no heartbeat yet
-    store.claim(study_id, "elsewhere:2:0:0")
+    here = this_process()
+    store.claim(study_id, str(Owner(here, 0)))  # this process: alive
+    store.claim(study_id, str(Owner(replace(here, start=f"{here.start}1"), 0)))  # its number was used before: gone
+    silent = store.claim(study_id, str(elsewhere()))  # another host, no heartbeat yet
+    store.claim(study_id, str(elsewhere(2)))
     clock, silents = [1000.0], dict.fromkeys([silent])
     monkeypatch.setattr(lost_module.time, "monotonic", lambda: clock[0])
     beats = lambda self, study_id: {**dict.fromkeys(range(4), clock[0]), **silents}  # noqa: E731
@@ -627,13 +636,3 @@ def test_status_is_one_summary(sqlite_store: Store, program: Program, tmp_path: 
     best: FrozenTrial = study.best_trial
     assert (found["best"]["number"], found["best"]["k_loc"], found["best"]["floor"]) == (best.number, best.value, 1.0)
     assert found["best"]["pipeline_k_loc"] == pytest.approx(best.value - 0.3)
-
-
-def test_a_bug_error_carries_the_trial(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
-    study = begin(sqlite_store, make_spec(base={"fault": "bug"}), program, 1)
-    number = sqlite_store.claim(id_of(sqlite_store, study), "here:1:0:0")
-    assert number is not None
-    seat = Seat(sqlite_store, study, stored_spec(study), program, lambda number: tmp_path / str(number))
-    with pytest.raises(TrialBugError, match="trial 0 failed: ZeroDivisionError"):
-        run_trial(seat, number, "here:1:0:0")
-    assert Outcome("complete", 0).cause is None
