@@ -58,10 +58,13 @@ def _from_0(settings: str, tree: Tree) -> None:
     """Schema 0 did not state its version; its files are those of release 0.1.0.
 
     Three inference settings replaced those of the likelihood that do the same; now there are the likelihood's alone.
+    And its networks could not answer that there is no source: 1 was the least that was searched.
     """
     if settings != "study":
         for old, new in RENAMED.items():
             move(tree, old, new)
+        path = "inference.likelihood.num_sources"
+        move(tree, path, path, lambda counts: [0, *counts[1:]] if counts[0] == 1 else counts)
 
 
 STEPS: Final[tuple[Callable[[str, Tree], None], ...]] = (_from_0,)

@@ -54,14 +54,22 @@ class EvidenceSpec(Spec):
 
 
 def order_scores(
-    observation: Observation, null: Tensor, orders: list[Fit], region: Region, spec: EvidenceSpec
+    observation: Observation, orders: list[Fit], region: Region, spec: EvidenceSpec, *, noise_known: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Negative log-evidence of orders 0..len(orders), and the chance that each, if right, has every source in place.
+
+    Args:
+        observation: B scenes.
+        orders: fits of 1, 2, ... sources.
+        region: allowed positions.
+        spec: how orders are compared.
+        noise_known: the noise power is known; else order 0 takes the received power for the noise's, see ``null_nll``.
 
     Returns:
         scores and chances, float64 [B, K + 1] each; constants common to all orders are left out of the scores.
     """
-    columns, chances = [null], [torch.ones_like(null)]
+    null = null_nll(observation)
+    columns, chances = [null_nll(observation, noise_known=noise_known)], [torch.ones_like(null)]
     for fit in orders:
         k = fit.u.shape[1]
         covariance, log_det = inverse_information(_precision(observation, fit, region), "information on an order")
@@ -70,10 +78,23 @@ def order_scores(
         else:
             score = fit.nll + _occam_factor(fit, log_det, region, spec) + spec.penalty * k
             # Laplace's formula counts k! separate modes, which a flat likelihood does not have
-            told = fit.nll < null - _LEAST_GAIN * k
-            columns.append(torch.where(told, score, null + k))
+            explains = fit.nll < null - _LEAST_GAIN * k
+            columns.append(torch.where(explains, score, null + k))
         chances.append(_in_place(fit, covariance))
     return torch.stack(columns, dim=-1), torch.stack(chances, dim=-1)
+
+
+def null_nll(observation: Observation, *, noise_known: bool = True) -> Tensor:
+    """Negative log-likelihood without a source, float64 [B] in nats: E = sum_l |y_l|^2 / noise power.
+
+    Where the noise power is an estimate that other sources may have lowered or raised, order 0 has its own: the best
+    one, E / (L M) times the estimate, which leaves L M (1 + log(E / (L M))).
+    """
+    energy = observation.y.abs().square().sum((1, 2))
+    if noise_known:
+        return energy
+    size = observation.y[0].numel()
+    return size * (1 + (energy / size).clamp(min=1e-30).log())
 
 
 def _precision(observation: Observation, fit: Fit, region: Region) -> Tensor:
@@ -140,28 +161,39 @@ def posterior_of_orders(
     scores: Tensor,
     spec: EvidenceSpec,
     log_prior: Tensor | None,
-    allowed: tuple[Tensor, Tensor],
+    allowed: Tensor,
     weights: CountWeights | None = None,
 ) -> Tensor:
     """Log p(k | y), float64 [B, K + 1].
 
+    Without ``log_prior`` all counts are equally likely before. With it, how many sources there are is decided by prior
+    and evidence, but whether there is any by the evidence alone, none and some being equally likely before: a prior
+    from elsewhere (a network's count head) may never have seen a scene without a source.
+
     Args:
         scores: negative log-evidence [B, K + 1].
         spec: weight of the prior and temperature.
-        log_prior: [B, >= K + 1] log p(k) from elsewhere (a network's count head), or None for uniform.
-        allowed: smallest and largest count of every scene, [B] each.
+        log_prior: [B, >= K + 1] log p(k) from elsewhere, or None for uniform.
+        allowed: counts that can be the answer, bool [B, K + 1]; at least one in every scene.
         weights: in place of the spec's weight and temperature; needs ``log_prior``.
     """
-    order = torch.arange(scores.shape[1], device=scores.device)
-    outside = (order < allowed[0].unsqueeze(-1)) | (order > allowed[1].unsqueeze(-1))
-    prior = None if log_prior is None else log_prior[:, : scores.shape[1]].to(scores).clamp(min=-1e6)
-    if weights is not None and prior is not None:
-        logits = mixed(scores.masked_fill(outside, torch.inf), prior, weights)
-    elif prior is not None:
-        logits = (spec.prior_weight * prior - scores) / spec.temperature
+    evidence = (-scores / spec.temperature).masked_fill(~allowed, -torch.inf)
+    if log_prior is None:
+        return torch.log_softmax(evidence, dim=-1)
+    prior = log_prior[:, 1 : scores.shape[1]].to(scores).clamp(min=-1e6)
+    if weights is not None:
+        without_none = weights._replace(bias=weights.bias[:, 1:])
+        logits = mixed(scores[:, 1:].masked_fill(~allowed[:, 1:], torch.inf), prior, without_none)
     else:
-        logits = -scores / spec.temperature
-    return torch.log_softmax(logits.masked_fill(outside, -torch.inf), dim=-1)
+        logits = (spec.prior_weight * prior / spec.temperature + evidence[:, 1:]).masked_fill(
+            ~allowed[:, 1:], -torch.inf
+        )
+    some = evidence[:, 1:].logsumexp(-1) - allowed[:, 1:].sum(-1).clamp(min=1).log()
+    any_source = torch.stack([evidence[:, 0], some], dim=-1).log_softmax(-1)
+    found = any_source[:, 1:].isfinite()
+    how_many = torch.log_softmax(torch.where(found, logits, torch.zeros_like(logits)), dim=-1)
+    several = torch.where(found, any_source[:, 1:] + how_many, -torch.inf)
+    return torch.cat([any_source[:, :1], several], dim=-1)
 
 
 def mixed(scores: Tensor, log_prior: Tensor, weights: CountWeights) -> Tensor:

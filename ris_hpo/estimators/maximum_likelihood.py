@@ -25,7 +25,6 @@ from ris_hpo.estimators.search import (
     Atoms,
     SearchSpec,
     gains,
-    null_nll,
     refined,
     removal_costs,
     search_orders,
@@ -44,10 +43,10 @@ class LikelihoodSpec(Spec):
     grid: GridSpec = GridSpec()
     search: SearchSpec = SearchSpec()
     evidence: EvidenceSpec = EvidenceSpec()
-    num_sources: tuple[int, int] = (0, 5)
+    num_sources: tuple[int, int] = Field((0, 5), description="fewest and most sources that can be the answer")
     max_sources: int = Field(5, ge=1, le=8)
     range_estimate: Literal["mean", "mode"] = "mean"
-    channel_error_db: float | None = Field(None, ge=-100, le=20)
+    channel_error_db: float | None = Field(None, ge=-100, le=20, description="stated error of the known channel")
     double: bool = Field(True, description="products with the sensing matrices in complex128 for the chosen order")
     batch: int = Field(16, ge=1, le=4096)
 
@@ -90,6 +89,7 @@ def ols(
     num_sources: Tensor | int | None = None,
     log_prior: Tensor | None = None,
     weights: CountWeights | None = None,
+    noise_known: bool = True,
 ) -> Sources:
     """The same search among candidates [B, C] alone: proposals of a network or maxima of a spectrum.
 
@@ -100,6 +100,7 @@ def ols(
         num_sources: the count where it is known.
         log_prior: [B, max_sources + 1] log p(k) added to the evidence with ``evidence.prior_weight``.
         weights: learned weights of every scene in place of the settings' own.
+        noise_known: False where the noise power is an estimate; without a source it is then the received power.
 
     Raises:
         ConfigError: no scene, a count outside 0..max_sources, or candidates of another batch size.
@@ -112,7 +113,7 @@ def ols(
     def atoms_of(observation: Observation, rows: Tensor) -> Atoms:
         return Atoms.of(observation, u[rows])
 
-    return _in_batches(scenes, spec, num_sources, log_prior, weights, atoms_of)
+    return _in_batches(scenes, spec, num_sources, log_prior, weights, atoms_of, noise_known=noise_known)
 
 
 def spectrum_maxima(scenes: Scenes, count: int, spec: LikelihoodSpec | None = None) -> Cosines:
@@ -182,9 +183,9 @@ def order_evidence(
     for rows, most in _alike(needed[1], spec.batch):
         observation = Observation.of(scenes[rows], channel_error_db=spec.channel_error_db)
         orders = _all_orders(observation, Atoms.of(observation, u[rows]), spec, needed[0][rows], most)
-        scores, _ = order_scores(observation, null_nll(observation), orders, spec.grid.region, spec.evidence)
-        outside = torch.arange(most + 1, device=scores.device) < _least(needed[0][rows], spec).unsqueeze(-1)
-        result[rows, : most + 1] = scores.masked_fill(outside, torch.inf)
+        scores, _ = order_scores(observation, orders, spec.grid.region, spec.evidence)
+        allowed = _allowed(needed[0][rows], needed[1][rows], spec)[:, : most + 1]
+        result[rows, : most + 1] = scores.masked_fill(~allowed, torch.inf)
     return result
 
 
@@ -195,6 +196,8 @@ def _in_batches(
     log_prior: Tensor | None,
     weights: CountWeights | None,
     atoms_of: Callable[[Observation, Tensor], Atoms],
+    *,
+    noise_known: bool = True,
 ) -> Sources:
     """Estimate in batches; what is found for a scene does not depend on the others of its batch."""
     require_finite(scenes)
@@ -205,8 +208,10 @@ def _in_batches(
         observation = Observation.of(scenes[rows], channel_error_db=spec.channel_error_db)
         orders = _all_orders(observation, atoms_of(observation, rows), spec, lowest[rows], most)
         if count is None:
-            scores, chances = order_scores(observation, null_nll(observation), orders, spec.grid.region, spec.evidence)
-            allowed = (_least(lowest[rows], spec), highest[rows].clamp(max=spec.num_sources[1]))
+            scores, chances = order_scores(
+                observation, orders, spec.grid.region, spec.evidence, noise_known=noise_known
+            )
+            allowed = _allowed(lowest[rows], highest[rows], spec)[:, : most + 1]
             prior = None if log_prior is None else log_prior[rows]
             few = None if weights is None else CountWeights(*(value[rows] for value in weights))
             log_posterior = posterior_of_orders(scores, spec.evidence, prior, allowed, few)
@@ -227,8 +232,11 @@ def _alike(highest: Tensor, batch: int) -> Iterator[tuple[Tensor, int]]:
             yield rows, most
 
 
-def _least(lowest: Tensor, spec: LikelihoodSpec) -> Tensor:
-    return torch.zeros_like(lowest) if spec.num_sources[0] == 0 else lowest
+def _allowed(lowest: Tensor, highest: Tensor, spec: LikelihoodSpec) -> Tensor:
+    """Counts that can be the answer, bool [B, max_sources + 1]: the orders needed, and 0 if the settings allow it."""
+    order = torch.arange(spec.max_sources + 1, device=lowest.device)
+    allowed = (order >= lowest.unsqueeze(-1)) & (order <= highest.clamp(max=spec.num_sources[1]).unsqueeze(-1))
+    return allowed | ((order == 0) & (spec.num_sources[0] == 0))
 
 
 def _orders_needed(

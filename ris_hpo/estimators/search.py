@@ -244,8 +244,3 @@ def swept(observation: Observation, atoms: Atoms, fit: Fit, region: Region, spec
         rolled = Fit(fit.u.roll(-1, 1), fit.log_power.roll(-1, 1), fit.nll)
         fit = candidate.take(candidate.nll < fit.nll - 1e-6, rolled)
     return fit
-
-
-def null_nll(observation: Observation) -> Tensor:
-    """Nll without a source: the whitened energy, float64 [B]."""
-    return observation.y.abs().square().sum((1, 2))

@@ -31,6 +31,7 @@ def fit_count_mixing(network: Network, scenes: Scenes, spec: InferenceSpec) -> f
     assert isinstance(mixing, CountMixing)
     outputs = predict(network, scenes)
     scores = order_evidence(*refinement(network, scenes, spec, outputs), outputs.log_count)
+    scores[:, 0] = torch.inf  # whether there is any source is for the evidence alone
     context = torch.cat([network.features(scenes[i : i + 64]).context for i in range(0, len(scenes), 64)])
     count, log_prior = scenes.require_truth().num_sources, outputs.log_count.double()
     tried = (

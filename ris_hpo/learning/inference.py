@@ -45,7 +45,6 @@ class InferenceSpec(Spec):
     )
     likelihood: LikelihoodSpec = Field(
         LikelihoodSpec(
-            num_sources=(1, 5),
             double=False,
             batch=64,
             search=SearchSpec(greedy_steps=2, final_steps=10, final_tolerance=1e-3, residual_maxima=16),
@@ -132,7 +131,15 @@ def localize(
     observed, candidates, likelihood = refinement(network, scenes, spec, outputs)
     weights = None if outputs.count_mixing is None else count_weights(outputs.count_mixing)
     prior = outputs.log_count
-    found = ols(observed, candidates, likelihood, num_sources=num_sources, log_prior=prior, weights=weights)
+    found = ols(
+        observed,
+        candidates,
+        likelihood,
+        num_sources=num_sources,
+        log_prior=prior,
+        weights=weights,
+        noise_known=network.spec.noise_known,
+    )
     assert found.covariance_m2 is not None
     return dataclasses.replace(
         found,

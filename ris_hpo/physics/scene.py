@@ -55,8 +55,8 @@ class SceneSpec(Spec):
             if low > high:
                 raise ValueError(f"{name}: lower bound {low} is above upper bound {high}")
         require_sector(self.azimuth_deg, self.elevation_deg, self.range_m)
-        if not 1 <= self.num_sources[0] <= self.num_sources[1] <= self.max_sources:
-            raise ValueError(f"num_sources: {self.num_sources} must lie within 1..max_sources={self.max_sources}")
+        if not 0 <= self.num_sources[0] <= self.num_sources[1] <= self.max_sources:
+            raise ValueError(f"num_sources: {self.num_sources} must lie within 0..max_sources={self.max_sources}")
         if self.rician_factor[0] < 0:
             raise ValueError(f"rician_factor: lower bound {self.rician_factor[0]} must not be negative")
         return self
@@ -216,15 +216,17 @@ def simulate(
         spec: the distribution.
         seed: family of scenes; training, validation and test use different ones.
         index: scene indices [B], whole numbers, or a range.
-        num_sources: [B] to fix K instead of drawing it, 1..max_sources.
-        snr_db: [B] to fix the SNR instead of drawing it.
+        num_sources: [B] to fix K instead of drawing it, 0..max_sources.
+        snr_db: [B] to fix the SNR instead of drawing it; without a source it is that of one source of unit power.
         device: where to compute.
 
     Returns:
-        Scenes with truth, symbols and realised SNR: mean over (l, m) of |noise-free y|^2 / noise power.
+        Scenes with truth, symbols and realised SNR: mean over (l, m) of |noise-free y|^2 / noise power. The noise power
+        of a scene without a source is mean |H_mn|^2 / SNR: under codes of random phases a source of unit power would be
+        received with mean |H_mn|^2.
 
     Raises:
-        ConfigError: a source count outside 1..max_sources.
+        ConfigError: a source count outside 0..max_sources.
     """
     where = torch.device(device)
     if isinstance(index, range):
@@ -236,9 +238,10 @@ def simulate(
     if num_sources is None:
         low, high = spec.num_sources
         num_sources = low + random.integers("num_sources", high - low + 1)
-    elif bool(((num_sources < 1) | (num_sources > k_max)).any()):
-        raise ConfigError(f"source counts {num_sources.unique().tolist()} must lie within 1..{k_max}")
-    mask = torch.arange(k_max, device=where) < num_sources.to(where).unsqueeze(-1)
+    elif bool(((num_sources < 0) | (num_sources > k_max)).any()):
+        raise ConfigError(f"source counts {num_sources.unique().tolist()} must lie within 0..{k_max}")
+    num_sources = num_sources.to(where)
+    mask = torch.arange(k_max, device=where) < num_sources.unsqueeze(-1)
     azimuth = random.between("azimuth", spec.azimuth_deg, k_max).deg2rad()
     elevation = random.between("elevation", spec.elevation_deg, k_max).deg2rad()
     range_m = random.between("range", spec.range_m, k_max)
@@ -261,7 +264,9 @@ def simulate(
     if snr_db is None:
         snr_db = random.between("snr", spec.snr_db)
     snr_db = snr_db.to(where, torch.float32)
-    noise_power = clean.abs().square().mean((1, 2)) / 10 ** (snr_db / 10)
+    received = clean.abs().square().mean((1, 2))
+    received = torch.where(num_sources > 0, received, channel.abs().square().mean((1, 2)))
+    noise_power = received / 10 ** (snr_db / 10)
     noise = random.complex_normal("noise", num_snapshots, num_antennas)
     y = clean + noise * noise_power.sqrt()[:, None, None]
 
@@ -284,7 +289,7 @@ def grid_of_cells(
     """``per_cell`` scenes for every pair of SNR and source count, SNR outermost.
 
     Raises:
-        ConfigError: a source count outside 1..max_sources.
+        ConfigError: a source count outside 0..max_sources.
     """
     snr = torch.tensor(list(snr_db), dtype=torch.float32).repeat_interleave(len(num_sources) * per_cell)
     count = torch.tensor(list(num_sources)).repeat_interleave(per_cell).repeat(len(snr_db))
