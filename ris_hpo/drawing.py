@@ -18,6 +18,7 @@ from xml.etree import ElementTree
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path as MplPath
@@ -157,7 +158,7 @@ def frames(
         axes.set_title(shortened(title, int(inner_width / (1.2 * CHARACTER))), pad=6)
         for axis, length in ((axes.xaxis, inner_width / 70), (axes.yaxis, inner_height / 45)):
             axis.set_major_locator(MaxNLocator(max(2, min(8, int(length))), steps=[1, 2, 5, 10]))
-            axis.set_major_formatter(FuncFormatter(_tick))
+            axis.set_major_formatter(ticks_told_apart(axis))
         found.append(axes)
     return found
 
@@ -240,7 +241,7 @@ def logarithmic(axes: Axes, side: str, low: float, high: float) -> None:
     (axes.set_xlim if side == "x" else axes.set_ylim)(low, high)
     axis.set_major_locator(log_ticks(low, high))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(_tick))
+    axis.set_major_formatter(lambda value, _: short_number(value))
 
 
 def log_ticks(low: float, high: float) -> LogLocator:
@@ -277,8 +278,16 @@ def shortened(text: str, length: int) -> str:
     return text if len(text) <= length else text[: max(1, length - 1)] + "…"
 
 
-def _tick(value: float, _: int | None) -> str:
-    return short_number(value)
+def ticks_told_apart(axis: Axis) -> FuncFormatter:
+    """Return a formatter of as many digits as neighbouring ticks of the axis need to differ."""
+
+    def text(value: float, _: int | None) -> str:
+        low, high = axis.get_view_interval()
+        step = abs(high - low) / 10 or 1.0
+        digits = math.floor(math.log10(max(abs(value), step))) - math.floor(math.log10(step)) + 1
+        return short_number(0.0 if abs(value) < 1e-6 * step else value, max(3, digits))
+
+    return FuncFormatter(text)
 
 
 def size(figure: Figure) -> tuple[float, float]:

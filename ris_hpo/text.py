@@ -28,13 +28,13 @@ def file_size(size: int) -> str:
     return f"{value:.{digits}f} {unit}"
 
 
-def short_number(value: float) -> str:
+def short_number(value: float, digits: int = 3) -> str:
     """Format a number as short as an axis needs it: 0.25, 50k, 1e-05."""
     size = abs(value)
     for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if size >= unit * 0.9995:
-            return f"{value / unit:.4g}{letter}"
-    return f"{value:.3g}" if value else "0"
+            return f"{value / unit:.{digits + 1}g}{letter}"
+    return f"{value:.{digits}g}" if value else "0"
 
 
 def finite(value: Any) -> Any:

@@ -132,6 +132,20 @@ def test_panels_stand_in_rows_with_their_titles():
     assert places["a"][0] == places["c"][0] < places["b"][0] == places["d"][0]
 
 
+@pytest.mark.parametrize("ends", [(5.1073, 5.1081), (0.0, 7.0), (-0.2, 0.1), (1000.0, 1002.0), (0.0, 400_000.0)])
+def test_neighbouring_ticks_have_texts_of_their_own(ends):
+    def draw(figure):
+        (axes,) = frames(figure, x="x", y="y")
+        axes.set_xticks([])
+        axes.set_ylim(*ends)
+
+    shown = [text for text in texts(drawn(draw)[1]) if text not in ("x", "y")]
+    root = drawn(draw)[1]
+    labels = [each.text for each in root.iter("{http://www.w3.org/2000/svg}text") if each.text not in ("x", "y")]
+    assert len(labels) == len(shown) > 2  # a dictionary would have swallowed a double
+    assert max(map(len, labels)) <= 7
+
+
 def test_an_axis_shows_the_bulk_and_every_mark():
     low, high = bulk([1.0] * 5 + [2.0] * 4 + [100.0])
     assert 0.9 < low < 1

@@ -453,7 +453,7 @@ def dashboard(
     json_: options.Json = False,
 ) -> None:
     """Watch studies in the browser, on this machine alone unless told otherwise."""
-    from ris_hpo.dashboard.gate import make_token
+    from ris_hpo.dashboard.access import make_token
     from ris_hpo.dashboard.server import TOKEN_VARIABLE, Dashboard
     from ris_hpo.process import storage_directory
     from ris_hpo.store.open import open_store

@@ -1,9 +1,9 @@
-"""The dashboard: optuna-dashboard behind a production server, with a lock on the door.
+"""The dashboard: optuna-dashboard on a production server, behind a token.
 
-optuna-dashboard has neither login nor read-only form: its bare application answers an unauthenticated DELETE with 204.
-``Gate`` stands in front of it and lets through whoever shows the token, and then only requests that read, unless
-writing was asked for. On top of it: the Host header is checked (DNS rebinding), guesses are limited, artifacts cannot
-run scripts, and large JSON is compressed for those who look through a tunnel.
+optuna-dashboard has neither a login nor a read-only mode: it answers an unauthenticated DELETE with 204. Here
+``AccessControl`` is in front of it: it asks for the token and passes on only requests that read, unless writing is
+allowed. It also checks the Host header (DNS rebinding), limits attempts, keeps artifacts from running scripts, and
+compresses large JSON for slow connections.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import socket
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, Self
+from typing import Any, BinaryIO, Final, Self
 from urllib.parse import urlencode
 
 import bottle
@@ -26,42 +26,38 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage
 from waitress import create_server
 
-from ris_hpo.dashboard.gate import LOOPBACK, Gate, check_token
+from ris_hpo.dashboard.access import LOOPBACK, AccessControl, check_token
 from ris_hpo.errors import ConfigError, StoreError
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 
 TOKEN_VARIABLE: Final = "RIS_HPO_DASHBOARD_TOKEN"
-
 
 _MAX_HEADER_BYTES: Final = 65_536
 _THREADS: Final = 8  # requests answered at once
 
 
 class _Artifacts(FileSystemArtifactStore):
-    """The figures in a folder of this machine; those of workers elsewhere are not found rather than an error."""
+    """Figures in a folder of this machine; those of workers on other machines are answered with 404."""
 
     def open_reader(self, artifact_id: str) -> BinaryIO:
         try:
             return super().open_reader(artifact_id)
         except ArtifactNotFound:
-            raise bottle.HTTPError(404, "This artifact lies on the machine that ran the trial.") from None
+            raise bottle.HTTPError(404, "This artifact is on the machine that ran the trial.") from None
 
 
 class Dashboard:
     """The dashboard as a server; a context manager that closes its socket.
 
     Args:
-        storage: an Optuna storage; a cached one (``optuna.storages.get_storage``), or each request reads every trial.
+        storage: an Optuna storage that caches trials (``optuna.storages.get_storage``): each request reads all of them.
         artifacts: the folder of the artifact store.
-        token: what a visitor must show.
-        host: address to listen on; anything but loopback should stand behind a proxy that speaks TLS.
-        port: 0 takes a free one.
-        read_write: allow renaming, deleting and notes.
-        allowed_hosts: further names for the Host header, for a proxy or a container.
+        token: what a visitor must present.
+        host: address to listen on; anything but loopback should be behind a proxy with TLS.
+        port: 0 for a free one.
+        read_write: allow renaming, deleting and editing notes.
+        allowed_hosts: further names allowed in the Host header, for a proxy or a container.
 
     Raises:
         ConfigError: a token too short, or an address that cannot be listened on.
@@ -87,11 +83,13 @@ class Dashboard:
         wildcard = ipaddress.ip_address(self._address[0]).is_unspecified
         names = None if wildcard and not allowed_hosts else LOOPBACK | {host.lower(), *map(str.lower, allowed_hosts)}
         app = optuna_dashboard.wsgi(storage, artifact_store=_Artifacts(str(artifacts)))
-        gate = Gate(app, token=token, read_write=read_write, hosts=names, cookie=f"ris_hpo_{self._address[1]}")
+        guarded = AccessControl(
+            app, token=token, read_write=read_write, hosts=names, cookie=f"ris_hpo_{self._address[1]}"
+        )
         self._map: dict[int, Any] = {}
         self._serving = threading.Lock()
         self._server = create_server(
-            gate,
+            guarded,
             map=self._map,
             sockets=[listener],
             threads=_THREADS,
@@ -110,12 +108,12 @@ class Dashboard:
 
     @property
     def login_url(self) -> str:
-        """The same with the token: opens a session and leads to the first page."""
+        """The same address with the token: opens a session and leads to the first page."""
         return f"{self.url}?{urlencode({'token': self._token})}"
 
     @property
     def exposed(self) -> bool:
-        """Whether machines other than this one can connect, with the token going over the wire unencrypted."""
+        """Whether other machines can connect, so that the token crosses the network unencrypted."""
         return not ipaddress.ip_address(self._address[0]).is_loopback
 
     def run(self) -> None:
@@ -129,10 +127,10 @@ class Dashboard:
         if not self._map:
             return
         self._server.task_dispatcher.shutdown()
-        # in the thread that serves, which is asked: taken from under its select, a socket is an error there
+        # asked of the serving thread: a socket closed by another thread is an error in its select
         self._server.trigger.pull_trigger(self._drop)
         with self._serving:
-            self._drop()  # where nothing serves, or not any more
+            self._drop()  # where nothing was serving
 
     def _drop(self) -> None:
         self._server.close()
@@ -150,8 +148,8 @@ class Dashboard:
     def _read_ahead(self) -> None:
         """Fill the storage's cache, so that the first page does not wait for a thousand trials.
 
-        Nothing of it is ever garbage, and looking for garbage in it again and again takes three times as long as
-        reading it: the collector rests meanwhile, and leaves what was read alone from then on.
+        The garbage collector is off meanwhile and skips what was read from then on: none of it is garbage, and looking
+        through it takes three times as long as reading it.
         """
         gc.disable()
         try:
@@ -169,7 +167,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
-    except (OSError, UnicodeError) as error:  # the latter for what is no name in any script
+    except (OSError, UnicodeError) as error:  # UnicodeError: a name that cannot be encoded
         raise ConfigError(f"cannot listen on {host}: {error}") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -286,7 +286,7 @@ def _scale(figure: Figure, label: str, low: float, high: float, left: float = 16
     axes.set_xlim(low, high)
     axes.set_xlabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(max(3, min(9, int(width // 100))), steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(lambda value, _: short_number(value))
+    axes.xaxis.set_major_formatter(drawing.ticks_told_apart(axes.xaxis))
     return axes
 
 

@@ -41,6 +41,7 @@ def test_studies_trials_and_artifacts_are_served(make_site):
     assert (status, headers["Content-Type"]) == (200, "image/svg+xml")
     assert b"k_loc of trial 0" in body
     assert "Server" not in headers
+    assert headers["Cache-Control"] == "private, no-cache"  # a curve is redrawn in place as its trial goes on
     (site.folder / "artifacts" / artifact["artifact_id"]).unlink()  # as on a machine that did not run the trial
     assert ask(site, path)[0] == 404
     assert ask(site, "/static/bundle.js")[0] == 200

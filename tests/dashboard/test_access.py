@@ -1,4 +1,4 @@
-"""The gate alone, as WSGI: who gets in, what is refused, and which headers every answer carries."""
+"""Access control alone, as WSGI: who gets in, what is refused, and which headers every answer carries."""
 
 import hmac
 import io
@@ -8,8 +8,15 @@ from collections import Counter
 
 import pytest
 
-from ris_hpo.dashboard import gate
-from ris_hpo.dashboard.gate import ATTEMPT_WINDOW_S, ATTEMPTS, ATTEMPTS_PER_ADDRESS, Gate, check_token, make_token
+from ris_hpo.dashboard import access
+from ris_hpo.dashboard.access import (
+    ATTEMPT_WINDOW_S,
+    ATTEMPTS,
+    ATTEMPTS_PER_ADDRESS,
+    AccessControl,
+    check_token,
+    make_token,
+)
 from ris_hpo.errors import ConfigError
 
 TOKEN = "correct-horse-battery"
@@ -27,7 +34,7 @@ def inner(environ, start_response):
 class Visitor:
     def __init__(self, **options):
         self.now = 1000.0
-        self.gate = Gate(inner, token=TOKEN, clock=lambda: self.now, **options)
+        self.guarded = AccessControl(inner, token=TOKEN, clock=lambda: self.now, **options)
         self.cookie = ""
 
     def ask(self, path="/api/studies", method="GET", *, query="", host=HOST, body=b"", address="127.0.0.1", **headers):
@@ -42,7 +49,7 @@ class Visitor:
         def start_response(status, headers, exc_info=None):
             answer.update(status=int(status[:3]), headers=dict(headers))
 
-        answer["body"] = b"".join(self.gate(environ, start_response))
+        answer["body"] = b"".join(self.guarded(environ, start_response))
         if "Set-Cookie" in answer["headers"]:
             self.cookie = answer["headers"]["Set-Cookie"].split(";")[0]
         return answer
@@ -138,7 +145,7 @@ def test_secrets_are_compared_in_constant_time_whatever_way_they_come(monkeypatc
         compared.append((guess, secret))
         return hmac.compare_digest(guess, secret)
 
-    monkeypatch.setattr(gate, "hmac", types.SimpleNamespace(compare_digest=spy))
+    monkeypatch.setattr(access, "hmac", types.SimpleNamespace(compare_digest=spy))
     visitor = Visitor()
     visitor.log_in("wrong-by-form")
     visitor.ask(query="token=wrong-by-link")
@@ -155,7 +162,7 @@ def test_a_flood_of_guesses_takes_no_memory():
     visitor = Visitor()
     statuses = Counter(visitor.log_in("wrong", address=f"10.0.{i // 256}.{i % 256}")["status"] for i in range(5000))
     assert statuses == {401: ATTEMPTS, 429: 5000 - ATTEMPTS}
-    assert len(visitor.gate._attempts._failures) == ATTEMPTS
+    assert len(visitor.guarded._attempts._failures) == ATTEMPTS
 
 
 @pytest.mark.parametrize("query", [f"token={TOKEN}", ""])

@@ -1,4 +1,4 @@
-"""The gate in front of the dashboard: token, read-only, Host header, security headers."""
+"""Access control in front of the dashboard: token, read-only mode, Host header, security headers."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ _zoom: Final = (Path(__file__).parent / "templates" / "zoom.js").read_text(encod
 
 
 def make_token() -> str:
-    """A fresh token of 192 random bits, fit for a link."""
+    """Return a fresh token of 192 random bits that a link can carry."""
     return secrets.token_urlsafe(24)
 
 
 def check_token(token: str) -> str:
-    """The token, if it can serve as one.
+    """Return the token, checked.
 
     Raises:
         ConfigError: too short to withstand guessing, or with characters that a header or a link cannot carry.
@@ -74,12 +74,12 @@ def check_token(token: str) -> str:
     if len(token) < MIN_TOKEN_LENGTH:
         raise ConfigError(f"the dashboard's token has {len(token)} characters, expected at least {MIN_TOKEN_LENGTH}")
     if not token.isascii() or not token.isprintable() or " " in token:
-        raise ConfigError("the dashboard's token holds characters other than printable ASCII without spaces")
+        raise ConfigError("the dashboard's token holds spaces or other characters than printable ASCII")
     return token
 
 
 class Attempts:
-    """Wrong guesses of the last minute, counted per address and in all."""
+    """Wrong tokens of the last minute, counted per address and in all."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -87,7 +87,7 @@ class Attempts:
         self._lock = threading.Lock()
 
     def blocked(self, address: str) -> bool:
-        """Whether no further guess is looked at now."""
+        """Whether further tokens are refused unseen for now."""
         with self._lock:
             while self._failures and self._failures[0][0] <= self._clock() - ATTEMPT_WINDOW_S:
                 self._failures.popleft()
@@ -95,23 +95,23 @@ class Attempts:
             return own >= ATTEMPTS_PER_ADDRESS or len(self._failures) >= ATTEMPTS
 
     def failed(self, address: str) -> None:
-        """Count a wrong guess."""
+        """Count a wrong token."""
         with self._lock:
             self._failures.append((self._clock(), address))
 
 
-class Gate:
-    """WSGI middleware: token, read-only, Host header, security headers.
+class AccessControl:
+    """WSGI middleware: token, read-only mode, Host header, security headers.
 
     A right token (link, form or ``Authorization: Bearer``) opens a session: a random value known to this process alone,
-    in a cookie that scripts cannot read and other sites cannot send. It is no function of the token, so an old tab's
-    stale cookie is not a guess and does not count as one.
+    in a cookie that scripts cannot read and other sites cannot send. It is not derived from the token, so that the old
+    cookie of a tab left open does not count as a wrong token.
 
     Args:
         app: the application to protect.
-        token: what a visitor must show.
-        read_write: let through requests that change something.
-        hosts: names that the Host header may carry, without port; None lets any IP address and this machine's name in.
+        token: what a visitor must present.
+        read_write: pass on requests that change something.
+        hosts: names allowed in the Host header, without port; None allows any IP address and this machine's name.
         cookie: name of the cookie; cookies are shared by all ports of a host, so it should carry the port.
         clock: seconds, for counting attempts.
     """
@@ -135,15 +135,13 @@ class Gate:
         self._attempts = Attempts(clock)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        """Answer, or hand on to the application."""
+        """Answer the request, or pass it on to the application."""
         path, method = environ.get("PATH_INFO", "") or "/", environ["REQUEST_METHOD"]
         reply = _Reply(environ, start_response)
         if path == _HEALTH_PATH:
             return reply.text(HTTPStatus.OK, "ok\n")
         if not self._host_allowed(environ.get("HTTP_HOST", "")):
-            return reply.text(
-                HTTPStatus.MISDIRECTED_REQUEST, "This name is not one of the dashboard's; see --allow-host.\n"
-            )
+            return reply.text(HTTPStatus.MISDIRECTED_REQUEST, "This host name is not allowed; see --allow-host.\n")
         if path == _LOGIN_PATH and method == "POST":
             return self._log_in(environ, reply)
         query = parse_qsl(environ.get("QUERY_STRING", ""), keep_blank_values=True)
@@ -181,7 +179,7 @@ class Gate:
             return host in self._hosts
         if host in LOOPBACK or host in _own_names():
             return True
-        try:  # rebinding needs a name; an address in the Host header is always what the visitor typed
+        try:  # DNS rebinding needs a name; an address in the Host header is what the visitor typed
             ipaddress.ip_address(host)
         except ValueError:
             return False
@@ -217,7 +215,7 @@ class Gate:
         except ValueError:
             length = -1
         if not 0 <= length <= _MAX_FORM_BYTES:
-            return reply.text(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The login form is larger than a token.\n")
+            return reply.text(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The login form is too large.\n")
         if not _same_origin(environ):
             return reply.text(HTTPStatus.FORBIDDEN, "The request comes from another site.\n")
         form = dict(parse_qsl(environ["wsgi.input"].read(length).decode("ascii", "replace")))
@@ -229,11 +227,11 @@ class Gate:
             extra = [("Retry-After", str(round(ATTEMPT_WINDOW_S)))]
             reason = "Too many wrong tokens. Wait a minute and try again."
         elif wrong:
-            reason = "That is not the token. It stands in the terminal where the dashboard was started."
+            reason = "That is not the token. It was printed where the dashboard was started."
         else:
             reason = ""
         if reply.path.startswith("/api/"):
-            return reply.json(status, {"reason": reason or "The dashboard wants its token."}, *extra)
+            return reply.json(status, {"reason": reason or "A token is required."}, *extra)
         return reply.html(status, _templates.get_template("login.html.j2").render(reason=reason), *extra)
 
     def _forward(self, environ: WSGIEnvironment, start_response: StartResponse, path: str) -> Iterable[bytes]:
@@ -251,10 +249,10 @@ class Gate:
         dropped = {"access-control-allow-origin", "server"}  # the application opens artifacts to every site
         headers = [(name, value) for name, value in captured["headers"] if name.lower() not in dropped]
         kind = next((value for name, value in headers if name.lower() == "content-type"), "")
-        if path.startswith("/artifacts/"):
-            headers += [("Content-Security-Policy", _NOTHING_MAY_RUN), ("Cache-Control", "private, max-age=86400")]
+        if path.startswith("/artifacts/"):  # figures are redrawn in place
+            headers += [("Content-Security-Policy", _NOTHING_MAY_RUN), ("Cache-Control", "private, no-cache")]
         elif path.startswith("/static/"):
-            headers.append(("Cache-Control", "private, no-cache"))  # kept, and asked about by its date
+            headers.append(("Cache-Control", "private, no-cache"))  # kept, revalidated by its date
         else:
             headers.append(("Cache-Control", "no-store"))
         if path.startswith("/dashboard") and kind.startswith("text/html"):
@@ -266,7 +264,7 @@ class Gate:
 
 
 class _Reply:
-    """Answers of the gate itself, with the headers that all of them carry."""
+    """The middleware's own answers, with the headers that all of them carry."""
 
     def __init__(self, environ: WSGIEnvironment, start_response: StartResponse) -> None:
         self.path = environ.get("PATH_INFO", "")
@@ -306,7 +304,7 @@ def _equal(guess: str, secret: bytes) -> bool:
 
 
 def _local(path: str) -> str:
-    """A redirect target on this very host: never ``//elsewhere``."""
+    """Return a redirect target on this host: never ``//elsewhere``."""
     path = quote(path.encode("latin-1", "replace").decode("utf-8", "replace").lstrip("/\\"))
     return "/" + (path or "dashboard")
 
@@ -319,7 +317,7 @@ def _same_origin(environ: WSGIEnvironment) -> bool:
 
 
 def _with_zoom(body: Iterable[bytes], headers: list[tuple[str, str]]) -> tuple[Iterable[bytes], list[tuple[str, str]]]:
-    """The page with a script of ours: its artifact cards are thumbnails without a way to see them large."""
+    """Return the page with a script that enlarges figures, which the page itself shows only as thumbnails."""
     whole = b"".join(body)
     if isinstance(body, _Closeable):
         body.close()
