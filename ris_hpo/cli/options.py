@@ -1,4 +1,4 @@
-"""Options that several commands share, and the reading of their values."""
+"""Options that several commands share, and how their values are read and checked."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
     from ris_hpo.config import Spec
 
 INTERRUPTED = 130
-"""Exit code after Ctrl-C or SIGTERM, as shells have it."""
+"""Exit code after Ctrl-C or SIGTERM, as in shells."""
 
 PLOT_SUFFIXES = {".png", ".svg", ".pdf"}
 
 S = TypeVar("S", bound="Spec")
-Json = Annotated[bool, typer.Option("--json", help="JSON alone on stdout.")]
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
-Seed = Annotated[int, typer.Option(help="Family of scenes; the same seed gives the same scenes.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")]
+Device = Annotated[str, typer.Option(help="Device to compute on: cpu, cuda, cuda:1, mps.")]
+Seed = Annotated[int, typer.Option(help="Seed of the scenes; the same seed gives the same scenes.")]
 Changes = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated. Values as in TOML."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, its value as in TOML; may be repeated."),
 ]
 
 
 class UsageError(TyperException):
-    """Options that do not go together, or a value of the wrong kind."""
+    """Options that exclude each other, or a value of the wrong type."""
 
     exit_code = 2
 
@@ -55,16 +55,16 @@ def changes(pairs: Sequence[str] | None) -> dict[str, Any]:
 
 
 def changed(spec: S, pairs: Sequence[str] | None) -> S:
-    """The specification with ``--set`` applied."""
+    """Return the specification with ``--set`` applied."""
     wanted = changes(pairs)
     return spec.replaced(wanted) if wanted else spec
 
 
 def numbers(option: str, text: str, kind: Callable[[str], float]) -> list[float]:
-    """A list such as ``0,5,10`` as numbers.
+    """Read a list such as ``0,5,10``.
 
     Raises:
-        UsageError: something else.
+        UsageError: anything else.
     """
     try:
         return [kind(part) for part in text.split(",")]
@@ -73,10 +73,10 @@ def numbers(option: str, text: str, kind: Callable[[str], float]) -> list[float]
 
 
 def check_output(path: Path, *, suffix: str | Collection[str] | None = None) -> Path:
-    """The path of a file to write, checked before any long work.
+    """Return the path of a file to write, checked before any long work.
 
     Raises:
-        OutputError: a folder, a missing parent, another suffix.
+        OutputError: the path is a folder, its parent is missing, or it has another suffix.
     """
     if path.is_dir():
         raise OutputError(f"{path}: is a folder, expected a file name")
@@ -89,10 +89,10 @@ def check_output(path: Path, *, suffix: str | Collection[str] | None = None) -> 
 
 
 def check_folder(path: Path) -> Path:
-    """The path of a folder to write into, checked before any long work; it need not be there yet.
+    """Return the path of a folder to write into, checked before any long work; it need not exist yet.
 
     Raises:
-        OutputError: a file stands there, or in its way.
+        OutputError: the path, or one above it, is a file.
     """
     for each in (path, *path.parents):
         if each.exists():

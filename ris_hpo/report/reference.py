@@ -1,7 +1,7 @@
-"""The mark beside a study's scores: what the ``ml`` estimator reaches on its frozen scenes, and their floor.
+"""The reference beside a study's scores: the ``ml`` estimator and the floor on its frozen scenes.
 
-It costs up to a second a scene, once: the result is kept by what it depends on, so that every study with the same
-scenes shares it.
+It takes up to a second a scene, once: the result is cached by all it depends on, so that all studies with the same
+scenes share it.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def measure(
     """Score the estimator on the frozen scenes that a run's pipeline is scored on.
 
     Args:
-        config: a run configuration; its scenes, validation seed and counts are what matters.
-        directory: where results are kept.
+        config: a run configuration, of which the scenes, the validation seed and the counts are used.
+        directory: where results are cached.
         progress: called with (scenes done, scenes in all).
     """
     budget = config.budget
@@ -93,17 +93,17 @@ def attach(
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Reference:
-    """Put the reference into a study's attributes, where report, note and curves find it; measured only once.
+    """Put the reference into a study's attributes, where report, note and curves read it; measured only once.
 
     Raises:
-        StudyError: the study trains nothing, so that its scenes are those of some network.
+        StudyError: the study tunes a trained network, and its scenes are those of that network.
     """
-    told = study.user_attrs.get(names.REFERENCE)
-    if told is not None:
-        return Reference.from_dict(told)
+    known = study.user_attrs.get(names.REFERENCE)
+    if known is not None:
+        return Reference.from_dict(known)
     if spec.kind != "training":
         raise StudyError(
-            f"study '{study.study_name}' tunes a trained network; evaluate --estimator ml is its reference"
+            f"study '{study.study_name}' tunes a trained network; 'ris-hpo evaluate --estimator ml' gives its reference"
         )
     made = measure(spec.config({}), directory, progress=progress)
     study.set_user_attr(names.REFERENCE, made.as_dict())

@@ -116,7 +116,9 @@ def rungs(decisive):
         front_end = "bad" if number in decisive else "good"
         rate = (number * 0.618034) % 1
         value = (6.0 if front_end == "bad" else 4.0) + 0.3 * rate
-        curve = {1000: value} if front_end == "bad" else {1000: value, 2000: value - 0.3, 4000: value - 0.5}
+        curve = {500: 6.5, 1000: value}
+        if front_end == "good":
+            curve |= {2000: value - 0.3, 4000: value - 0.5}
         study.add_trial(
             optuna.trial.create_trial(
                 state=TrialState.PRUNED if front_end == "bad" else TrialState.COMPLETE,
