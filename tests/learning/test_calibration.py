@@ -28,6 +28,7 @@ def made(monkeypatch):
     width = network.spec.num_context
     context = 2 + 3 * torch.randn(SCENES, width, generator=generator)
     scores = (20 * torch.rand(SCENES, 6, generator=generator)).double()
+    scores[:, 0] = math.inf  # whether there is any source at all is not fitted
     log_count = torch.log_softmax(2 * torch.randn(SCENES, 6, generator=generator), -1)
     raw = torch.zeros(SCENES, 9)
     raw[:, 0] = -0.5 + 0.2 * context[:, 0]  # the evidence counts for more where the first number is high
