@@ -35,7 +35,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
         durable: ask the disk to have it before it takes its name, so that it outlives a power failure.
 
     Yields:
-        The temporary path, with the suffix of ``path``.
+        The temporary path, with the suffix of ``path``: an empty file, for a writer to fill or to replace.
 
     Raises:
         OutputError: no such folder, no permission, disk full.
@@ -43,7 +43,10 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     partial = path.with_name(f".{path.stem}.{os.getpid()}-{threading.get_ident()}{path.suffix}")
     try:
         with writing(path):
+            partial.touch()
+            mode = partial.stat().st_mode
             yield partial
+            partial.chmod(mode)  # as umask has it: safetensors makes files that only their owner can read
             if durable:
                 with partial.open("rb") as stream:
                     os.fsync(stream.fileno())

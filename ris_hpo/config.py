@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Final, Self, get_args, get_origin
 import tomlkit
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
 
-from ris_hpo.errors import ConfigError
+from ris_hpo.errors import ConfigError, reading
 from ris_hpo.migrations import RENAMED, STEPS, Tree
 
 SCHEMA: Final = len(STEPS)
@@ -326,10 +326,9 @@ def read_toml(path: Path) -> dict[str, Any]:
         ConfigError: missing, unreadable or malformed, with the line.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
+        with reading(path, ConfigError):
+            return tomllib.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
     except (ValueError, RecursionError) as error:  # besides malformed TOML: numbers and nesting beyond all bounds
         raise ConfigError(f"{path}: not valid TOML ({error})") from None

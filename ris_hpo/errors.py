@@ -4,6 +4,12 @@ The message is one line: what was found, what was expected, what to do. The comm
 ``exit_code``; a program catches the class. Anything that is not a ``RisHpoError`` is a bug and shows its traceback.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 def one_line(message: str) -> str:
     """Return a message as one line. Escapes control characters, because messages quote user input."""
@@ -56,6 +62,13 @@ class StudyError(RisHpoError):
     exit_code = 8
 
 
+class StudyGoneError(StudyError, KeyError):
+    """A study or trial that is not in the store, or not any more: deleted or renamed while it was in use."""
+
+    exit_code = 16
+    __str__ = Exception.__str__  # a KeyError shows its message in quotes
+
+
 class NumericalError(RisHpoError):
     """A computation without a finite answer, with the quantity and the bounded repair that did not help."""
 
@@ -96,3 +109,19 @@ class OutputError(RisHpoError):
     """A file or folder that cannot be written: no such folder, no permission, disk full."""
 
     exit_code = 15
+
+
+@contextmanager
+def reading(path: Path, kind: type[RisHpoError]) -> Iterator[None]:
+    """Say why a file cannot be read: a missing file is not an unreadable one.
+
+    Args:
+        path: the file.
+        kind: the error to raise.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise kind(f"{path}: no such file") from None
+    except OSError as error:
+        raise kind(f"{path}: cannot be read ({error.strerror or error})") from None

@@ -19,10 +19,11 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from ris_hpo.cli import display, model, options, study
+from ris_hpo.cli import display, model, options, store, study
 from ris_hpo.errors import OutputError, RisHpoError
 
-_CANNOT_WRITE = {errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EPERM, errno.EROFS}
+_CANNOT_WRITE = {errno.EDQUOT, errno.ENOSPC, errno.EROFS}
+_NO_ACCESS = {errno.EACCES, errno.EPERM}
 _NO_PATH = {errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR}
 
 app = typer.Typer(
@@ -53,6 +54,7 @@ def settings(
 
 
 study.register(app)
+store.register(app)
 model.register(app)
 
 
@@ -87,7 +89,8 @@ def execute(arguments: Sequence[str]) -> int:
         if error.errno in _NO_PATH:
             display.print_error(f"{error.filename}: not a usable path ({error.strerror})")
             return options.UsageError.exit_code
-        if error.errno not in _CANNOT_WRITE:
+        if error.errno not in _CANNOT_WRITE | _NO_ACCESS:
             raise
-        display.print_error(f"{error.filename or 'output'}: cannot be written ({error.strerror})")
+        what = "cannot be written" if error.errno in _CANNOT_WRITE else "cannot be read or written"
+        display.print_error(f"{error.filename or 'output'}: {what} ({error.strerror})")
         return OutputError.exit_code

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import socket
 import sys
@@ -368,20 +367,6 @@ def replay(
     standing.end_of_replay(found, json_=json_)
 
 
-def doctor(storage: Storage = None, json_: options.Json = False) -> None:
-    """Look at the store, disk, devices and versions, and say what to do."""
-    from ris_hpo.results.doctor import examine
-
-    findings = examine(storage)
-    if json_:
-        display.print_json([finding.as_dict() for finding in findings])
-    else:
-        rows = [(each.severity, each.name, each.found, each.advice) for each in findings]
-        display.table("", ["", "what", "found", "what to do"], rows, text=range(4))
-    if not all(finding.ok for finding in findings):
-        raise typer.Exit(1)
-
-
 def spaces(
     name: Annotated[str | None, typer.Argument(help="One study, by name or file; all of them without.")] = None,
     json_: options.Json = False,
@@ -436,53 +421,6 @@ def init(
     display.print_note(f"next: edit it, then ris-hpo run --space {target} --n-trials 8")
 
 
-def dashboard(
-    storage: Storage = None,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; beyond loopback use a proxy with TLS.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
-    token: Annotated[
-        str | None,
-        typer.Option(
-            help="What a visitor must show; better in RIS_HPO_DASHBOARD_TOKEN.", show_default="made and printed"
-        ),
-    ] = None,
-    read_write: Annotated[bool, typer.Option("--read-write", help="Allow renaming, deleting and notes.")] = False,
-    allow_host: Annotated[list[str] | None, typer.Option(help="A further host name a visitor may use.")] = None,
-    json_: options.Json = False,
-) -> None:
-    """Watch studies in the browser, on this machine alone unless told otherwise."""
-    from ris_hpo.dashboard.access import make_token
-    from ris_hpo.dashboard.server import TOKEN_VARIABLE, Dashboard
-    from ris_hpo.process import storage_directory
-    from ris_hpo.store.open import open_store
-
-    secret = token or os.environ.get(TOKEN_VARIABLE) or make_token()
-    store = open_store(storage)
-    server = Dashboard(
-        store,
-        storage_directory() / "artifacts",
-        token=secret,
-        host=host,
-        port=port,
-        read_write=read_write,
-        allowed_hosts=allow_host or (),
-    )
-    with server:
-        if json_:
-            display.print_json({"url": server.url, "login_url": server.login_url})
-        else:
-            display.print_result(server.login_url)
-        form = "may be changed" if read_write else "read-only"
-        display.print_note(f"serving {store.redacted}, {form}; Ctrl-C ends it")
-        if server.exposed:
-            display.print_note(
-                "other machines can connect and the token goes unencrypted: put a proxy with TLS in front"
-            )
-        server.run()
-
-
 def _proof(spec: StudySpec) -> str | None:
     """The phase-0 certificate this study stands on, for the form of its base network; made at small size if missing."""
     from ris_hpo.process import storage_directory
@@ -518,8 +456,6 @@ def register(app: typer.Typer) -> None:
         replay: "ris-hpo replay 3 --study wide",
         spaces: "ris-hpo spaces wide",
         init: "ris-hpo init wide --out studies/mine.toml",
-        dashboard: "ris-hpo dashboard --port 8080",
-        doctor: "ris-hpo doctor",
     }
     for command, example in examples.items():
         app.command(rich_help_panel=PANEL, epilog=f"Example: {example}")(command)

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, cast
@@ -26,8 +26,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
+from ris_hpo.atomic import replacing
 from ris_hpo.config import SCHEMA, SCHEMA_KEY, Spec, migrated
-from ris_hpo.errors import CheckpointError, ConfigError, OutputError
+from ris_hpo.errors import CheckpointError, ConfigError, OutputError, reading
 from ris_hpo.learning.inference import InferenceSpec, localize
 from ris_hpo.learning.network import Network, NetworkSpec, Outputs
 from ris_hpo.learning.weights import load_weights
@@ -106,12 +107,11 @@ def save_bundle(
     if path.exists():
         raise OutputError(f"{path}: already there; name a new folder")
     network = network.cpu().eval()
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
-    try:
-        save_file({name: value.contiguous() for name, value in network.state_dict().items()}, partial / WEIGHTS)
+        partial.mkdir()
+        with replacing(partial / WEIGHTS) as weights:
+            save_file({name: value.contiguous() for name, value in network.state_dict().items()}, weights)
         torch.export.save(_program(network, scene), partial / PROGRAM)
         manifest = {
             "format": FORMAT,
@@ -124,7 +124,6 @@ def save_bundle(
             "provenance": dict(provenance or {}),
         }
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        partial.chmod(0o755)
         partial.rename(path)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
@@ -153,8 +152,10 @@ def load_bundle(path: Path, *, device: str = "cpu", form: Literal["program", "we
         tree = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no bundle there ({MANIFEST} is missing)") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path / MANIFEST}: cannot be read ({error})") from None
+    except OSError as error:
+        raise CheckpointError(f"{path / MANIFEST}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path / MANIFEST}: not valid JSON ({error})") from None
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         raise CheckpointError(f"{path / MANIFEST}: not a bundle of format {FORMAT!r}")
     try:
@@ -168,9 +169,9 @@ def load_bundle(path: Path, *, device: str = "cpu", form: Literal["program", "we
         raise CheckpointError(str(error)) from None
     for name in (WEIGHTS, PROGRAM):
         file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing from the bundle")
-        if _digest(file) != manifest.digests.get(name):
+        with reading(file, CheckpointError):
+            digest = _digest(file)
+        if digest != manifest.digests.get(name):
             raise CheckpointError(f"{file}: contents do not match their digest; the file is damaged, make it again")
     if form == "weights":
         network = Network(manifest.network)

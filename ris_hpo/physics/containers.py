@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ris_hpo.atomic import replacing
-from ris_hpo.errors import SceneFileError
+from ris_hpo.errors import SceneFileError, reading
 
 Array = NDArray[Any]
 Kind = Literal["npz", "MATLAB 5", "MATLAB 7.3", "HDF5"]
@@ -75,13 +75,8 @@ def open_arrays(path: Path) -> Arrays:
     Raises:
         SceneFileError: missing, unreadable, damaged, or of a kind that is not read; the message says which kinds are.
     """
-    try:
-        with path.open("rb") as stream:
-            head = stream.read(_MATLAB_BLOCK + len(_HDF5_SIGNATURE))
-    except FileNotFoundError:
-        raise SceneFileError(f"{path}: no such file") from None
-    except OSError as error:
-        raise SceneFileError(f"{path}: not a readable file ({error.strerror})") from None
+    with reading(path, SceneFileError), path.open("rb") as stream:
+        head = stream.read(_MATLAB_BLOCK + len(_HDF5_SIGNATURE))
     if head.startswith(b"PK"):
         with _damage(path, "npz archive"):
             return Arrays(path, "npz", _npz(path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -22,8 +23,9 @@ from ris_hpo.search import counting
 from ris_hpo.search.files import list_studies
 from ris_hpo.store.cache import Store
 from ris_hpo.store.credentials import redact
+from ris_hpo.store.folders import leftovers
 from ris_hpo.store.open import default_url, file_system_of, open_store
-from ris_hpo.store.tickets import OPTUNA
+from ris_hpo.store.tickets import OPTUNA, SCHEMA
 from ris_hpo.workers import devices
 
 _GIB = 1024**3
@@ -120,41 +122,46 @@ def _studies() -> Iterator[Finding]:
         yield Finding("study files", "problem", "none", str(error))
 
 
+def _latency(store: Store) -> Finding:
+    began = time.perf_counter()
+    with store.tickets.transaction() as connection:
+        connection.execute(sqlalchemy.text("SELECT 1"))
+        dialect, version = connection.dialect.name, connection.dialect.server_version_info
+    seconds = time.perf_counter() - began
+    found = f"{dialect} {'.'.join(str(part) for part in version or ())}, write lock in {1000 * seconds:.1f} ms"
+    if seconds > _SLOW_WRITE_S:
+        return Finding("latency", "note", found, "many workers are writing, or the disk or network is slow")
+    return Finding("latency", "ok", found)
+
+
 def _store(url: str) -> Iterator[Finding]:
-    if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).exists():
+    if ("://" not in url or url.startswith("sqlite:///")) and not Path(url.removeprefix("sqlite:///")).exists():
         yield Finding("store", "note", f"{redact(url)}: not there yet", "'ris-hpo run' makes it")
         return
     try:
         store = open_store(url, create=False)
     except RisHpoError as error:
-        yield Finding("store", "problem", str(error), "check the address, the password's place and that it is running")
+        yield Finding("store", "problem", str(error), "check the address, the password and that the server is running")
         return
     try:
         yield from _opened_store(store)
     except RisHpoError as error:
-        yield Finding("store", "problem", str(error), "see the message; what was acknowledged is safe")
+        yield Finding("store", "problem", str(error), "see the message; finished trials are safe")
     finally:
         store.close()
 
 
 def _opened_store(store: Store) -> Iterator[Finding]:
     yield Finding("store", "ok", store.redacted)
-    tickets = store.tickets
-    current, head = tickets.get_current_version(), tickets.get_head_version()
-    if current == head:
-        yield Finding("schema", "ok", current)
+    yield Finding("schema", "ok", SCHEMA)  # another one is refused when the store is opened
+    if store.read_only:
+        yield Finding("access", "note", "its file may be read but not written", "run studies as its owner")
     else:
-        yield Finding("schema", "problem", f"{current}, this Optuna has {head}", "optuna storage upgrade --storage URL")
-    began = time.perf_counter()
-    with tickets.transaction() as connection:
-        connection.execute(sqlalchemy.text("SELECT 1"))
-        dialect, version = connection.dialect.name, connection.dialect.server_version_info
-    seconds = time.perf_counter() - began
-    found = f"{dialect} {'.'.join(str(part) for part in version or ())}, write lock in {1000 * seconds:.1f} ms"
-    if seconds > _SLOW_WRITE_S:
-        yield Finding("latency", "note", found, "many workers at work, or a slow disk or network")
-    else:
-        yield Finding("latency", "ok", found)
+        yield _latency(store)
+    for folder in leftovers(store):
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        found = f"{folder}: {size / _GIB:.2f} GiB of a study that this store does not have any more"
+        yield Finding("left over", "note", found, f"rm -r {shlex.quote(str(folder))}")
     for frozen in store.get_all_studies():
         study_id = store.get_study_id_from_name(frozen.study_name)
         counts = counting.tally(store.get_all_trials(study_id, deepcopy=False))

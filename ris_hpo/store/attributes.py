@@ -58,6 +58,8 @@ LAST_STEP: Final = "last_step"
 PREEMPTIONS: Final = "preemptions"
 """How often the trial was checkpointed, put back and taken up again."""
 
+RELEASED_BY: Final = "released_by"
+"""Owner that put the trial back last; it may ask again whether it did."""
 FIGURES_MISSING: Final = "figures_missing"
 """Figures that could not be drawn or written, as ``{file name: error}``."""
 
@@ -77,6 +79,8 @@ INHERITED_STEP: Final = "inherited_step"
 """Scenes seen at the last report of the line when this successor was queued."""
 
 # -- study attributes ------------------------------------------------------------------------------------------------
+IDENTITY: Final = "identity"
+"""Random word that tells the study from any other of any store; its folder is found by it."""
 SPEC: Final = "spec"
 """``StudySpec.stored()``, its base stated whole: all that a worker needs besides the store's address."""
 SPACE_FINGERPRINT: Final = "space_fingerprint"

@@ -10,11 +10,15 @@ from datetime import datetime
 from typing import Any, TypeVar, cast
 
 from optuna.storages import BaseStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from ris_hpo.errors import StudyGoneError
+from ris_hpo.store import attributes as names
+from ris_hpo.store import folders
 from ris_hpo.store.credentials import redact
 from ris_hpo.store.patience import patiently
-from ris_hpo.store.tickets import Seen, TicketStorage
+from ris_hpo.store.tickets import GONE, Claim, Seen, TicketStorage
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -27,15 +31,20 @@ def _patient(method: Method) -> Method:
 
     @functools.wraps(method, updated=())  # without the mark of an abstract method
     def call(self: Store, *args: Any, **kwargs: Any) -> Any:
-        return patiently(getattr(self.tickets, method.__name__))(*args, **kwargs)
+        try:
+            return patiently(getattr(self.tickets, method.__name__))(*args, **kwargs)
+        except KeyError as error:
+            raise StudyGoneError(GONE) from error
 
     return cast(Method, call)
 
 
 class _Known:
-    """What is known of one study: its trials and their ids, by number."""
+    """What is known of one study: its identity, and by number its trials and their ids."""
 
     def __init__(self) -> None:
+        self.identity: str | None = None
+        self.in_use = False
         self.trials: dict[int, FrozenTrial] = {}
         self.seen: dict[int, Seen] = {}
         self.newest = -1
@@ -47,21 +56,26 @@ class Store(BaseStorage):
     Every call outlives a server that is away for a while. Trials are kept once read: a finished one never changes, and
     a ticket that nobody ever took has not changed either, so that a look at a thousand trials is one short query and
     the few that are running. Optuna's own cache would read all waiting trials again on each look.
+
+    A study or trial that is not there, or not any more, is a ``StudyGoneError``.
     """
 
-    def __init__(self, backend: TicketStorage, address: str) -> None:
-        self.tickets = backend
+    def __init__(self, tickets: TicketStorage, address: str, *, read_only: bool = False) -> None:
+        self.tickets = tickets
         self.address = address
         """What a worker in another process needs to open the same store; holds the password if the URL did."""
+        self.read_only = read_only
+        """Whether it is a file that this process may only read."""
         self._studies: dict[int, _Known] = {}
         self._finished: dict[int, FrozenTrial] = {}
+        self._owners: dict[int, str] = {}
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"tickets": self.tickets, "address": self.address}
+        return {"tickets": self.tickets, "address": self.address, "read_only": self.read_only}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["tickets"], state["address"])  # type: ignore[misc]
+        self.__init__(**state)  # type: ignore[misc]
 
     @property
     def redacted(self) -> str:
@@ -83,7 +97,6 @@ class Store(BaseStorage):
 
     # -- Optuna's calls: all of them may be repeated after a lost acknowledgement, but for ``create_new_trial`` --------
 
-    create_new_study = _patient(BaseStorage.create_new_study)  # repeated, it finds its own study: DuplicatedStudyError
     set_study_user_attr = _patient(BaseStorage.set_study_user_attr)
     set_study_system_attr = _patient(BaseStorage.set_study_system_attr)
     get_study_id_from_name = _patient(BaseStorage.get_study_id_from_name)
@@ -93,7 +106,6 @@ class Store(BaseStorage):
     get_study_system_attrs = _patient(BaseStorage.get_study_system_attrs)
     get_all_studies = _patient(BaseStorage.get_all_studies)
     set_trial_param = _patient(BaseStorage.set_trial_param)
-    set_trial_state_values = _patient(BaseStorage.set_trial_state_values)
     set_trial_intermediate_value = _patient(BaseStorage.set_trial_intermediate_value)
     set_trial_user_attr = _patient(BaseStorage.set_trial_user_attr)
     set_trial_system_attr = _patient(BaseStorage.set_trial_system_attr)
@@ -102,13 +114,50 @@ class Store(BaseStorage):
         """See ``RDBStorage.create_new_trial``; tickets are made by ``fill``, which can be repeated."""
         return self.tickets.create_new_trial(study_id, template_trial)
 
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        """See ``RDBStorage.set_trial_state_values``; the end of a trial that this process claimed may be repeated."""
+        owner = self._owners.get(trial_id)
+        try:
+            return bool(patiently(self.tickets.set_trial_state_values)(trial_id, state, values, owner=owner))
+        except KeyError as error:
+            raise StudyGoneError(GONE) from error
+
+    def create_new_study(self, directions: Sequence[StudyDirection], study_name: str | None = None) -> int:
+        """See ``RDBStorage.create_new_study``; repeated, it finds its own study: ``DuplicatedStudyError``."""
+        study_id = int(patiently(self.tickets.create_new_study)(directions, study_name))
+        with self._lock:
+            self._forget(study_id)  # a study that is deleted by now may have had the same id
+        return study_id
+
     def delete_study(self, study_id: int) -> None:
-        """See ``RDBStorage.delete_study``."""
+        """See ``RDBStorage.delete_study``; the study's folder is removed with it."""
+        identity = self.get_study_user_attrs(study_id).get(names.IDENTITY)
         patiently(self.tickets.delete_study)(study_id)
         with self._lock:
-            known = self._studies.pop(study_id, _Known())
-            for seen in known.seen.values():
-                self._finished.pop(seen.trial_id, None)
+            self._forget(study_id)
+        if identity is not None:
+            folders.remove_folder(self, identity)
+
+    def _forget(self, study_id: int) -> _Known:
+        for seen in self._studies.pop(study_id, _Known()).seen.values():
+            self._finished.pop(seen.trial_id, None)
+        return self._studies.setdefault(study_id, _Known())
+
+    def identity(self, study_id: int, replaces: str | None = None) -> str:
+        """See ``TicketStorage.identity``; from now on another study under the same id is a ``StudyGoneError``."""
+        identity = str(patiently(self.tickets.identity)(study_id, replaces))
+        with self._lock:
+            known = self._studies.setdefault(study_id, _Known())
+            if known.identity not in (None, identity):
+                known = self._forget(study_id)
+            known.identity, known.in_use = identity, True
+        return identity
+
+    @functools.cached_property
+    def database(self) -> tuple[str, int]:
+        """See ``TicketStorage.database``."""
+        name, number = patiently(self.tickets.database)()
+        return str(name), int(number)
 
     def record_heartbeat(self, trial_id: int) -> None:
         """See ``RDBStorage.record_heartbeat``."""
@@ -125,13 +174,20 @@ class Store(BaseStorage):
         known = self._studies.get(study_id)
         if known is not None and trial_number in known.seen:
             return known.seen[trial_number].trial_id
-        found = patiently(self.tickets.get_trial_id_from_study_id_trial_number)(study_id, trial_number)
-        return int(found)
+        try:
+            return int(patiently(self.tickets.get_trial_id_from_study_id_trial_number)(study_id, trial_number))
+        except KeyError as error:
+            raise StudyGoneError(GONE) from error
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
         """See ``RDBStorage.get_trial``."""
         kept = self._finished.get(trial_id)
-        trial: FrozenTrial = patiently(self.tickets.get_trial)(trial_id) if kept is None else kept
+        if kept is not None:
+            return kept
+        try:
+            trial: FrozenTrial = patiently(self.tickets.get_trial)(trial_id)
+        except KeyError as error:
+            raise StudyGoneError(GONE) from error
         return trial
 
     def get_all_trials(
@@ -139,8 +195,11 @@ class Store(BaseStorage):
     ) -> list[FrozenTrial]:
         """See ``RDBStorage.get_all_trials``; the trials of a study by number."""
         with self._lock:
-            known = self._studies.setdefault(study_id, _Known())
-            patiently(self._refresh)(study_id, known)
+            try:
+                patiently(self._refresh)(study_id)
+            except KeyError as error:
+                raise StudyGoneError(GONE) from error
+            known = self._studies[study_id]
             trials = [
                 known.trials[number]
                 for number in sorted(known.trials)
@@ -148,9 +207,16 @@ class Store(BaseStorage):
             ]
         return copy.deepcopy(trials) if deepcopy else trials
 
-    def _refresh(self, study_id: int, known: _Known) -> None:
+    def _refresh(self, study_id: int) -> None:
         """Read again what may have changed: what runs or ran until now, and what is new."""
-        now = self.tickets.trial_states(study_id, known.newest)
+        known = self._studies.setdefault(study_id, _Known())
+        identity, now = self.tickets.trial_states(study_id, known.newest)
+        if known.identity not in (None, identity):  # deleted, and made anew under the same id
+            if known.in_use:
+                raise StudyGoneError(GONE)
+            known = self._forget(study_id)
+            identity, now = self.tickets.trial_states(study_id, known.newest)
+        known.identity = identity
         untouched = {number for number, seen in now.items() if seen.state is TrialState.WAITING and not seen.begun}
         stale = {number for number in now if number not in untouched or known.seen.get(number) != now[number]}
         stale |= {  # ended since the last look
@@ -183,9 +249,14 @@ class Store(BaseStorage):
         return int(patiently(self.tickets.fill)(study_id, tickets))
 
     def claim(self, study_id: int, owner: str) -> int | None:
-        """See ``TicketStorage.claim``."""
-        number: int | None = patiently(self.tickets.claim)(study_id, owner)
-        return number
+        """See ``TicketStorage.claim``; the number of the trial."""
+        known = self._studies.get(study_id)
+        identity = known.identity if known is not None and known.in_use else None
+        claim: Claim | None = patiently(self.tickets.claim)(study_id, owner, identity)
+        if claim is None:
+            return None
+        self._owners = {claim.trial_id: owner}  # a worker has one trial at a time
+        return claim.number
 
     def release(self, study_id: int, number: int, owner: str | None, marks: Mapping[str, Any]) -> bool:
         """See ``TicketStorage.release``."""

@@ -5,32 +5,36 @@ from __future__ import annotations
 import fcntl
 import functools
 import os
+import shutil
 import sqlite3
-import time
+import tempfile
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote
 
 import psutil
 import sqlalchemy
 from optuna.exceptions import StorageInternalError
 from sqlalchemy import exc as sql_errors
 
+from ris_hpo.atomic import replacing
 from ris_hpo.errors import StoreError
 from ris_hpo.process import storage_directory
 from ris_hpo.store.cache import Store
 from ris_hpo.store.credentials import password_from_surroundings, redact
-from ris_hpo.store.patience import LONGEST_PAUSE_S, is_connection_loss, reason
+from ris_hpo.store.patience import Wait, is_connection_loss, reason
 from ris_hpo.store.tickets import TicketStorage
 
 URL_VARIABLE: Final = "RIS_HPO_STORAGE_URL"
-
-
 HEARTBEAT_S: Final = 10
 """Seconds between heartbeats of a running trial; it counts as lost after three of them are missing."""
 
-
+_SQLITE: Final = "sqlite:///"
 _BUSY_S = 60.0
-
+_RACES = 10  # attempts to open a database while other processes make its tables
+_UNDEFINED_TABLE: Final = "42P01"
+_MADE_MEANWHILE: Final = {"42P07", "42710", "23505"}  # duplicate table, duplicate object, unique violation
 
 _NETWORK_FILE_SYSTEMS = frozenset(
     {"nfs", "nfs3", "nfs4", "cifs", "smbfs", "smb2", "smb3", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "afs"}
@@ -41,19 +45,26 @@ _NETWORK_FILE_SYSTEMS = frozenset(
 
 def default_url() -> str:
     """Return the store used when none is named: ``$RIS_HPO_STORAGE_URL``, else SQLite in the storage directory."""
-    return os.environ.get(URL_VARIABLE) or f"sqlite:///{storage_directory() / 'studies.db'}"
+    return os.environ.get(URL_VARIABLE) or f"{_SQLITE}{storage_directory() / 'studies.db'}"
 
 
 def open_store(
-    url: str | None = None, *, create: bool = True, heartbeat: int | None = HEARTBEAT_S, patience_s: float = 0.0
+    url: str | None = None,
+    *,
+    create: bool = True,
+    write: bool | None = None,
+    heartbeat: int | None = HEARTBEAT_S,
+    patience_s: float = 0.0,
 ) -> Store:
     """Open a trial store.
 
     Args:
-        url: ``sqlite:///path``, a path, or ``postgresql://user@host/database``; the default is ``default_url()``.
-            A password is taken from the URL, ``$RIS_HPO_STORAGE_PASSWORD``, the file ``$RIS_HPO_STORAGE_PASSWORD_FILE``
-            or libpq's own ``~/.pgpass``.
+        url: ``sqlite:///path``, a path, or ``postgresql://user@host/database``; the default is ``default_url()``. A
+            path is taken as it stands, whatever characters it has. A password is taken from the URL,
+            ``$RIS_HPO_STORAGE_PASSWORD``, the file ``$RIS_HPO_STORAGE_PASSWORD_FILE`` or libpq's own ``~/.pgpass``.
         create: make the SQLite file and the tables where there are none.
+        write: whether the store must be writable; None for what ``create`` says. An SQLite file that need not be is
+            opened for reading where it can only be read.
         heartbeat: seconds between heartbeats of running trials; None for none.
         patience_s: how long a server that does not answer is tried again; a person wants to know at once, a worker
             that starts during a restart of the server does not.
@@ -63,28 +74,43 @@ def open_store(
     """
     address = url or default_url()
     if "://" not in address:
-        address = f"sqlite:///{address}"
+        address = f"{_SQLITE}{address}"
+    must_write = create if write is None else write
+    scheme = address.partition("://")[0]
+    if scheme == "sqlite":
+        return _open_sqlite(address, create, must_write, heartbeat)
     try:
         parsed = sqlalchemy.make_url(address)
     except (sql_errors.ArgumentError, ValueError):  # the latter for a port that is no number
         # not quoted further: who can say where the password ends in what is no address
-        scheme = address.partition("://")[0]
         raise StoreError(f"'{scheme}://...' is no store address; use sqlite:///FILE or postgresql://...") from None
-    if parsed.get_backend_name() == "sqlite":
-        return _open_sqlite(parsed, address, create, heartbeat)
     if parsed.get_backend_name() in ("postgresql", "postgres"):
-        return _open_postgres(parsed, address, heartbeat, patience_s)
+        return _open_postgres(parsed, address, create, heartbeat, patience_s)
     raise StoreError(f"no store of kind '{parsed.get_backend_name()}'; use sqlite:///FILE or postgresql://...")
 
 
-def _open_sqlite(url: sqlalchemy.URL, address: str, create: bool, heartbeat: int | None) -> Store:
-    if not url.database or url.database == ":memory:":
+# -- SQLite ----------------------------------------------------------------------------------------------------------
+
+
+def sqlite_path(address: str) -> Path:
+    """Return the file of an SQLite address.
+
+    Raises:
+        StoreError: it names none.
+    """
+    name = address.removeprefix(_SQLITE)
+    if not address.startswith(_SQLITE) or name in ("", ":memory:"):
         raise StoreError("an SQLite store needs a file that several processes can open: sqlite:///FILE")
-    path = Path(url.database).absolute()
-    if not path.exists() and not create:
+    return Path(name).absolute()
+
+
+def _open_sqlite(address: str, create: bool, must_write: bool, heartbeat: int | None) -> Store:
+    path = sqlite_path(address)
+    if not _exists(path) and not create:
         raise StoreError(f"{path}: no such store; start a study with 'ris-hpo run' or name another --storage")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if create:
+            path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise StoreError(f"{path}: not usable as a store (a folder)")
     except OSError as error:
@@ -95,68 +121,166 @@ def _open_sqlite(url: sqlalchemy.URL, address: str, create: bool, heartbeat: int
             f"{path} lies on a network file system ({kind}), where SQLite loses data; "
             "use a local disk or --storage postgresql://..."
         )
-    kwargs = {"creator": functools.partial(_connect_sqlite, str(path))}
+    readable = _exists(path) and not (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK))
     try:
+        if readable and not must_write:
+            kwargs: dict[str, Any] = {
+                "creator": functools.partial(_read_sqlite, path),
+                "poolclass": sqlalchemy.NullPool,  # each look finds out anew how the file can be read
+            }
+            tickets = TicketStorage(_SQLITE, kwargs, path=path, heartbeat=heartbeat, create=False)
+            return Store(tickets, f"{_SQLITE}{path}", read_only=True)
+        kwargs = {"creator": functools.partial(_connect_sqlite, path), "poolclass": sqlalchemy.QueuePool}
+        if not must_write:
+            tickets = TicketStorage(_SQLITE, kwargs, path=path, heartbeat=heartbeat, create=False)
+            return Store(tickets, f"{_SQLITE}{path}")
         # the first opening makes the tables and turns WAL on; neither may run twice at once
         with path.with_name(path.name + ".lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            connection = sqlite3.connect(path, timeout=_BUSY_S)
-            try:
+            with closing(sqlite3.connect(path, timeout=_BUSY_S)) as connection:
                 connection.execute("PRAGMA journal_mode=WAL")
                 connection.execute("BEGIN IMMEDIATE")  # a read-only or foreign file says so here
                 connection.rollback()
-            finally:
-                connection.close()
-            return Store(_opened(_verbatim(f"sqlite:///{path}"), kwargs, heartbeat), f"sqlite:///{path}")
+            tickets = TicketStorage(_SQLITE, kwargs, path=path, heartbeat=heartbeat, create=create)
+            return Store(tickets, f"{_SQLITE}{path}")
     except (OSError, sqlite3.Error, StorageInternalError, sql_errors.SQLAlchemyError) as error:
         if isinstance(error, sqlite3.Error) and error.sqlite_errorcode == sqlite3.SQLITE_NOTADB:
             # SQLite alone may look into the file: whoever opens and closes it loses this process's locks on it
-            path.with_name(path.name + ".lock").unlink()
+            path.with_name(path.name + ".lock").unlink(missing_ok=True)
         raise StoreError(f"{path}: not usable as a store ({reason(error)})") from None
+    except StoreError as error:
+        raise StoreError(f"{path}: {error}") from None
 
 
-def _connect_sqlite(path: str) -> sqlite3.Connection:
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _connect_sqlite(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=_BUSY_S, check_same_thread=False)
     connection.execute("PRAGMA synchronous=NORMAL")  # WAL: no acknowledged commit is lost unless the power fails
     connection.execute("PRAGMA foreign_keys=ON")
     return connection
 
 
-def _open_postgres(url: sqlalchemy.URL, address: str, heartbeat: int | None, patience_s: float) -> Store:
+def _read_sqlite(path: Path) -> sqlite3.Connection:
+    """Connect to a file that can only be read, in a folder that may be read-only too.
+
+    While somebody writes, the shared memory beside the file is there and SQLite reads by it. Without it nobody does,
+    and the file can be read as it stands; with a log that was left behind, by way of a copy in memory.
+    """
+    try:
+        return _connect_readonly(path, "mode=ro")
+    except sqlite3.OperationalError:
+        log = path.with_name(f"{path.name}-wal")
+        if not log.exists() or log.stat().st_size == 0:
+            return _connect_readonly(path, "mode=ro&immutable=1")
+    with tempfile.TemporaryDirectory(prefix="ris-hpo-store-") as scratch:
+        for file in (path, log):
+            shutil.copyfile(file, Path(scratch) / file.name)
+        copy = sqlite3.connect(":memory:", check_same_thread=False)
+        with closing(sqlite3.connect(Path(scratch) / path.name)) as source:
+            source.backup(copy)
+        copy.execute("PRAGMA query_only=ON")
+        return copy
+
+
+def _connect_readonly(path: Path, how: str) -> sqlite3.Connection:
+    address = f"file:{quote(str(path))}?{how}"
+    connection = sqlite3.connect(address, uri=True, timeout=_BUSY_S, check_same_thread=False)
+    try:
+        connection.execute("SELECT count(*) FROM sqlite_master")
+    except sqlite3.Error:
+        connection.close()
+        raise
+    return connection
+
+
+def backup(address: str | None, out: Path) -> None:
+    """Copy a store into one file, whole, while studies may be running on it.
+
+    Args:
+        address: an SQLite store, as ``open_store`` takes it.
+        out: the file to make or replace; it can be used as a store.
+
+    Raises:
+        StoreError: not an SQLite store, or one that cannot be read.
+        OutputError: ``out`` cannot be written.
+    """
+    address = address or default_url()
+    if "://" in address and not address.startswith("sqlite"):
+        raise StoreError(f"{redact(address)}: back up PostgreSQL with 'pg_dump --format=custom --file=FILE DATABASE'")
+    path = sqlite_path(address if "://" in address else f"{_SQLITE}{address}")
+    open_store(str(path), create=False).close()
+    if out.exists() and out.samefile(path):
+        raise StoreError(f"{out}: is the store itself; name another file")
+    with replacing(out, durable=True) as partial:
+        try:
+            with closing(_read_sqlite(path)) as source, closing(sqlite3.connect(partial)) as copy:
+                source.backup(copy)
+                copy.execute("PRAGMA journal_mode=DELETE")  # one file, without a log beside it
+        except sqlite3.Error as error:
+            raise StoreError(f"{path}: cannot be copied ({error})") from None
+
+
+# -- PostgreSQL ------------------------------------------------------------------------------------------------------
+
+
+def _open_postgres(url: sqlalchemy.URL, address: str, create: bool, heartbeat: int | None, patience_s: float) -> Store:
     try:
         import psycopg  # noqa: F401
     except ImportError:
         raise StoreError("PostgreSQL needs the driver psycopg; install ris-hpo[postgres]") from None
     password = str(url.password) if url.password else password_from_surroundings()
-    connect: dict[str, Any] = {"connect_timeout": 10, "application_name": "ris-hpo", "keepalives_idle": 30}
+    # a pooler may give each transaction another session: nothing here counts on one, no lock and no prepared statement
+    connect: dict[str, Any] = {"connect_timeout": 5, "application_name": "ris-hpo", "keepalives_idle": 30}
+    connect["prepare_threshold"] = None
     if password is not None:
         connect["password"] = password  # kept out of the URL, which Optuna hands on and formats
-    plain = url.set(drivername="postgresql+psycopg", password=None)
-    text = plain.render_as_string(hide_password=False)
-    kwargs = {"pool_size": 2, "max_overflow": 2, "pool_pre_ping": True, "pool_recycle": 1800, "connect_args": connect}
-    guard = sqlalchemy.create_engine(plain, poolclass=sqlalchemy.NullPool, connect_args=connect)
-    pause, deadline = 0.1, time.monotonic() + patience_s
+    text = url.set(drivername="postgresql+psycopg", password=None).render_as_string(hide_password=False)
+    # one for the trial, and one more while a heartbeat is written
+    kwargs = {"pool_size": 1, "max_overflow": 1, "pool_pre_ping": True, "pool_recycle": 1800, "connect_args": connect}
+    wait = Wait(redact(address), patience_s)
+    for _ in range(_RACES):
+        try:
+            return Store(_reached(wait, _verbatim(text), kwargs, heartbeat=heartbeat, create=False), address)
+        except (StorageInternalError, sql_errors.SQLAlchemyError) as error:
+            problem, state = reason(error), _state(error)
+        if state == _UNDEFINED_TABLE:
+            if not create:
+                raise StoreError(f"{redact(address)}: no store there yet; start a study with 'ris-hpo run'")
+            try:  # over a single connection, since making them takes two at once otherwise
+                single = {"poolclass": sqlalchemy.StaticPool, "connect_args": connect}
+                _reached(wait, _verbatim(text), single, heartbeat=None, create=True).close()
+            except (StorageInternalError, sql_errors.SQLAlchemyError) as error:
+                problem, state = reason(error), _state(error)
+        if state not in (_UNDEFINED_TABLE, *_MADE_MEANWHILE):
+            break
+    raise StoreError(f"{redact(address)}: not usable as a store ({problem})")
+
+
+def _reached(wait: Wait, url: str, kwargs: dict[str, Any], *, heartbeat: int | None, create: bool) -> TicketStorage:
+    """Connect, patiently; other errors of the database are the caller's."""
     while True:
         try:
-            with guard.connect() as connection:  # two workers that open an empty database must not both make the tables
-                connection.exec_driver_sql("SELECT pg_advisory_lock(727153)")
-                return Store(_opened(_verbatim(text), kwargs, heartbeat), address)
+            return TicketStorage(url, kwargs, heartbeat=heartbeat, create=create)
+        except StoreError as error:
+            raise StoreError(f"{wait.what}: {error}") from None
         except (StorageInternalError, sql_errors.SQLAlchemyError) as error:
-            if time.monotonic() + pause > deadline or not is_connection_loss(error):
-                raise StoreError(f"{redact(address)}: cannot be reached ({reason(error)})") from None
-        time.sleep(pause)
-        pause = min(2 * pause, LONGEST_PAUSE_S)
+            if not is_connection_loss(error):
+                raise
+            if not wait.again(reason(error)):
+                raise StoreError(f"{wait.what}: cannot be reached ({reason(error)})") from None
 
 
-def _opened(url: str, kwargs: dict[str, Any], heartbeat: int | None) -> TicketStorage:
-    try:
-        return TicketStorage(url, kwargs, heartbeat, create=True)
-    except RuntimeError as error:  # what Optuna raises on another schema
-        raise StoreError(f"{redact(url)}: made by another Optuna ({reason(error)})") from None
-    except (StorageInternalError, sql_errors.SQLAlchemyError) as error:
-        if is_connection_loss(error):
-            raise
-        raise StoreError(f"{redact(url)}: not usable as a store ({reason(error)})") from None
+def _state(error: BaseException) -> str | None:
+    """Return the SQLSTATE of an error of PostgreSQL."""
+    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+    state: str | None = getattr(getattr(cause, "orig", None), "sqlstate", None)
+    return state
 
 
 def _verbatim(url: str) -> str:

@@ -1,8 +1,9 @@
-"""Calls of the store that outlive a server that is away for a while."""
+"""Calls of the store that outlive a server that is away for a while, and say so."""
 
 from __future__ import annotations
 
 import functools
+import logging
 import sqlite3
 import time
 from collections.abc import Callable
@@ -16,6 +17,11 @@ from ris_hpo.store.credentials import redact
 
 PATIENCE_S: Final = 300.0  # how long a server may be away (restart, fail-over) before a worker gives up
 LONGEST_PAUSE_S: Final = 5.0  # between two attempts to reach a server
+QUIET_S: Final = 3.0  # how long a wait may take before it is logged
+
+log = logging.getLogger(__name__)
+
+_CROWDED = ("too many clients", "too many connections", "remaining connection slots", "no more connections allowed")
 
 
 def patiently(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -27,22 +33,48 @@ def patiently(call: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(call)
     def repeated(*args: Any, **kwargs: Any) -> Any:
-        pause, deadline = 0.05, time.monotonic() + PATIENCE_S
+        wait = Wait("the store", PATIENCE_S)
         while True:
             try:
                 return call(*args, **kwargs)
             except (StorageInternalError, sql_errors.SQLAlchemyError) as error:
                 if not is_connection_loss(error):
                     raise StoreError(f"the store refused: {reason(error)}") from error
-                if time.monotonic() + pause > deadline:
+                if not wait.again(reason(error)):
                     raise StoreError(
                         f"the store has not answered for {PATIENCE_S:.0f} s ({reason(error)}); "
                         "nothing acknowledged is lost, run the same command again when it is back"
                     ) from error
-                time.sleep(pause)
-                pause = min(2 * pause, LONGEST_PAUSE_S)
 
     return repeated
+
+
+class Wait:
+    """Pauses between attempts, of growing length; one that takes longer than a moment is logged, once.
+
+    Args:
+        what: what is waited for, as the log names it.
+        limit_s: after which there is no further attempt.
+    """
+
+    def __init__(self, what: str, limit_s: float) -> None:
+        self.what = what
+        self._begun = time.monotonic()
+        self._limit = limit_s
+        self._pause = 0.05
+        self._logged = False
+
+    def again(self, found: str) -> bool:
+        """Pause, and say whether to try again."""
+        waited = time.monotonic() - self._begun
+        if waited + self._pause > self._limit:
+            return False
+        if waited + self._pause > QUIET_S and not self._logged:
+            self._logged = True
+            log.warning("%s does not answer (%s); trying again for %.0f s", self.what, found, self._limit)
+        time.sleep(self._pause)
+        self._pause = min(2 * self._pause, LONGEST_PAUSE_S)
+        return True
 
 
 def is_connection_loss(error: BaseException) -> bool:
@@ -59,7 +91,10 @@ def is_connection_loss(error: BaseException) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """Return what a database said, as one line without passwords."""
+    """Return what a database said, as one line without passwords, with what to do about too many connections."""
     cause = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ is not None else error
     original = cause.orig if isinstance(cause, sql_errors.DBAPIError) and cause.orig is not None else cause
-    return redact(" ".join(str(original).split()))[:300] or type(original).__name__
+    text = redact(" ".join(str(original).split()))[:300] or type(original).__name__
+    if any(words in text for words in _CROWDED):
+        text += "; each worker takes one or two: raise the limit, use fewer workers, or put a pooler in between"
+    return text

@@ -23,12 +23,15 @@ No name with a leading underscore is used here or anywhere else; a test searches
 from __future__ import annotations
 
 import json
+import os
+import secrets
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Final
 
 import sqlalchemy
@@ -38,6 +41,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Connection, Select, column
 from sqlalchemy.dialects import postgresql, sqlite
 
+from ris_hpo.errors import StoreError, StudyGoneError
 from ris_hpo.store import attributes as names
 
 OPTUNA: Final = "5.0"
@@ -46,7 +50,10 @@ OPTUNA: Final = "5.0"
 SCHEMA: Final = "v3.2.0.a"
 """Revision of Optuna's database schema that the tables below were read from."""
 
+GONE: Final = "the study or trial is not in the store any more: it was deleted or renamed while it was in use"
+
 _STUDIES = sqlalchemy.table("studies", column("study_id"))
+_STUDY_MARKS = sqlalchemy.table("study_user_attributes", column("study_id"), column("key"), column("value_json"))
 _TRIALS = sqlalchemy.table(
     "trials",
     column("trial_id"),
@@ -57,6 +64,7 @@ _TRIALS = sqlalchemy.table(
 )
 _MARKS = sqlalchemy.table("trial_user_attributes", column("trial_id"), column("key"), column("value_json"))
 _BEATS = sqlalchemy.table("trial_heartbeats", column("trial_id"), column("heartbeat", sqlalchemy.DateTime))
+_IDENTITY = sqlalchemy.select(_STUDY_MARKS.c.value_json).where(_STUDY_MARKS.c.key == names.IDENTITY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,23 +76,58 @@ class Seen:
     begun: bool
 
 
-class TicketStorage(RDBStorage):
-    """Optuna's RDB storage with ticket transactions, and with state changes that are atomic on SQLite too.
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A trial that was taken: its number in the study, and its id."""
 
-    Trials are named by study and number; a trial that does not exist is a ``KeyError``, as in Optuna's own calls.
-    """
+    number: int
+    trial_id: int
 
-    def __init__(self, url: str, engine_kwargs: dict[str, Any], heartbeat: int | None, *, create: bool) -> None:
+
+class _Transactions(RDBStorage):
+    """Optuna's RDB storage, with transactions that cover more than one of its calls."""
+
+    def __init__(
+        self,
+        url: str,
+        engine_kwargs: dict[str, Any],
+        *,
+        path: Path | None = None,
+        heartbeat: int | None = None,
+        create: bool = True,
+    ) -> None:
+        """Connect.
+
+        Args:
+            url: what SQLAlchemy connects by, without braces; Optuna would take them for a template's.
+            engine_kwargs: the rest of what it connects by.
+            path: the file, of SQLite.
+            heartbeat: seconds between heartbeats of running trials.
+            create: make the tables where there are none.
+
+        Raises:
+            StoreError: the database has another schema than this module was read against.
+        """
         self._here = threading.local()
-        with warnings.catch_warnings():
+        self.path = path
+        with ExitStack() as failed, warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeat_interval is marked so
+            failed.callback(self.close)  # a connection that is left over may be one too many for the server
             super().__init__(
                 url,
                 engine_kwargs=engine_kwargs,
                 heartbeat_interval=heartbeat,
                 grace_period=None if heartbeat is None else 3 * heartbeat,
                 skip_table_creation=not create,
+                skip_compatibility_check=True,  # which takes two connections at once
             )
+            found = self.get_current_version()
+            if found != SCHEMA:
+                raise StoreError(
+                    f"made by another version of Optuna (schema {found}, expected {SCHEMA}); "
+                    "use that version, or 'optuna storage upgrade'"
+                )
+            failed.pop_all()
 
     def __getstate__(self) -> dict[Any, Any]:
         state: dict[Any, Any] = super().__getstate__()
@@ -98,12 +141,13 @@ class TicketStorage(RDBStorage):
     @property
     def is_sqlite(self) -> bool:
         """Whether the store is a file on this machine."""
-        return bool(self.engine.dialect.name == "sqlite")
+        return self.path is not None
 
     def close(self) -> None:
         """Give the connections of this process back."""
-        self.scoped_session.remove()
-        self.engine.dispose()
+        if hasattr(self, "scoped_session"):  # otherwise it never got so far
+            self.scoped_session.remove()
+            self.engine.dispose()
 
     @contextmanager
     def transaction(self, study_id: int | None = None) -> Iterator[Connection]:
@@ -112,7 +156,7 @@ class TicketStorage(RDBStorage):
         It excludes every other writer of the file on SQLite, and of the study on PostgreSQL where one is named.
 
         Raises:
-            KeyError: no such study.
+            StudyGoneError: no such study.
         """
         with self.engine.connect() as connection, connection.begin():
             if self.is_sqlite:
@@ -125,42 +169,107 @@ class TicketStorage(RDBStorage):
                 if study_id is not None:
                     locked = sqlalchemy.select(_STUDIES.c.study_id).where(_STUDIES.c.study_id == study_id)
                     if connection.scalar(locked.with_for_update()) is None:
-                        raise KeyError(f"no study with id {study_id}")
+                        raise StudyGoneError(GONE)
                 yield connection
             finally:
                 self._here.joined = False
                 self.scoped_session.remove()
 
-    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        """Change a trial's state; on SQLite as one immediate transaction, where Optuna's own reads first and races."""
-        if self.is_sqlite and not getattr(self._here, "joined", False):
-            with self.transaction():
-                return bool(super().set_trial_state_values(trial_id, state, values))
-        return bool(super().set_trial_state_values(trial_id, state, values))
+    def set_trial_state_values(
+        self, trial_id: int, state: TrialState, values: Sequence[float] | None = None, *, owner: str | None = None
+    ) -> bool:
+        """Change a trial's state in one transaction; Optuna's own reads before it locks on SQLite.
+
+        Args:
+            trial_id: the trial.
+            state: the new state.
+            values: its objective values.
+            owner: who holds the trial, where it is known. A trial that this owner has already ended just so is left as
+                it is: the acknowledgement of an earlier attempt was lost.
+
+        Raises:
+            UpdateFinishedTrialError: it has ended otherwise.
+        """
+        if getattr(self._here, "joined", False):
+            return bool(super().set_trial_state_values(trial_id, state, values))
+        with self.transaction() as connection:
+            locked = sqlalchemy.select(_TRIALS.c.state).where(_TRIALS.c.trial_id == trial_id).with_for_update()
+            before = connection.scalar(locked)
+            repeated = before == state and state.is_finished() and owner is not None
+            if repeated and _mark(connection, trial_id) == owner:
+                ended = self.get_trial(trial_id).values
+                if values is None or ended == list(values):
+                    return True
+            return bool(super().set_trial_state_values(trial_id, state, values))
+
+
+class TicketStorage(_Transactions):
+    """The ticket transactions.
+
+    Trials are named by study and number; one that does not exist is a ``StudyGoneError``.
+    """
+
+    # -- identity ----------------------------------------------------------------------------------------------------
+
+    def identity(self, study_id: int, replaces: str | None = None) -> str:
+        """Return what tells this study from any other, of any store; it is made where there is none.
+
+        Args:
+            study_id: the study.
+            replaces: an identity that must not stay, since another study has it too; this one gets a new one.
+        """
+        with self.transaction(study_id):
+            present: str | None = self.get_study_user_attrs(study_id).get(names.IDENTITY)
+            if present is None or present == replaces:
+                present = secrets.token_hex(8)
+                self.set_study_user_attr(study_id, names.IDENTITY, present)
+            return present
+
+    def database(self) -> tuple[str, int]:
+        """Return what tells this database from any other.
+
+        Returns:
+            Path and inode of the file; cluster and number of the database on PostgreSQL.
+        """
+        if self.path is not None:
+            return os.path.realpath(self.path), os.stat(self.path).st_ino
+        with self.engine.connect() as connection:
+            cluster: Any = "unknown"
+            if connection.exec_driver_sql("SELECT has_function_privilege('pg_control_system()', 'execute')").scalar():
+                cluster = connection.exec_driver_sql("SELECT system_identifier FROM pg_control_system()").scalar()
+            number = "SELECT oid FROM pg_database WHERE datname = current_database()"
+            return f"postgresql:{cluster}", int(connection.exec_driver_sql(number).scalar_one())
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
-    def trial_states(self, study_id: int, after: int) -> dict[int, Seen]:
-        """Return by number every unfinished trial of a study, and every one whose id is above ``after``.
+    def trial_states(self, study_id: int, after: int) -> tuple[str | None, dict[int, Seen]]:
+        """Return a study's identity, and by number every unfinished trial and every one whose id is above ``after``.
 
         Raises:
-            KeyError: no such study.
+            StudyGoneError: no such study.
         """
         unfinished = _TRIALS.c.state.in_((TrialState.RUNNING, TrialState.WAITING))
         wanted = sqlalchemy.and_(
             _TRIALS.c.study_id == _STUDIES.c.study_id, sqlalchemy.or_(unfinished, _TRIALS.c.trial_id > after)
         )
         query = (
-            sqlalchemy.select(_TRIALS.c.number, _TRIALS.c.trial_id, _TRIALS.c.state, _TRIALS.c.datetime_start)
+            sqlalchemy.select(
+                _TRIALS.c.number,
+                _TRIALS.c.trial_id,
+                _TRIALS.c.state,
+                _TRIALS.c.datetime_start,
+                _IDENTITY.where(_STUDY_MARKS.c.study_id == study_id).scalar_subquery().label("identity"),
+            )
             .select_from(_STUDIES.outerjoin(_TRIALS, wanted))
             .where(_STUDIES.c.study_id == study_id)
         )
         with self.engine.connect() as connection:
             rows = connection.execute(query).all()
         if not rows:
-            raise KeyError(f"no study with id {study_id}")
+            raise StudyGoneError(GONE)
         trials = (row for row in rows if row.trial_id is not None)
-        return {row.number: Seen(row.trial_id, row.state, row.datetime_start is not None) for row in trials}
+        seen = {row.number: Seen(row.trial_id, row.state, row.datetime_start is not None) for row in trials}
+        return _loaded(rows[0].identity), seen
 
     def heartbeats(self, study_id: int) -> dict[int, datetime]:
         """Return by number the last heartbeat of every running trial that has one, by the database's clock."""
@@ -196,12 +305,18 @@ class TicketStorage(RDBStorage):
                 connection.execute(sqlalchemy.insert(_TRIALS), blank)
         return len(missing)
 
-    def claim(self, study_id: int, owner: str) -> int | None:
-        """Take the first waiting trial, put ``owner`` on it, and return its number; None when nothing waits.
+    def claim(self, study_id: int, owner: str, identity: str | None = None) -> Claim | None:
+        """Take the first waiting trial and put ``owner`` on it; None when nothing waits.
 
         Successors of lost trials come before new ones, so that what was begun is finished.
 
-        ``owner`` must be new for each claim: finding it on a running trial means that an earlier attempt did commit.
+        Args:
+            study_id: the study.
+            owner: new for each claim: finding it on a running trial means that an earlier attempt did commit.
+            identity: of the study, where it is known. SQLite gives the id of a deleted study to the next one.
+
+        Raises:
+            StudyGoneError: the study has another identity.
         """
         of_study = _TRIALS.c.study_id == study_id
         chosen = sqlalchemy.select(_TRIALS.c.number, _TRIALS.c.trial_id)
@@ -220,27 +335,30 @@ class TicketStorage(RDBStorage):
             .with_for_update(skip_locked=True, of=_TRIALS)  # left out on SQLite, where the whole file is ours already
         )
         with self.transaction() as connection:
-            mine = connection.execute(held).one_or_none()
-            if mine is not None:
-                return int(mine.number)
-            row = connection.execute(waiting).one_or_none()
+            if identity is not None:
+                found = connection.scalar(_IDENTITY.where(_STUDY_MARKS.c.study_id == study_id))
+                if _loaded(found) != identity:
+                    raise StudyGoneError(GONE)
+            row = connection.execute(held).one_or_none()
             if row is None:
-                return None
-            self.set_trial_state_values(row.trial_id, TrialState.RUNNING)
-            self._put(connection, row.trial_id, {names.OWNER: owner})
-            return int(row.number)
+                row = connection.execute(waiting).one_or_none()
+                if row is None:
+                    return None
+                self.set_trial_state_values(row.trial_id, TrialState.RUNNING)
+                _put(connection, row.trial_id, {names.OWNER: owner})
+            return Claim(row.number, row.trial_id)
 
     def release(self, study_id: int, number: int, owner: str | None, marks: Mapping[str, Any]) -> bool:
-        """Put a running trial back into the queue with ``marks`` as attributes; False when it is not ``owner``'s.
+        """Put a running trial back into the queue with ``marks`` as attributes; False when ``owner`` did not hold it.
 
         Only for an owner that gives up its own trial, or is known to be dead: another one is not fenced off by this.
         """
         with self.transaction() as connection:
-            trial_id = self._held(connection, study_id, number, owner)
-            if trial_id is None:
-                return False
-            self._put(connection, trial_id, {**marks, names.OWNER: None})
-            self.set_trial_state_values(trial_id, TrialState.WAITING)
+            row = self._locked(connection, study_id, number)
+            if not _holds(connection, row, owner):  # repeated after a lost acknowledgement, it says so itself
+                return owner is not None and _mark(connection, row.trial_id, names.RELEASED_BY) == owner
+            _put(connection, row.trial_id, {**marks, names.OWNER: None, names.RELEASED_BY: owner})
+            self.set_trial_state_values(row.trial_id, TrialState.WAITING)
         return True
 
     def retire(
@@ -267,12 +385,17 @@ class TicketStorage(RDBStorage):
             False when the trial is not running any more, or belongs to another owner.
         """
         with self.transaction() as connection:
-            trial_id = self._held(connection, study_id, number, owner)
-            if trial_id is None:
-                return False
-            template = successor(self.get_trial(trial_id))
-            self._put(connection, trial_id, marks)
-            self.set_trial_state_values(trial_id, TrialState.FAIL)
+            row = self._locked(connection, study_id, number)
+            if not _holds(connection, row, owner):  # unless an earlier attempt committed and was not acknowledged
+                return (
+                    owner is not None
+                    and row.state == TrialState.FAIL
+                    and _mark(connection, row.trial_id) == owner
+                    and all(_mark(connection, row.trial_id, key) == value for key, value in marks.items())
+                )
+            template = successor(self.get_trial(row.trial_id))
+            _put(connection, row.trial_id, marks)
+            self.set_trial_state_values(row.trial_id, TrialState.FAIL)
             if template is not None:
                 self.create_new_trial(study_id, template)
         return True
@@ -284,7 +407,7 @@ class TicketStorage(RDBStorage):
                 row = self._locked(connection, study_id, number)
                 if row.state != TrialState.WAITING:
                     continue
-                self._put(connection, row.trial_id, {names.CAUSE: names.Cause.WITHDRAWN.value})
+                _put(connection, row.trial_id, {names.CAUSE: names.Cause.WITHDRAWN.value})
                 self.set_trial_state_values(row.trial_id, TrialState.FAIL)
 
     def mark(self, study_id: int, number: int, marks: Mapping[str, Any]) -> None:
@@ -296,7 +419,7 @@ class TicketStorage(RDBStorage):
         with self.transaction() as connection:
             row = self._locked(connection, study_id, number)
             self.check_trial_is_updatable(row.trial_id, row.state)
-            self._put(connection, row.trial_id, marks)
+            _put(connection, row.trial_id, marks)
 
     def _locked(self, connection: Connection, study_id: int, number: int) -> Any:
         query: Select[Any] = sqlalchemy.select(_TRIALS.c.trial_id, _TRIALS.c.state).where(
@@ -304,32 +427,33 @@ class TicketStorage(RDBStorage):
         )
         row = connection.execute(query.with_for_update()).one_or_none()
         if row is None:
-            raise KeyError(f"no trial {number} in the study with id {study_id}")
+            raise StudyGoneError(GONE)
         return row
 
-    def _held(self, connection: Connection, study_id: int, number: int, owner: str | None) -> int | None:
-        """Return the id of a running trial that ``owner`` holds (None: anyone), locked; None where it is not so."""
-        row = self._locked(connection, study_id, number)
-        if row.state != TrialState.RUNNING:
-            return None
-        if owner is not None and self._mark(connection, row.trial_id, names.OWNER) != owner:
-            return None
-        return int(row.trial_id)
 
-    def _mark(self, connection: Connection, trial_id: int, key: str) -> Any:
-        query = sqlalchemy.select(_MARKS.c.value_json).where(_MARKS.c.trial_id == trial_id, _MARKS.c.key == key)
-        text = connection.scalar(query)
-        return None if text is None else json.loads(text)
+def _holds(connection: Connection, row: Any, owner: str | None) -> bool:
+    """Say whether a trial runs and ``owner`` holds it (None: anyone)."""
+    return bool(row.state == TrialState.RUNNING and owner in (None, _mark(connection, row.trial_id)))
 
-    def _put(self, connection: Connection, trial_id: int, marks: Mapping[str, Any]) -> None:
-        """Insert or replace user attributes in one statement; Optuna's call takes four for each."""
-        if not marks:
-            return
-        rows = [{"trial_id": trial_id, "key": key, "value_json": json.dumps(value)} for key, value in marks.items()]
-        dialect: Any = sqlite if self.is_sqlite else postgresql
-        insert = dialect.insert(_MARKS).values(rows)
-        connection.execute(
-            insert.on_conflict_do_update(
-                index_elements=["trial_id", "key"], set_={"value_json": insert.excluded.value_json}
-            )
+
+def _mark(connection: Connection, trial_id: int, key: str = names.OWNER) -> Any:
+    query = sqlalchemy.select(_MARKS.c.value_json).where(_MARKS.c.trial_id == trial_id, _MARKS.c.key == key)
+    return _loaded(connection.scalar(query))
+
+
+def _loaded(text: str | None) -> Any:
+    return None if text is None else json.loads(text)
+
+
+def _put(connection: Connection, trial_id: int, marks: Mapping[str, Any]) -> None:
+    """Insert or replace user attributes in one statement; Optuna's call takes four for each."""
+    if not marks:
+        return
+    rows = [{"trial_id": trial_id, "key": key, "value_json": json.dumps(value)} for key, value in marks.items()]
+    dialect: Any = sqlite if connection.dialect.name == "sqlite" else postgresql
+    insert = dialect.insert(_MARKS).values(rows)
+    connection.execute(
+        insert.on_conflict_do_update(
+            index_elements=["trial_id", "key"], set_={"value_json": insert.excluded.value_json}
         )
+    )

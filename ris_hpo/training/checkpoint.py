@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ris_hpo.atomic import make_folder, replacing
-from ris_hpo.errors import CheckpointError, ConfigError, OutputError
+from ris_hpo.errors import CheckpointError, ConfigError, OutputError, reading
 from ris_hpo.learning.network import Network
 from ris_hpo.learning.weights import load_weights
 from ris_hpo.physics.device import find_device
@@ -50,14 +50,14 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read and verify.
 
     Raises:
-        CheckpointError: missing, of another format, truncated or altered.
+        CheckpointError: missing, unreadable, of another format, truncated or altered.
     """
+    with reading(path, CheckpointError):
+        path.open("rb").close()  # safetensors takes every file that it cannot open for a missing one
     try:
         with safe_open(str(path), framework="pt") as stream:
             header = stream.metadata() or {}
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a mapping)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such checkpoint") from None
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: not a readable checkpoint ({error})") from None
     if header.get("format") != FORMAT:

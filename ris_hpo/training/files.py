@@ -11,7 +11,7 @@ from pydantic import Field
 
 from ris_hpo.atomic import write_text
 from ris_hpo.config import SCHEMA_KEY, Spec, migrated, read_toml, to_toml
-from ris_hpo.errors import ConfigError
+from ris_hpo.errors import ConfigError, reading
 from ris_hpo.physics.scene import SceneSpec
 from ris_hpo.training.config import RunConfig
 
@@ -128,10 +128,9 @@ def _heading(found: Exported) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
+        with reading(path, ConfigError):
+            tree = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(tree).__name__}")

@@ -124,15 +124,22 @@ def test_a_damaged_file_is_found(made, tmp_path, name):
     with pytest.raises(CheckpointError, match="do not match their digest"):
         load_bundle(copy)
     (copy / name).unlink()
-    with pytest.raises(CheckpointError, match="missing from the bundle"):
+    with pytest.raises(CheckpointError, match="no such file"):
         load_bundle(copy)
+
+
+def test_files_of_a_bundle_have_the_permissions_that_umask_gives(made, tmp_path):
+    (tmp_path / "file").touch()
+    assert {file.stat().st_mode for file in made[1].iterdir()} == {(tmp_path / "file").stat().st_mode}
+    (tmp_path / "folder").mkdir()
+    assert made[1].stat().st_mode == (tmp_path / "folder").stat().st_mode
 
 
 def test_what_is_no_bundle(made, tmp_path):
     network, path = made
     with pytest.raises(CheckpointError, match="no bundle there"):
         load_bundle(tmp_path)
-    for text, message in (("{", "cannot be read"), ("[]", "not a bundle"), ('{"format": "other"}', "not a bundle")):
+    for text, message in (("{", "not valid JSON"), ("[]", "not a bundle"), ('{"format": "other"}', "not a bundle")):
         (tmp_path / MANIFEST).write_text(text)
         with pytest.raises(CheckpointError, match=message):
             load_bundle(tmp_path)

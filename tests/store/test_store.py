@@ -5,28 +5,21 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
-import stat
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.testing.pytest_storages import StorageTestCase
 from optuna.trial import TrialState
+from sqlalchemy.exc import OperationalError
 
-from ris_hpo.errors import StoreError
-from ris_hpo.process import STORAGE_VARIABLE
 from ris_hpo.store import attributes as names
-from ris_hpo.store import credentials
-from ris_hpo.store import open as module
 from ris_hpo.store.cache import Store, ticket
-from ris_hpo.store.credentials import redact
 from ris_hpo.store.open import open_store
-from tests.postgres import Postgres
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -90,7 +83,7 @@ def test_release_asks_for_the_owner(store: Store) -> None:
     assert store.release(study_id, number, "here:1:0:0", {names.PREEMPTIONS: 1})
     (trial,) = store.get_all_trials(study_id)
     assert trial.state == TrialState.WAITING
-    assert trial.user_attrs == {names.OWNER: None, names.PREEMPTIONS: 1}
+    assert trial.user_attrs == {names.OWNER: None, names.RELEASED_BY: "here:1:0:0", names.PREEMPTIONS: 1}
     assert store.claim(study_id, "there:2:0:0") == number
 
 
@@ -122,6 +115,83 @@ def test_withdraw_leaves_claimed_tickets_alone(store: Store) -> None:
     assert list(states.values()) == [TrialState.FAIL]
 
 
+# -- lost acknowledgements ---------------------------------------------------------------------------------------------
+
+
+def lose_an_answer(monkeypatch: pytest.MonkeyPatch, store: Store, name: str) -> list[Any]:
+    """Let a call do its work and then look as if the connection had gone before the answer came, once."""
+    real, answers = getattr(store.tickets, name), []
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        answers.append(real(*args, **kwargs))
+        if len(answers) == 1:
+            raise OperationalError("COMMIT", None, ConnectionError("server closed"), connection_invalidated=True)
+        return answers[-1]
+
+    monkeypatch.setattr(store.tickets, name, call)
+    return answers
+
+
+def test_a_claim_that_was_not_acknowledged_is_made_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    study_id = new_study(store, 3)
+    answers = lose_an_answer(monkeypatch, store, "claim")
+    assert store.claim(study_id, "here:1:0:0") == 0
+    assert len(answers) == 2
+    assert [trial.state.name for trial in store.get_all_trials(study_id)] == ["RUNNING", "WAITING", "WAITING"]
+
+
+def test_tickets_that_were_not_acknowledged_are_made_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    study_id = new_study(store)
+    lose_an_answer(monkeypatch, store, "fill")
+    store.fill(study_id, lambda present: [ticket() for _ in range(4 - len(present))])
+    assert len(store.get_all_trials(study_id)) == 4
+
+
+def test_a_release_that_was_not_acknowledged_is_a_release(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    study_id = new_study(store, 1)
+    assert store.claim(study_id, "here:1:0:0") == 0
+    lose_an_answer(monkeypatch, store, "release")
+    assert store.release(study_id, 0, "here:1:0:0", {names.PREEMPTIONS: 1})
+    assert not store.release(study_id, 0, "there:2:0:0", {})
+    assert store.claim(study_id, "there:2:0:0") == 0
+    assert store.release(study_id, 0, "here:1:0:0", {names.PREEMPTIONS: 1})  # asked later still
+    assert store.get_all_trials(study_id)[0].state == TrialState.RUNNING  # and the next owner keeps it
+
+
+def test_a_failure_that_was_not_acknowledged_has_one_successor(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    study_id = new_study(store, 1)
+    assert store.claim(study_id, "here:1:0:0") == 0
+    lose_an_answer(monkeypatch, store, "retire")
+    assert store.retire(study_id, 0, "here:1:0:0", {names.CAUSE: "out_of_memory"}, lambda trial: ticket())
+    assert not store.retire(study_id, 0, "here:1:0:0", {names.CAUSE: "bug"}, lambda trial: ticket())
+    assert not store.retire(study_id, 0, "there:2:0:0", {names.CAUSE: "out_of_memory"}, lambda trial: ticket())
+    assert [trial.state.name for trial in store.get_all_trials(study_id)] == ["FAIL", "WAITING"]
+
+
+@pytest.mark.parametrize("state", [TrialState.COMPLETE, TrialState.PRUNED])
+def test_an_end_that_was_not_acknowledged_is_an_end(
+    state: TrialState, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study_id = new_study(store, 1)
+    assert store.claim(study_id, "here:1:0:0") == 0
+    study = optuna.load_study(study_name="unit", storage=store)
+    answers = lose_an_answer(monkeypatch, store, "set_trial_state_values")
+    study.tell(0, 1.5 if state == TrialState.COMPLETE else None, state=state)
+    assert len(answers) == 2
+    trial_id = store.get_trial_id_from_study_id_trial_number(study_id, 0)
+    values = [1.5] if state == TrialState.COMPLETE else None
+    assert (store.get_trial(trial_id).state, store.get_trial(trial_id).values) == (state, values)
+    other = open_store(store.address)
+    with pytest.raises(UpdateFinishedTrialError):
+        other.set_trial_state_values(trial_id, state, values)  # who did not claim it
+    with pytest.raises(UpdateFinishedTrialError):
+        store.set_trial_state_values(trial_id, TrialState.COMPLETE, [2.0])
+    other.close()
+
+
+# -- several processes -------------------------------------------------------------------------------------------------
+
+
 def _fill_and_claim(address: str, study_id: int, results: multiprocessing.Queue[tuple[int, list[int]]]) -> None:
     store = open_store(address)
     added = store.fill(study_id, lambda present: [ticket() for _ in range(60 - len(present))])
@@ -147,133 +217,3 @@ def test_processes_never_claim_the_same_ticket_nor_overfill(url: str) -> None:
     taken = [number for _, mine in found for number in mine]
     assert len(taken) == len(set(taken)) == 60
     store.close()
-
-
-# -- settings and refusals -------------------------------------------------------------------------------------------
-
-
-def test_sqlite_runs_in_wal_with_a_long_busy_timeout(sqlite_store: Store) -> None:
-    with sqlite_store.tickets.engine.connect() as connection:
-        pragma = {
-            key: connection.exec_driver_sql(f"PRAGMA {key}").scalar()
-            for key in ("journal_mode", "synchronous", "busy_timeout")
-        }
-    assert pragma == {"journal_mode": "wal", "synchronous": 1, "busy_timeout": 60000}
-
-
-@pytest.mark.parametrize(
-    ("address", "words"),
-    [
-        ("mysql://user:secret@host/db", "no store of kind"),
-        ("sqlite://", "needs a file"),
-        ("nonsense://", "no store of kind"),
-        ("://", "no store address"),
-        ("postgresql://someone:secret@127.0.0.1:1/none", "cannot be reached"),
-    ],
-)
-def test_refusals_are_one_line_without_the_password(address: str, words: str) -> None:
-    with pytest.raises(StoreError) as caught:
-        open_store(address)
-    assert words in str(caught.value)
-    assert "secret" not in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_missing_store_is_not_made_by_looking(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="no such store"):
-        open_store(str(tmp_path / "none.db"), create=False)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_foreign_file_is_refused_and_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / "notes.db"
-    path.write_bytes(b"these are notes and no database" * 100)
-    before = path.read_bytes()
-    with pytest.raises(StoreError, match="not usable as a store"):
-        open_store(str(path))
-    assert path.read_bytes() == before
-
-
-def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="cannot be made"):
-        open_store(str(tmp_path / "file" / "studies.db"))
-
-
-def test_opening_twice_takes_no_lock_away(tmp_path: Path) -> None:
-    """A process that closes a file loses all its locks on it; another one then takes the log away from under it."""
-    address = str(tmp_path / "studies.db")
-    first = open_store(address)
-    assert first.get_all_studies() == []
-    second = open_store(address)
-    assert second.get_all_studies() == []
-    code = "import sys; from optuna.study import StudyDirection; from ris_hpo.store.open import open_store; "
-    code += "s = open_store(sys.argv[1]); s.create_new_study([StudyDirection.MINIMIZE], sys.argv[2]); s.close()"
-    for name in ("one", "two"):
-        subprocess.run([sys.executable, "-c", code, address, name], check=True)
-        assert (tmp_path / "studies.db-wal").exists()  # it did not think itself the last one
-    for store in (first, second):
-        assert [study.study_name for study in store.get_all_studies()] == ["one", "two"]
-        store.close()
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes read-only files")
-def test_a_read_only_store(tmp_path: Path) -> None:
-    path = tmp_path / "studies.db"
-    open_store(str(path)).close()
-    path.chmod(stat.S_IRUSR)
-    with pytest.raises(StoreError, match="not usable"):
-        open_store(str(path))
-
-
-def test_network_file_systems_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "file_system_of", lambda path: "nfs4")
-    with pytest.raises(StoreError, match="network file system \\(nfs4\\)"):
-        open_store(str(tmp_path / "studies.db"))
-
-
-def test_file_system_of_knows_this_disk(tmp_path: Path) -> None:
-    assert module.file_system_of(tmp_path) not in ("", "nfs4")
-
-
-def test_default_url_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(module.URL_VARIABLE, raising=False)
-    monkeypatch.setenv(STORAGE_VARIABLE, "/somewhere")
-    assert module.default_url() == "sqlite:////somewhere/studies.db"
-    monkeypatch.setenv(module.URL_VARIABLE, "postgresql://host/db")
-    assert module.default_url() == "postgresql://host/db"
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("postgresql://me:pa:ss@w0rd@host/db", "postgresql://me:***@host/db"),
-        ("see postgresql+psycopg://me:secret@host:5432/db now", "see postgresql+psycopg://me:***@host:5432/db now"),
-        ("postgresql://me@host/db", "postgresql://me@host/db"),
-        ("host=a password=secret user=b", "host=a password=*** user=b"),
-        ("postgresql://host/db?user=me&password=secret", "postgresql://host/db?user=me&password=***"),
-        ("sqlite:////tmp/a.db", "sqlite:////tmp/a.db"),
-    ],
-)
-def test_redaction(text: str, shown: str) -> None:
-    assert redact(text) == shown
-
-
-@pytest.mark.postgres
-def test_passwords_from_the_surroundings(postgres: Postgres, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    address = postgres.url()
-    secret = tmp_path / "secret"
-    secret.write_text("from{file}\n")
-    monkeypatch.setenv(credentials.PASSWORD_FILE_VARIABLE, str(secret))
-    store = open_store(address)
-    assert store.tickets.engine_kwargs["connect_args"]["password"] == "from{file}"
-    assert "from{file}" not in store.tickets.url
-    store.close()
-    monkeypatch.setenv(credentials.PASSWORD_VARIABLE, "direct")
-    store = open_store(address)
-    assert store.tickets.engine_kwargs["connect_args"]["password"] == "direct"
-    store.close()
-    secret.unlink()
-    monkeypatch.delenv(credentials.PASSWORD_VARIABLE)
-    with pytest.raises(StoreError, match="cannot be read"):
-        open_store(address)

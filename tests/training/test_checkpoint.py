@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,7 +150,29 @@ def test_damaged_telemetry_is_one_line(tmp_path):
 
 
 def test_missing_checkpoint_is_one_line(tmp_path):
-    with pytest.raises(CheckpointError, match="no such checkpoint"):
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_network(tmp_path)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_a_checkpoint_has_the_permissions_that_umask_gives(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        for _ in range(2):  # made, and replaced
+            checkpoint.write(tmp_path / BEST, {"x": torch.zeros(1)}, {})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / BEST).stat().st_mode) == 0o666 & ~umask
+
+
+def test_an_unreadable_checkpoint_is_not_said_to_be_missing(tmp_path, monkeypatch):
+    checkpoint.write(tmp_path / BEST, {"x": torch.zeros(1)}, {})
+
+    def refused(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(CheckpointError, match=r"best.safetensors: cannot be read \(Permission denied\)"):
         load_network(tmp_path)
 
 
