@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import socket
 import sys
@@ -191,7 +192,7 @@ def worker(
 
     if device != "cpu":
         find_device(device)
-    store = open_store(storage, create=False)
+    store = open_store(storage, create=False, write=True)
     title = standing.choose_study(store, study)
     joined = get_study(store, title)
     job = job_for(store, joined)
@@ -230,10 +231,10 @@ def best(
     from functools import partial
 
     from ris_hpo.physics.device import find_device
-    from ris_hpo.process import storage_directory
     from ris_hpo.results import winner
     from ris_hpo.search.lifecycle import get_study, stored_spec
     from ris_hpo.search.lifecycle import status as status_of
+    from ris_hpo.store.folders import study_folder
     from ris_hpo.store.open import open_store
 
     find_device(device)
@@ -245,7 +246,7 @@ def best(
         raise StudyError(f"study '{title}' has no completed trial yet")
     verdict: dict[str, Any] | None = None
     if not no_confirm:
-        spec, directory = stored_spec(chosen), storage_directory() / "winner" / title
+        spec, directory = stored_spec(chosen), study_folder(store, title) / "winner"
         with display.progress((top + 1) * seeds, "runs") as advance:
             found = winner.confirm(
                 chosen,

@@ -27,10 +27,12 @@ class Artifacts:
     Args:
         owner: the trial the files belong to, or the study itself.
         folder: of the artifact store, as given to the dashboard.
+        listing: file to note the names of new files in, which go when their study goes; None for none.
     """
 
-    def __init__(self, owner: optuna.Trial | optuna.Study, folder: Path) -> None:
+    def __init__(self, owner: optuna.Trial | optuna.Study, folder: Path, listing: Path | None = None) -> None:
         self._owner = owner
+        self._listing = listing
         self._store = _Folder(folder)
         known = get_all_artifact_meta(owner)
         self.identifiers = {meta.filename: meta.artifact_id for meta in known}
@@ -67,6 +69,9 @@ class Artifacts:
                 study_or_trial=self._owner,
                 mimetype=MIMETYPES[file.suffix],
             )
+        if self._listing is not None:
+            with self._listing.open("a", encoding="utf-8") as listing:
+                listing.write(f"{self.identifiers[name]}\n")
 
 
 def _one_line(error: Exception) -> str:

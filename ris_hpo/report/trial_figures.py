@@ -39,6 +39,7 @@ from ris_hpo.physics.sources import Sources
 from ris_hpo.report.artifacts import Artifacts
 from ris_hpo.scoring.metrics import SceneErrors, Scores, floor_errors, scene_errors
 from ris_hpo.store import attributes as names
+from ris_hpo.store.folders import ARTIFACTS
 from ris_hpo.training import telemetry
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class TrialFigures:
         self._clock = clock
         self._begun = clock()
         self._spent = 0.0
-        self._artifacts = Artifacts(trial, artifacts)
+        self._artifacts = Artifacts(trial, artifacts, directory / ARTIFACTS)
         self._missing: dict[str, str] = {}
         self._reference = _k_loc(study.user_attrs.get(names.REFERENCE, {}).get("ml"))
 

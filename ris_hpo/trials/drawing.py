@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from optuna.exceptions import UpdateFinishedTrialError
 
-from ris_hpo.errors import StoreError
+from ris_hpo.errors import StoreError, StudyGoneError
 from ris_hpo.trials.failures import one_line
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class Drawing:
     def _attempted(self, draw: Callable[[], Any]) -> Any:
         try:
             return draw()
-        except (StoreError, UpdateFinishedTrialError):
+        except (StoreError, StudyGoneError, UpdateFinishedTrialError):
             raise
         except Exception as error:  # a figure may fail in any way, and none is worth hours of training
             log.error("trial %d goes on without figures: %s", self._number, one_line(error), exc_info=True)

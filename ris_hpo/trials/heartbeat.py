@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from optuna.exceptions import UpdateFinishedTrialError
 
-from ris_hpo.errors import StoreError
+from ris_hpo.errors import StoreError, StudyGoneError
 from ris_hpo.store import attributes as names
 from ris_hpo.store.cache import Store
 
@@ -41,7 +41,7 @@ def heartbeat(store: Store, study_id: int, number: int, seconds: Callable[[], fl
                 store.mark(study_id, number, {names.SECONDS: seconds()})
             except StoreError:
                 continue  # the trial meets the same error; a store that comes back finds this thread beating
-            except (UpdateFinishedTrialError, KeyError):
+            except (UpdateFinishedTrialError, StudyGoneError):
                 break  # declared lost, or deleted with its study: the trial finds out at its next report
         store.remove_session()
 

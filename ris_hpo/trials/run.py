@@ -18,7 +18,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.pruners import NopPruner
 from optuna.trial import FrozenTrial, TrialState
 
-from ris_hpo.errors import CheckpointError, GateError, StoreError, TrainingDivergedError, WorkerError
+from ris_hpo.errors import CheckpointError, GateError, StoreError, StudyGoneError, TrainingDivergedError, WorkerError
 from ris_hpo.programs.program import Program
 from ris_hpo.scoring.k_loc import WORST_K_LOC, efficiency, finite_score
 from ris_hpo.search.counting import lineage_root
@@ -144,6 +144,7 @@ def run_trial(environment: TrialEnvironment, number: int, owner: Owner) -> Outco
     Raises:
         UnfitHostError: this machine is at fault (disk full, device gone); the trial is put back.
         StoreError: the store stays away; the trial will be recovered by whoever finds it.
+        StudyGoneError: the study was deleted or renamed meanwhile.
     """
     store, study_id, spec = environment.store, environment.study_id, environment.spec
     trial_id = store.get_trial_id_from_study_id_trial_number(study_id, number)
@@ -159,7 +160,7 @@ def run_trial(environment: TrialEnvironment, number: int, owner: Owner) -> Outco
             outcome = _Attempt(environment, claimed, trial, owner, record).run()
         except UpdateFinishedTrialError:
             return Outcome("fenced", number, error="declared lost while this worker was silent; its successor goes on")
-        except StoreError:
+        except (StoreError, StudyGoneError):
             raise
         except Exception as error:  # without a cause written down the trial would look lost, and come back for ever
             if is_host_fault(error):

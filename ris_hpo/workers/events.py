@@ -46,6 +46,13 @@ class Ready:
 
 
 @dataclass(frozen=True)
+class Note:
+    """One line that a person should read: the worker waits, and for what."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Left:
     """The worker has ended, or is about to; the last event of each worker.
 
@@ -58,9 +65,9 @@ class Left:
     error: str = ""
 
 
-Event = Ready | Started | Report | Scoring | Outcome | Left
+Event = Ready | Started | Report | Scoring | Outcome | Note | Left
 
-_KINDS: Final[dict[str, Any]] = {kind.__name__: kind for kind in (Ready, Started, Report, Scoring, Outcome, Left)}
+_KINDS: Final[dict[str, Any]] = {kind.__name__: kind for kind in (Ready, Started, Report, Scoring, Outcome, Note, Left)}
 
 
 def encode(event: Event) -> str:

@@ -24,7 +24,7 @@ from ris_hpo.store.cache import Store
 from ris_hpo.store.owner import Owner, Process, this_process
 from ris_hpo.trials.run import Outcome, Report, Scoring, Started
 from ris_hpo.workers.devices import Slot
-from ris_hpo.workers.events import Event, Left, Ready, Reason
+from ris_hpo.workers.events import Event, Left, Note, Ready, Reason
 from ris_hpo.workers.worker import WorkerJob
 
 _GRACE_S = 7.0  # for checkpoints after a stop was asked for
@@ -317,6 +317,8 @@ class WorkerPool:
             case Outcome():
                 place.running, place.state = None, "idle"
                 self._count_outcome(place, event)
+            case Note(text=text):
+                self.messages.append(f"worker {place.slot.index}: {text}")
             case Left():
                 self._handle_end(place, event)
 

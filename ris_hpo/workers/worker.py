@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 import sys
 import threading
@@ -30,14 +31,17 @@ from ris_hpo.programs.program import load_program
 from ris_hpo.search.lifecycle import get_study, stored_spec
 from ris_hpo.store.attributes import Cause
 from ris_hpo.store.cache import Store
+from ris_hpo.store.folders import study_folder
 from ris_hpo.store.open import HEARTBEAT_S, open_store
 from ris_hpo.store.owner import Owner, this_process
 from ris_hpo.store.patience import PATIENCE_S
 from ris_hpo.trials.drawing import Figures
 from ris_hpo.trials.run import TrialEnvironment, UnfitHostError, run_trial
-from ris_hpo.workers.events import Event, Left, Ready, Reason, encode
+from ris_hpo.workers.events import Event, Left, Note, Ready, Reason, encode
 
 THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+log = logging.getLogger("ris_hpo.store")
 
 _SHORTEST_WAIT_S = 0.05
 _LONGEST_WAIT_S = 1.0
@@ -50,12 +54,14 @@ class WorkerJob:
     Attributes:
         address: the store; may hold a password, and is never put on a command line.
         study: the study's name.
-        directory: folder of the trials' checkpoints.
+        directory: folder of the trials' checkpoints, on the machine of the supervisor.
         device: torch device.
         threads: torch threads; None leaves torch's own choice.
         artifacts: folder of the dashboard's figures of trained networks; None draws none.
         heartbeat: seconds between heartbeats; None for none.
         max_trials: trials after which this worker leaves; None for as many as there are.
+        storage: storage directory in which the worker finds the study's folder, which may be another one on another
+            machine; None for ``directory`` as it is.
     """
 
     address: str
@@ -66,6 +72,7 @@ class WorkerJob:
     artifacts: str | None = None
     heartbeat: int | None = HEARTBEAT_S
     max_trials: int | None = None
+    storage: str | None = None
 
 
 def job_for(
@@ -81,7 +88,7 @@ def job_for(
     Args:
         store: the store.
         study: the study.
-        directory: folder of the trials; None for the storage directory's.
+        directory: folder of the trials; None for the study's own in the storage directory.
         artifacts: folder of the dashboard's figures; None for the storage directory's.
         heartbeat: seconds between heartbeats; None for none.
     """
@@ -89,9 +96,10 @@ def job_for(
     return WorkerJob(
         address=store.address,
         study=study.study_name,
-        directory=str(directory or storage / "trials" / study.study_name),
+        directory=str(directory or study_folder(store, study.study_name, storage)),
         artifacts=str(artifacts or storage / "artifacts"),
         heartbeat=heartbeat,
+        storage=None if directory else str(storage),
     )
 
 
@@ -122,12 +130,12 @@ def run_worker(
         notify: called with every event but ``Left``.
 
     Raises:
-        StudyError: no such study.
+        StudyError: no such study, or it was deleted or renamed meanwhile.
         StoreError: the store cannot be opened, or stays away.
         UnfitHostError: this machine cannot run trials now; the trial at hand was put back.
     """
     _limit_threads(job.threads)
-    store = open_store(job.address, create=False, heartbeat=job.heartbeat, patience_s=PATIENCE_S)
+    store = open_store(job.address, create=False, write=True, heartbeat=job.heartbeat, patience_s=PATIENCE_S)
     try:
         study = get_study(store, job.study)
         study_id = store.get_study_id_from_name(job.study)
@@ -172,6 +180,8 @@ def _environment(
 ) -> TrialEnvironment:
     spec = stored_spec(study)
     root = Path(job.directory)
+    if job.storage is not None:
+        root = study_folder(store, job.study, Path(job.storage))
     figures: Callable[[optuna.Trial, Path], Figures] | None = None
     if job.artifacts is not None and spec.program is None and spec.kind == "training":
         from ris_hpo.report.trial_figures import TrialFigures  # imported late, since it brings torch
@@ -212,6 +222,8 @@ def work(job: WorkerJob, stop: Callable[[], bool], notify: Callable[[Event], Non
         stop: asked between training steps.
         notify: called with every event.
     """
+    notes = _Notes(notify)
+    log.addHandler(notes)
     try:
         report = run_worker(job, stop=stop, notify=notify)
         left = Left(report.reason, report.error)
@@ -221,8 +233,21 @@ def work(job: WorkerJob, stop: Callable[[], bool], notify: Callable[[Event], Non
         left = Left(Reason.STORE, str(error))
     except RisHpoError as error:
         left = Left(Reason.REFUSED, str(error))
+    finally:
+        log.removeHandler(notes)
     notify(left)
     return left
+
+
+class _Notes(logging.Handler):
+    """Reports what the store logs as a warning: that this worker waits, and for what."""
+
+    def __init__(self, notify: Callable[[Event], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._notify = notify
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._notify(Note(record.getMessage()))
 
 
 # -- the process of a local slot -------------------------------------------------------------------------------------
@@ -236,10 +261,12 @@ def main(arguments: Mapping[str, Any]) -> None:
     """
     job = WorkerJob(**arguments["job"])
     with os.fdopen(arguments["events"], "w", buffering=1, encoding="utf-8") as events, StopSignals() as stop:
+        lock = threading.Lock()  # the thread of the heartbeat has its notes
 
         def notify(event: Event) -> None:
             try:
-                events.write(encode(event) + "\n")
+                with lock:
+                    events.write(encode(event) + "\n")
             except BrokenPipeError:
                 stop.ask()
 

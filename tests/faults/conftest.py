@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.service.conftest import HERE, program, sqlite_store, store, url
+from tests.service.conftest import IMPORTABLE, program, sqlite_store, store, url
 
 __all__ = ["program", "sqlite_store", "store", "url"]
 
@@ -17,7 +17,7 @@ __all__ = ["program", "sqlite_store", "store", "url"]
 @pytest.fixture(autouse=True)
 def _importable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Let worker processes import the test double, which notes every validation in the journal."""
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.setenv("PYTHONPATH", IMPORTABLE)
     monkeypatch.setenv("DOUBLE_JOURNAL", str(tmp_path / "journal"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import optuna
 import pytest
 
+from ris_hpo.process import STORAGE_VARIABLE
 from ris_hpo.programs.program import Program, load_program
 from ris_hpo.search.files import parse_study
 from ris_hpo.search.spec import StudySpec
@@ -18,6 +20,8 @@ from ris_hpo.store.owner import Owner, Process
 from tests.postgres import Postgres
 
 HERE = Path(__file__).parent
+IMPORTABLE = os.pathsep.join([str(HERE), str(HERE.parents[1])])
+"""``PYTHONPATH`` of worker processes: the double, and this very package, installed or not."""
 DOUBLE = "double"
 sys.path.append(str(HERE))  # where the double is found
 
@@ -53,6 +57,13 @@ def make_spec(name: str = "unit", **changes: object) -> StudySpec:
 
 def id_of(store: Store, study: optuna.Study) -> int:
     return int(store.get_study_id_from_name(study.study_name))
+
+
+@pytest.fixture(autouse=True)
+def storage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The storage directory, for what is not given a folder."""
+    monkeypatch.setenv(STORAGE_VARIABLE, str(tmp_path / "storage"))
+    return tmp_path / "storage"
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])

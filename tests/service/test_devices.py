@@ -23,7 +23,7 @@ from ris_hpo.workers.devices import Slot, plan_slots
 from ris_hpo.workers.local import LocalProcesses
 from tests.postgres import Postgres
 
-from .conftest import HERE, id_of, make_spec
+from .conftest import IMPORTABLE, id_of, make_spec
 from .pools import supervisor_of
 
 GPUS = [("GPU-aaaa", "Big One", 80_000, 70_000), ("GPU-bbbb", "Big One", 80_000, 2_000)]
@@ -200,7 +200,7 @@ def test_a_workers_command_line_and_attributes_hold_no_password(
     canary = "canary-4711"
     address = postgres.url().replace("postgres:@", f"postgres:{canary}@")  # the server trusts local users anyway
     assert canary in address
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.setenv("PYTHONPATH", IMPORTABLE)
     store = open_store(address)
     study = create_or_resume_study(store, make_spec(), score_version=1, command=f"run --storage {address}")
     fill_budget(store, study, 2, program=program)

@@ -14,13 +14,13 @@ from ris_hpo.store import attributes as names
 from ris_hpo.store.attributes import Cause
 from ris_hpo.store.cache import Store
 
-from .conftest import HERE
+from .conftest import IMPORTABLE
 from .pools import begin, drain, slow_base, supervisor_of
 
 
 @pytest.fixture(autouse=True)
 def _importable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.setenv("PYTHONPATH", IMPORTABLE)
     monkeypatch.setenv("DOUBLE_JOURNAL", str(tmp_path / "journal"))
 
 

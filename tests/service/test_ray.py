@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from ris_hpo.workers.supervisor import Supervisor
 from ris_hpo.workers.worker import job_for
 from tests.postgres import Postgres
 
-from .conftest import HERE, make_spec
+from .conftest import IMPORTABLE, make_spec
 from .pools import same_curves, slow_base
 
 pytestmark = [
@@ -79,7 +78,7 @@ def supervisor_of(
     store: Store, study: Any, cluster: RayCluster, folder: Path, *, heartbeat: int = 10, **options: Any
 ) -> Supervisor:
     options.setdefault("device", "cpu")  # GPUs are declared, not there
-    environment = {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])])}
+    environment = {"PYTHONPATH": IMPORTABLE}
     actors = RayActors(store, address=cluster.address, environment=environment, **options)
     return Supervisor(store, study, actors, job_for(store, study, directory=folder / "trials", heartbeat=heartbeat))
 

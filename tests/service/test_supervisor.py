@@ -19,7 +19,7 @@ from ris_hpo.store.cache import Store
 from ris_hpo.trials.run import Outcome, Report, Scoring, Started
 from ris_hpo.workers import pool as pool_module
 from ris_hpo.workers.devices import Slot
-from ris_hpo.workers.events import Event, Left, Ready, Reason, decode, encode
+from ris_hpo.workers.events import Event, Left, Note, Ready, Reason, decode, encode
 from ris_hpo.workers.pool import Worker, WorkerPool
 from ris_hpo.workers.supervisor import Supervisor
 from ris_hpo.workers.worker import WorkerJob, job_for
@@ -137,7 +137,7 @@ def turn(pool: WorkerPool, times: int = 1) -> None:
 @pytest.mark.parametrize(
     "event",
     [
-        Ready(str(elsewhere())), Started(3, 1.5), report(), Scoring(3), Left(Reason.CRASHED, "signal 9"),
+        Ready(str(elsewhere())), Started(3, 1.5), report(), Scoring(3), Note("x"), Left(Reason.CRASHED, "signal 9"),
         Left(Reason.DONE), Outcome("failed", 3, cause=Cause.BUG, error="x"), Outcome("complete", 3, value=1.5),
     ],
 )  # fmt: skip
