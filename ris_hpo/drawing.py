@@ -239,14 +239,14 @@ def logarithmic(axes: Axes, side: str, low: float, high: float) -> None:
     axis = axes.xaxis if side == "x" else axes.yaxis
     (axes.set_xscale if side == "x" else axes.set_yscale)("log")
     (axes.set_xlim if side == "x" else axes.set_ylim)(low, high)
-    axis.set_major_locator(log_ticks(low, high))
+    axis.set_major_locator(log_ticks(low, high, 1.6 if side == "x" else 2.2))  # labels are wider than they are high
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(lambda value, _: short_number(value))
 
 
-def log_ticks(low: float, high: float) -> LogLocator:
-    """Return ticks at powers of ten, or at 1, 2 and 5 times them where the axis covers little more than one."""
-    return LogLocator(subs=(1.0,) if math.log10(high / low) > 1.6 else (1.0, 2.0, 5.0), numticks=6)
+def log_ticks(low: float, high: float, few_decades: float = 1.6) -> LogLocator:
+    """Return ticks at powers of ten, or at 1, 2 and 5 times them on an axis of at most ``few_decades``."""
+    return LogLocator(subs=(1.0,) if math.log10(high / low) > few_decades else (1.0, 2.0, 5.0), numticks=6)
 
 
 def categories(axes: Axes, names: Sequence[str]) -> None:
