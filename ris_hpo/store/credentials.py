@@ -7,8 +7,6 @@ import re
 from pathlib import Path
 from typing import Final
 
-import sqlalchemy
-
 from ris_hpo.errors import StoreError
 
 PASSWORD_VARIABLE: Final = "RIS_HPO_STORAGE_PASSWORD"
@@ -49,6 +47,8 @@ def with_password(address: str) -> str:
 
     An address with a password of its own, and one of an SQLite file, come back as they are.
     """
+    import sqlalchemy  # imported late: messages of every command go through ``redact``
+
     url = sqlalchemy.make_url(address)
     password = password_from_surroundings()
     if url.get_backend_name() == "sqlite" or url.password or password is None:
