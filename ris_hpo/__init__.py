@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from ris_hpo.physics.sources import Sources as Sources
     from ris_hpo.scoring.metrics import score as score
     from ris_hpo.training.config import RunConfig as RunConfig
+    from ris_hpo.training.finished import load_network as load_network
     from ris_hpo.training.trainer import Trainer as Trainer
-    from ris_hpo.training.trainer import load_network as load_network
 
 _HOME = {
     "RunConfig": "training.config",
@@ -34,7 +34,7 @@ _HOME = {
     "Sources": "physics.sources",
     "Trainer": "training.trainer",
     "estimate": "estimators.estimate",
-    "load_network": "training.trainer",
+    "load_network": "training.finished",
     "load_scenes": "physics.files",
     "localize": "learning.inference",
     "save_scenes": "physics.files",

@@ -59,12 +59,15 @@ def _from_0(settings: str, tree: Tree) -> None:
 
     Three inference settings replaced those of the likelihood that do the same; now there are the likelihood's alone.
     And its networks could not answer that there is no source: 1 was the least that was searched.
+    Weight decay acted on biases and on the gains of norms as well.
     """
     if settings != "study":
         for old, new in RENAMED.items():
             move(tree, old, new)
         path = "inference.likelihood.num_sources"
         move(tree, path, path, lambda counts: [0, *counts[1:]] if counts[0] == 1 else counts)
+    if settings == "training" and has(tree, "optimizer.weight_decay"):
+        tree["optimizer"]["decay"] = "all"
 
 
 STEPS: Final[tuple[Callable[[str, Tree], None], ...]] = (_from_0,)

@@ -178,7 +178,8 @@ def test_a_fingerprint_is_checked_under_the_version_that_recorded_it(next_versio
         stored["optimizer"] = {**stored["optimizer"], "clip": 2.5}
         assert not next_version.is_fingerprint_of(recorded, stored, "test")
     old = {SCHEMA_KEY: 0, **trees[0]}  # made by version 0, run again by version 1
-    assert next_version.is_fingerprint_of(by_version[1], old, "test")
+    again = f"1-{fingerprint({'optimizer': {'clip': 2, 'decay': 'all'}})}"  # what version 0 did is no default any more
+    assert next_version.is_fingerprint_of(again, old, "test")
     assert not next_version.is_fingerprint_of("no-fingerprint", old, "test")
     current = next_version.from_stored(old, "test")
     assert next_version.is_fingerprint_of(current.fingerprint(), old, "test")
@@ -259,7 +260,8 @@ def test_an_old_trial_is_exported(old_store: Store, tmp_path: Path) -> None:
 
 
 def test_an_old_study_is_resumed_and_its_trials_repeat(old_store: Store, tmp_path: Path) -> None:
-    study = create_or_resume_study(old_store, load_study("smoke"), changes={"budget.n_trials": 5})
+    spec = load_study("smoke").with_base({"optimizer.decay": "all"})  # which was the default then
+    study = create_or_resume_study(old_store, spec, changes={"budget.n_trials": 5})
     fill_budget(old_store, study, 5)
     folder = str(tmp_path / "storage" / "trials" / "smoke")
     report = run_worker(WorkerJob(old_store.address, "smoke", directory=folder, artifacts=str(tmp_path / "artifacts")))

@@ -120,7 +120,7 @@ def _learned(checkpoint: Path, name: str, pairs: Sequence[str] | None, device: s
     from ris_hpo.learning.bundle import is_bundle, load_bundle
     from ris_hpo.learning.inference import localize, network_sources, predict
     from ris_hpo.learning.network import Network
-    from ris_hpo.training.checkpoint import load_network
+    from ris_hpo.training.finished import load_network
 
     if is_bundle(checkpoint):
         bundle = load_bundle(checkpoint, device=device, form="weights")  # its exported program is code

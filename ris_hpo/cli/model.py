@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ris_hpo.physics.scene import Scenes
     from ris_hpo.physics.sources import Sources
     from ris_hpo.scoring.evaluate import Evaluation, Row
+    from ris_hpo.training.results import Validation
+    from ris_hpo.training.trainer import Trainer
 
 PANEL = "Scenes and networks"
 CHUNK = 512
@@ -86,28 +88,32 @@ def simulate(
 
 
 def train(
-    out: Annotated[Path, typer.Option(help="Folder for checkpoints and telemetry; going on where it stopped.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; one that is there already is continued.")],
     config: Annotated[Path | None, typer.Option(help="Run configuration, TOML.", show_default="the defaults")] = None,
     set_: options.Changes = None,
     num_scenes: Annotated[
-        int | None, typer.Option(min=1, help="Scenes to train on in all.", show_default="the configuration's")
+        int | None,
+        typer.Option(min=1, help="Scenes to train on, repeated ones counted.", show_default="budget.scenes"),
     ] = None,
-    scenes: Annotated[Path | None, typer.Option(help="Train on this scene file instead of fresh scenes.")] = None,
+    scenes: Annotated[Path | None, typer.Option(help="Train on this scene file instead of simulated scenes.")] = None,
+    validation: Annotated[
+        Path | None,
+        typer.Option(help="Validate on this scene file.", show_default="a fifth of --scenes, drawn by a seed"),
+    ] = None,
     curriculum: Annotated[
-        bool, typer.Option("--curriculum", help="Go through the phases, each with its gate.")
+        bool, typer.Option("--curriculum", help="Train in phases; each ends with conditions on its scores (gates).")
     ] = False,
     replay: Annotated[
-        bool, typer.Option("--replay", help="Check that an exported trial's own curve comes out again, then end.")
+        bool, typer.Option("--replay", help="Train an exported trial again, compare the two curves, and end.")
     ] = False,
     device: options.Device = "cpu",
-    plot: Annotated[Path | None, typer.Option(help="Draw the curve of the run: .png, .svg or .pdf.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the learning curve: .png, .svg or .pdf.")] = None,
     json_: options.Json = False,
 ) -> None:
-    """Train one configuration at its full budget; Ctrl-C saves, the same command goes on."""
+    """Train one configuration to the end of its budget; Ctrl-C saves it, the same command continues it."""
     from ris_hpo.physics.device import find_device
     from ris_hpo.physics.files import load_scenes
     from ris_hpo.process import StopSignals
-    from ris_hpo.scoring.k_loc import efficiency
     from ris_hpo.training.curriculum import with_curriculum
     from ris_hpo.training.trainer import Trainer
 
@@ -116,70 +122,89 @@ def train(
         options.check_output(plot, suffix=options.PLOT_SUFFIXES)
     find_device(device)
     if replay:
-        if config is None or set_ or num_scenes is not None or scenes is not None or curriculum:
+        if config is None or set_ or num_scenes is not None or scenes or validation or curriculum:
             raise options.UsageError("--replay needs --config alone: the exported trial, unchanged")
         _replay(config, out, device, json_=json_)
         return
+    if validation is not None and scenes is None:
+        raise options.UsageError("--validation needs --scenes")
     spec = options.changed(methods.run_config(config), set_)
     if num_scenes is not None:
         spec = spec.replaced({"budget.scenes": num_scenes})
     if curriculum:
         spec = with_curriculum(spec)
-    data = load_scenes(scenes, spec.scene.geometry) if scenes else None
-    trainer = Trainer(spec, out, device=device, scenes=data)
+    own, held = (load_scenes(path, spec.scene.geometry) if path else None for path in (scenes, validation))
+    trainer = Trainer(spec, out, device=device, scenes=own, validation=held)
+    for line in _outline(trainer):
+        display.print_note(line)
     if trainer.scenes_seen:
-        display.print_note(f"{out}: going on at {trainer.scenes_seen:,} of {spec.budget.scenes:,} scenes")
-    gates = 0
-    with StopSignals() as stop, display.progress(spec.budget.scenes, "scenes") as advance:
-        for validation in trainer.run(stop):
-            score, floor = validation.network.k_loc, validation.floor.k_loc
-            advance(validation.scenes_seen, f"k_loc {score:.3f} | floor {floor:.3f} | loss {validation.loss:.3f}")
-            gates = _tell_gates(out, gates) if spec.phases else 0
+        display.print_note(f"{out}: continuing at {trainer.scenes_seen:,} of {trainer.plan.total:,} scenes")
+    with StopSignals() as stop, display.progress(trainer.plan.total, "scenes") as advance:
+        for each in trainer.run(stop):
+            k_loc, floor = each.network.k_loc, each.floor.k_loc
+            advance(each.scenes_seen, f"k_loc {k_loc:.3f} | floor {floor:.3f} | loss {each.loss:.3f}")
+            for line in _gates(trainer, each):
+                display.print_note(line)
     if not trainer.finished:
-        display.print_note(f"stopped at {trainer.scenes_seen:,} scenes, saved; the same command goes on")
+        display.print_note(f"stopped at {trainer.scenes_seen:,} scenes, saved; the same command continues")
         raise typer.Exit(options.INTERRUPTED)
     if plot is not None:
         from ris_hpo.cli import plots
 
         plots.learning_curve(trainer.initial, trainer.history, str(out), plot)
-    found = trainer.conclude()
-    result = {
-        "checkpoint": str(out),
-        "config_fingerprint": spec.fingerprint(),
-        "scenes": trainer.scenes_seen,
-        "diagnosis": trainer.diagnosis(),
-        "parameters": found.parameters,
-        "network": {**found.network.as_dict(), "floor": found.floor.k_loc},
-        "pipeline": {**found.pipeline.as_dict(), "floor": found.pipeline_floor.k_loc},
-    }
+    _show_run(trainer, json_=json_)
+
+
+def _outline(trainer: Trainer) -> Iterator[str]:
+    """What is not plain from the options of a run: how its own scenes are divided, and where its phases end."""
+    own, plan = trainer.data.own, trainer.plan
+    if own is not None:
+        uses = {"to train on": own.training, "to validate on": own.validation, "to fit the count on": own.calibration}
+        parts = ", ".join(f"{len(scenes):,} {use}" for use, scenes in uses.items() if scenes is not None)
+        seed = trainer.config.budget.validation_seed
+        yield f"own scenes: {parts}" + (f" (held out by budget.validation_seed = {seed})" if own.divided else "")
+    if trainer.config.phases:
+        parts = ", ".join(f"'{phase.name}' to {end:,}" for phase, end in zip(plan.phases, plan.ends, strict=True))
+        yield f"phases, in scenes seen: {parts}"
+
+
+def _gates(trainer: Trainer, validation: Validation) -> Iterator[str]:
+    """The verdicts at the end of a phase, and whether it is extended."""
+    for verdict in validation.verdicts:
+        yield f"phase '{verdict.phase}': {verdict}: {'passed' if verdict.passed else 'not passed'}"
+    if trainer.failure is None and not all(verdict.passed for verdict in validation.verdicts):
+        yield f"phase '{validation.verdicts[0].phase}' is extended; the run now takes {trainer.plan.total:,} scenes"
+
+
+def _show_run(trainer: Trainer, *, json_: bool) -> None:
+    """Score a run that has ended, on both paths."""
+    from ris_hpo.scoring.k_loc import efficiency
+
+    found, out = trainer.conclude(), trainer.directory
+    paths = {"network": (found.network, found.floor), "pipeline": (found.pipeline, found.pipeline_floor)}
     if json_:
-        display.print_json(result)
+        result = {
+            "checkpoint": str(out),
+            "config_fingerprint": trainer.config.fingerprint(),
+            "data_fingerprint": trainer.data.fingerprint,
+            "scenes": trainer.scenes_seen,
+            "diagnosis": trainer.diagnosis(),
+            "parameters": found.parameters,
+        }
+        display.print_json(
+            result | {path: {**scores.as_dict(), "floor": floor.k_loc} for path, (scores, floor) in paths.items()}
+        )
         return
     rows = []
-    for path, scores, bound in (
-        ("network", found.network, found.floor),
-        ("pipeline", found.pipeline, found.pipeline_floor),
-    ):
-        share = efficiency(scores.k_loc, bound.k_loc)
+    for path, (scores, floor) in paths.items():
+        share = efficiency(scores.k_loc, floor.k_loc)
         rows.append(
-            (path, scores.k_loc, bound.k_loc, share, scores.k_acc, scores.success, bound.success, scores.num_scenes)
+            (path, scores.k_loc, floor.k_loc, share, scores.k_acc, scores.success, floor.success, scores.num_scenes)
         )
     columns = ["path", "k_loc", "floor", "efficiency", "K_acc", "success", "success floor", "scenes"]
     display.table(f"{out} after {trainer.scenes_seen:,} scenes", columns, rows)
     display.print_result(trainer.diagnosis())
     display.print_note(f"next: ris-hpo evaluate --checkpoint {out}")
-
-
-def _tell_gates(directory: Path, told: int) -> int:
-    """Say how the gates of the phases went that have not been told yet; returns how many have been by now."""
-    from ris_hpo.training import telemetry
-
-    gates = [event for event in telemetry.read(directory) if event["event"] == telemetry.GATE]
-    for each in gates[told:]:
-        verdict = "passed" if each["passed"] else "not passed"
-        change = f"{each['before']:.4f} -> {each['after']:.4f}, margin {each['margin']:g}"
-        display.print_note(f"phase '{each['phase']}': {each['metric']} {each['direction']}: {change}: {verdict}")
-    return len(gates)
 
 
 def _replay(config: Path, out: Path, device: str, *, json_: bool) -> None:
@@ -337,17 +362,18 @@ def _cells(row: Row, keys: Sequence[str]) -> list[str]:
 
 def prove(
     config: Annotated[Path | None, typer.Option(help="Run configuration, TOML.", show_default="the preset")] = None,
-    preset: Annotated[Literal["base", "large"], typer.Option(help="Network form without --config.")] = "base",
+    preset: Annotated[Literal["base", "large"], typer.Option(help="Network to use without --config.")] = "base",
     head: Annotated[
-        Literal["structured", "factor"] | None, typer.Option(help="Covariance head.", show_default="the form's own")
+        Literal["structured", "factor"] | None,
+        typer.Option(help="Covariance head.", show_default="network.covariance_head"),
     ] = None,
-    num_scenes: Annotated[int, typer.Option("--num-scenes", min=16, help="Scenes to memorise.")] = 512,
-    epochs: Annotated[int, typer.Option(min=1, help="Give up after so many.")] = 150,
+    num_scenes: Annotated[int, typer.Option("--num-scenes", min=16, help="Number of scenes to memorise.")] = 512,
+    epochs: Annotated[int, typer.Option(min=1, help="Most passes over these scenes before the proof fails.")] = 150,
     set_: options.Changes = None,
     device: options.Device = "cpu",
     json_: options.Json = False,
 ) -> None:
-    """Phase 0: certify that this network form and this trainer can learn at all, by memorising a few scenes."""
+    """Test that a kind of network can learn: it must memorise a few scenes. Writes a certificate; studies need one."""
     from ris_hpo.learning.network import large
     from ris_hpo.physics.device import find_device
     from ris_hpo.process import storage_directory

@@ -18,8 +18,8 @@ from ris_hpo.learning.inference import InferenceSpec, localize, network_sources,
 from ris_hpo.physics.scene import simulate
 from ris_hpo.physics.sources import Sources
 from ris_hpo.scoring.metrics import floor_scores, score
-from ris_hpo.training.checkpoint import load_network
 from ris_hpo.training.config import VALIDATION_SEED
+from ris_hpo.training.finished import load_network
 from ris_hpo.training.results import Conclusion, Findings, Validation
 
 

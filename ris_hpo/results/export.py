@@ -24,7 +24,8 @@ from ris_hpo.search.spec import StudySpec
 from ris_hpo.store import attributes as names
 from ris_hpo.training.config import RunConfig
 from ris_hpo.training.files import Exported, Provenance, is_unchanged
-from ris_hpo.training.trainer import Trainer, load_network
+from ris_hpo.training.finished import load_network
+from ris_hpo.training.trainer import Trainer
 
 
 def exported(study: optuna.Study, spec: StudySpec, number: int | None = None) -> Exported:

@@ -27,9 +27,9 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from ris_hpo.atomic import make_folder, write_text
-from ris_hpo.config import Spec
+from ris_hpo.config import Spec, fingerprint
 from ris_hpo.errors import GateError, StudyError, TrainingDivergedError
-from ris_hpo.scoring.k_loc import WORST_K_LOC, finite_score
+from ris_hpo.scoring.k_loc import SCORE_VERSION, WORST_K_LOC, finite_score
 from ris_hpo.search.counting import ranked
 from ris_hpo.search.spec import StudySpec, derived_seed
 from ris_hpo.store import attributes as names
@@ -148,7 +148,8 @@ def confirm(
 ) -> Verdict:
     """Re-evaluate the best configurations of a study, write the verdict into the study, and return it.
 
-    Finished runs are kept in ``directory``, so that an interrupted call goes on where it was.
+    Finished runs are kept in ``directory``, so that an interrupted call continues where it was. A kept score is used
+    again only for the same configuration, seed, fresh scenes, score version and code.
 
     Args:
         study: the study.
@@ -211,7 +212,7 @@ def as_attribute(verdict: Verdict, searched: dict[str, float]) -> dict[str, Any]
 
 
 def fresh_score(config: Spec, directory: Path, *, device: str = "cpu") -> float:
-    """Train from scratch, then the pipeline's ``k_loc`` of the best weights on scenes nobody has selected on.
+    """Train from scratch, then score the finished network: the pipeline's ``k_loc`` on scenes nobody has selected on.
 
     A configuration of an inference study has a network already and is scored at once.
 
@@ -224,7 +225,7 @@ def fresh_score(config: Spec, directory: Path, *, device: str = "cpu") -> float:
     from ris_hpo.programs.inference import Trainer as InferenceTrainer
     from ris_hpo.scoring.metrics import score
     from ris_hpo.training.config import RunConfig
-    from ris_hpo.training.trainer import Trainer, load_network
+    from ris_hpo.training.trainer import Trainer
 
     if isinstance(config, InferenceConfig):
         trial = InferenceTrainer(config.replaced({"scene_seed": FRESH_FAMILY + config.seed}), directory, device=device)
@@ -241,7 +242,7 @@ def fresh_score(config: Spec, directory: Path, *, device: str = "cpu") -> float:
     except GateError:
         if trainer.best is None:
             return WORST_K_LOC
-    network, _ = load_network(directory, device)
+    network = trainer.finished_network()
     count = FRESH_SHARE * (run.budget.pipeline_scenes or run.budget.validation_scenes)
     scenes = simulate(run.scene, FRESH_FAMILY + run.seed, range(count), device=device)
     return finite_score(score(localize(network, scenes, run.inference), scenes.require_truth()).k_loc)
@@ -284,12 +285,21 @@ def _sentence(verdict: Verdict, leader: Comparison) -> str:
 
 
 def _kept(evaluate: Evaluate, config: Spec, directory: Path) -> float:
-    folder = directory / config.fingerprint()
+    """The score of a configuration, computed once for all that it depends on."""
+    from ris_hpo.training.proof import LEARNING_CODE, code_fingerprint
+
+    version = {
+        "config": config.fingerprint(),  # the seed is in it
+        "score_version": SCORE_VERSION,
+        "fresh_scenes": [FRESH_FAMILY, FRESH_SHARE],
+        "code": code_fingerprint((*LEARNING_CODE, "programs")),
+    }
+    folder = directory / fingerprint(version)
     result = folder / "score.json"
     if result.is_file():
         return float(json.loads(result.read_text(encoding="utf-8"))["k_loc"])
     value = evaluate(config, make_folder(folder))
-    write_text(result, json.dumps({"k_loc": value, "config": config.model_dump(mode="json")}))
+    write_text(result, json.dumps({"k_loc": value, **version, "configuration": config.model_dump(mode="json")}))
     return value
 
 

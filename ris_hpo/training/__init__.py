@@ -1,1 +1,1 @@
-"""The trainer: steps, checkpoints, telemetry, phases and the proof that it learns."""
+"""Training: configuration, plan of the phases, steps, checkpoints, and the proof that a network can learn."""

@@ -1,11 +1,12 @@
-"""Checkpoints: one safetensors file with its JSON in the header, written whole or not at all. No pickle.
+"""Checkpoints: one safetensors file with JSON in its header, written whole or not at all. No pickle.
 
 The header's ``state`` holds everything that is not a tensor; ``digest`` is a SHA-256 over the tensors' bytes and the
-state, so that a flipped bit is told from a good file.
+state, which a damaged file does not match.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -22,10 +23,9 @@ from ris_hpo.atomic import make_folder, replacing
 from ris_hpo.errors import CheckpointError, ConfigError, OutputError, reading
 from ris_hpo.learning.network import Network
 from ris_hpo.learning.weights import load_weights
-from ris_hpo.physics.device import find_device
 from ris_hpo.training.config import RunConfig
 
-FORMAT = "ris-hpo checkpoint 1"
+FORMAT, FIRST_FORMAT = "ris-hpo checkpoint 2", "ris-hpo checkpoint 1"
 LAST, BEST = "last.safetensors", "best.safetensors"
 
 
@@ -47,7 +47,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read and verify.
+    """Read and verify; a file of the first format is returned as one of today's.
 
     Raises:
         CheckpointError: missing, unreadable, of another format, truncated or altered.
@@ -60,7 +60,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a mapping)
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: not a readable checkpoint ({error})") from None
-    if header.get("format") != FORMAT:
+    if header.get("format") not in (FORMAT, FIRST_FORMAT):
         raise CheckpointError(f"{path}: found format {header.get('format')!r}, expected {FORMAT!r}")
     if header.get("digest") != _digest(tensors, header.get("state", "")):
         raise CheckpointError(f"{path}: contents do not match their digest; the file is damaged, use an older one")
@@ -70,12 +70,15 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         state = None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: its state is not a JSON object; another program wrote it")
+    if header["format"] == FIRST_FORMAT:
+        with restoring(path):
+            state = _from_first_format(path, state)
     return tensors, state
 
 
 @contextmanager
 def restoring(path: Path) -> Iterator[None]:
-    """Take up a run from what stands in ``path``; whatever does not fit there is the file's fault.
+    """Context in which a run is restored from ``path``: what does not fit becomes one line about that file.
 
     Raises:
         CheckpointError: a part of the state is missing, or of another kind or shape.
@@ -87,15 +90,12 @@ def restoring(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: not the state of such a run ({reason}); use another directory") from error
 
 
-def load_network(path: Path, device: str = "cpu") -> tuple[Network, RunConfig]:
-    """Network in evaluation mode and its run configuration, from a run's directory or a weights file.
+def read_network(file: Path) -> tuple[Network, RunConfig, dict[str, Any]]:
+    """Return the network of a weights file, its run configuration, and the rest of the file's state.
 
     Raises:
         CheckpointError: missing, damaged, or weights that do not fit their own configuration.
-        DeviceError: the device is not there.
     """
-    path = Path(path)
-    file = path / BEST if path.is_dir() else path
     tensors, state = read(file)
     if "config" not in state:
         raise CheckpointError(f"{file}: holds no run configuration; not a checkpoint of a network")
@@ -103,7 +103,58 @@ def load_network(path: Path, device: str = "cpu") -> tuple[Network, RunConfig]:
     network = Network(config.network)
     weights = {name.removeprefix("network."): value for name, value in tensors.items()}
     load_weights(network, weights, str(file))
-    return network.to(find_device(device)).eval(), config
+    return network, config, state
+
+
+def refuse_another_run(file: Path, state: Mapping[str, Any], config: RunConfig, data: str | None) -> None:
+    """Refuse a checkpoint that another run has written.
+
+    Args:
+        file: it was read from.
+        state: of the checkpoint.
+        config: of this run.
+        data: fingerprint of the user's scenes that this run trains on, None for simulated ones.
+
+    Raises:
+        CheckpointError: another configuration, or other scenes.
+    """
+    made_for = RunConfig.from_stored(state["config"], str(file))
+    if made_for != config:
+        theirs, ours = made_for.fingerprint(), config.fingerprint()
+        raise CheckpointError(f"{file}: belongs to configuration {theirs}, not {ours}; use another directory")
+    if state["data"] != data:
+        found, given = (
+            f"scenes with fingerprint {mark}" if mark else "simulated scenes" for mark in (state["data"], data)
+        )
+        raise CheckpointError(
+            f"{file}: was trained on {found}, this run is given {given}; give the same scenes or another directory"
+        )
+
+
+def _from_first_format(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """The state of a checkpoint as today's version writes it.
+
+    The first format had no verdicts, did not name its scenes, and kept the current phase with its start and extensions.
+
+    Raises:
+        CheckpointError: a run within phases that would begin and end elsewhere today.
+    """
+    state = state | {"data": None}
+    if "validation" in state:  # best weights
+        state["validation"] = state["validation"] | {"verdicts": []}
+    if "history" in state:  # a whole run
+        index, start, extended = (state.pop(f"phase_{name}") for name in ("index", "start", "extensions"))
+        begun = RunConfig.from_stored(state["config"], str(path)).plan()
+        extensions = [extended if i == index else 0 for i in range(len(begun.phases))]
+        plan = dataclasses.replace(begun, extensions=tuple(extensions))
+        if not state["finished"] and (index, start) != (plan.index(state["scenes_seen"]), plan.start(index)):
+            raise CheckpointError(
+                f"{path}: begun by an earlier version, which planned the phases otherwise; use another directory"
+            )
+        state["history"] = [validation | {"verdicts": []} for validation in state["history"]]
+        state["initial"] = state["initial"] and state["initial"] | {"verdicts": []}
+        state |= {"extensions": extensions, "failure": None}
+    return state
 
 
 def _digest(tensors: Mapping[str, Tensor], text: str) -> str:

@@ -1,9 +1,10 @@
-"""The configuration of a run: what the parts' specifications add up to, and the very thing that ``export`` writes."""
+"""The configuration of a run, composed of its parts' specifications; ``export`` writes it as it is."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -14,40 +15,47 @@ from ris_hpo.learning.losses import TERMS, LossSpec
 from ris_hpo.learning.network import NetworkSpec
 from ris_hpo.physics.scene import SceneSpec
 from ris_hpo.scoring.metrics import Scores
+from ris_hpo.training.phases import PhasePlan
 from ris_hpo.training.stability import OptimizerSpec
 
 VALIDATION_SEED, CALIBRATION_SEED = 7_001, 7_002
 
 
 class BudgetSpec(Spec):
-    """How long to train and how often to look; counted in scenes, so that batch sizes and phases compare."""
+    """How long to train and how often to validate; lengths are counted in scenes, whatever the batch size."""
 
-    scenes: int = Field(6144, ge=1, description="scenes seen in all")
+    scenes: int = Field(6144, ge=1, description="scenes to train on, repeated ones counted each time")
     validate_every: int = Field(1024, ge=1, description="scenes between validations")
-    validation_scenes: int = Field(512, ge=1)
+    validation_scenes: int = Field(
+        512, ge=1, description="scenes of the validation set; at most this many of one's own"
+    )
     pipeline_scenes: int = Field(128, ge=0, description="scenes of the pipeline score at the end; 0 leaves it out")
     calibration_scenes: int = Field(512, ge=64, description="scenes that the count head 'evidence' is fitted on")
-    validation_seed: int = Field(VALIDATION_SEED, ge=0, description="the frozen set, common to all trials")
+    validation_seed: int = Field(
+        VALIDATION_SEED, ge=0, description="seed of the validation set, or of its draw from one's own scenes"
+    )
     patience: int = Field(0, ge=0, description="validations without a better k_loc before stopping; 0 never stops")
-    fixed_scenes: int = Field(0, ge=0, description="train on so many scenes over and over; 0 draws new ones for ever")
+    fixed_scenes: int = Field(
+        0, ge=0, description="train and validate on so many simulated scenes, repeated; 0 draws new ones"
+    )
 
 
 class BalanceSpec(Spec):
-    """How loss terms are weighed against each other, beyond their fixed weights."""
+    """How loss terms are weighed against each other, on top of their fixed weights."""
 
-    kind: Literal["fixed", "uncertainty", "gradnorm"] = "fixed"
-    rate: float = Field(0.05, gt=0, le=1, description="step of gradnorm's weights")
-    asymmetry: float = Field(1.0, ge=0, le=5, description="gradnorm's alpha")
+    kind: Literal["fixed", "uncertainty", "gradnorm"] = Field(
+        "fixed", description="learned weights: none, by uncertainty, or by gradient norms at the last shared layer"
+    )
+    rate: float = Field(0.05, gt=0, le=1, description="step of gradnorm's weights, in logarithms")
+    asymmetry: float = Field(1.0, ge=0, le=5, description="gradnorm's alpha: how much slow terms are favoured")
 
 
 class GateSpec(Spec):
-    """Evidence that a phase must show: a metric of the network path against its value at the phase's start."""
+    """A condition on a phase: how a metric of the network path must change between its start and its end."""
 
-    metric: str
-    direction: Literal["up", "down"]
-    margin: float = Field(
-        0.0, description="change that is asked for; negative tolerates so much of a turn for the worse"
-    )
+    metric: str = Field(description="name of a score")
+    direction: Literal["up", "down"] = Field(description="which way the metric should go")
+    margin: float = Field(0.0, description="least change in that direction; negative allows that much in the other")
 
     @model_validator(mode="after")
     def _check(self) -> GateSpec:
@@ -58,19 +66,21 @@ class GateSpec(Spec):
 
 
 class PhaseSpec(Spec):
-    """A stretch of the budget with its own loss, covariance and speed of the backbone."""
+    """A part of the budget with its own loss weights, beta and learning rate of the backbone."""
 
-    name: str
-    share: float = Field(gt=0, le=1, description="share of the budget")
-    loss: dict[str, float] = Field(default_factory=dict, description="weights other than the run's")
+    name: str = Field(description="as messages show it")
+    share: float = Field(gt=0, le=1, description="share of the budget, rounded to whole validations, at least one")
+    loss: dict[str, float] = Field(default_factory=dict, description="loss weights other than the run's")
     ramp: list[str] = Field(default_factory=list, description="terms whose weight rises from 0 over the phase")
     ramp_share: float = Field(
-        0.1, ge=0.05, le=0.15, description="share of the total that each ramped term is scaled to"
+        0.1, ge=0.05, le=0.15, description="share of the loss that each ramped term has at the phase's end"
     )
-    beta: float | None = Field(None, ge=0, le=0.9)
-    backbone_rate: float = Field(1.0, ge=0, le=1, description="factor on the backbone's rate; 0 freezes it")
-    gates: list[GateSpec] = Field(default_factory=list)
-    patience: int = Field(2, ge=0, description="extensions by a quarter of the phase before a gate is failed")
+    beta: float | None = Field(None, ge=0, le=0.9, description="inference.hybrid.beta in this phase")
+    backbone_rate: float = Field(1.0, ge=0, le=1, description="factor on the backbone's learning rate; 0 freezes it")
+    gates: list[GateSpec] = Field(default_factory=list, description="conditions at the phase's end")
+    patience: int = Field(
+        2, ge=0, description="extensions, by a quarter and at least one validation, before a failed gate ends the run"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> PhaseSpec:
@@ -88,7 +98,7 @@ class RunConfig(Spec):
 
     settings = "training"
 
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(0, ge=0, lt=2**63, description="of the weights and of the training scenes")
     scene: SceneSpec = SceneSpec()
     network: NetworkSpec = NetworkSpec()
     loss: LossSpec = LossSpec()
@@ -96,7 +106,7 @@ class RunConfig(Spec):
     optimizer: OptimizerSpec = OptimizerSpec()
     inference: InferenceSpec = InferenceSpec()
     budget: BudgetSpec = BudgetSpec()
-    phases: list[PhaseSpec] = Field(default_factory=list)
+    phases: list[PhaseSpec] = Field(default_factory=list, description="of the curriculum; none is one plain run")
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
@@ -119,9 +129,28 @@ class RunConfig(Spec):
             )
         if self.phases and abs(sum(phase.share for phase in self.phases) - 1) > 1e-6:
             raise ValueError("the shares of the phases must add up to 1")
-        for phase in self.phases or [PhaseSpec(name="", share=1)]:
-            steady = self.loss.replaced(phase.loss).active(noise_known=self.network.noise_known)
-            if not set(steady) - set(phase.ramp):
+        if self.scene.num_sources[0] == 0:
+            raise ValueError(
+                f"scene.num_sources {self.scene.num_sources}: training needs a source in each scene, from 1 up"
+            )
+        validations = math.ceil(self.budget.scenes / self.budget.validate_every)
+        if len(self.phases) > validations:
+            raise ValueError(
+                f"{len(self.phases)} phases need a validation each, but budget.scenes {self.budget.scenes} and "
+                f"budget.validate_every {self.budget.validate_every} give {validations}; lower budget.validate_every"
+            )
+        for phase in self.plan().phases:
+            active = self.loss.replaced(phase.loss).active(noise_known=self.network.noise_known)
+            if not set(active) - set(phase.ramp):
                 where = f" beside the ramped ones in phase '{phase.name}'" if self.phases else ""
                 raise ValueError(f"no loss term has a weight{where}")
         return self
+
+    def plan(self) -> PhasePlan:
+        """Boundaries of the phases; a run without phases is one phase with the run's own settings."""
+        phases = self.phases or [PhaseSpec(name="", share=1)]
+        return PhasePlan.begin(phases, self.budget.scenes, self.budget.validate_every)
+
+    def phase_loss(self, phase: PhaseSpec) -> LossSpec:
+        """Loss weights in a phase; a ramped term has 1 here, so that it is computed, and is scaled by the balance."""
+        return self.loss.replaced({**phase.loss, **dict.fromkeys(phase.ramp, 1.0)})

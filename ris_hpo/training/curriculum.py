@@ -1,4 +1,4 @@
-"""Phases 1 to 3 with their gates, as data. Phase 0 is the proof (:mod:`ris_hpo.training.proof`)."""
+"""The standard phases and their gates, as data; phase 0 is the proof (:mod:`ris_hpo.training.proof`)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ _TOLERATED = [
     GateSpec(metric="rmse_elevation_deg", direction="down", margin=-0.3),
     GateSpec(metric="rmse_range_m", direction="down", margin=-0.06),
 ]
-"""RMSEs may get worse by so much: two standard deviations of their own scatter on 512 frozen scenes."""
+"""RMSEs may rise by two standard deviations of their scatter on 512 validation scenes."""
 
 
 def standard_phases() -> list[PhaseSpec]:
-    """Hybrid covariance, count, then the structure terms one at a time, each with the gate it must pass."""
+    """Hybrid covariance, then the count, then the structure terms one at a time; each with its gates."""
     phases = [
         PhaseSpec(
             name="hybrid covariance",
@@ -48,7 +48,7 @@ def standard_phases() -> list[PhaseSpec]:
 
 
 def with_curriculum(config: RunConfig) -> RunConfig:
-    """The same run through the standard phases; a configuration that has phases of its own keeps them."""
+    """The configuration with the standard phases; one that has phases of its own is returned as it is."""
     if config.phases:
         return config
     phases = [phase.model_dump(mode="json") for phase in standard_phases()]

@@ -1,4 +1,4 @@
-"""Run configurations as files, with where they came from."""
+"""Run configurations as files, with their provenance: the study and trial they come from, and its scores."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Phase 0: proof that a network form can learn at all, as a certificate for one code and one form.
+"""Phase 0: a network of one form must memorise a few scenes before studies of that form run.
 
-beta 0, NMSE alone, every other weight 0, no weight decay, dropout, averaging or mixed precision, training set =
-validation set. Passes at NMSE <= 0.1 on the memorised scenes, with the self-tests before it.
+The loss is the NMSE of R_pred alone, with beta 0 and without weight decay, dropout, averaged weights or mixed
+precision; the training set is the validation set. The proof passes at NMSE <= 0.1, after self-tests of the labels, the
+loss and the gradients. Its certificate holds for one version of the code and one form of the network.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,19 +27,31 @@ from ris_hpo.learning.hybrid import Covariances, covariances
 from ris_hpo.learning.losses import LossSpec, label_factor, loss_terms, nmse
 from ris_hpo.learning.network import Network
 from ris_hpo.training.config import RunConfig
+from ris_hpo.training.data import CHUNK, training_scenes
 from ris_hpo.training.stability import movement
-from ris_hpo.training.trainer import Trainer, training_scenes
+from ris_hpo.training.trainer import Trainer
 
+LEARNING_CODE = ("physics", "estimators", "scoring", "learning", "training")
 PASSING_NMSE = 0.1
 FULL_SCENES, SMALL_SCENES = 512, 16
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was shown, by which code, for which form.
+    """The record of a proof that passed.
 
-    ``code`` is the fingerprint of the package's learning code, ``form`` that of the network and the scenes.
-    ``checks`` holds each self-test's figure; ``nmse`` the memorised one after ``epochs`` epochs of ``scenes`` scenes.
+    Attributes:
+        code: fingerprint of the package's learning code.
+        form: fingerprint of the network's form and of the scenes' geometry.
+        scenes: how many were memorised.
+        nmse: of the memorised scenes.
+        epochs: passes over the scenes until then.
+        seconds: the proof took.
+        checks: figure of each self-test.
+        parameters: of the backbone and of the heads.
+        device: that it ran on.
+        torch: its version.
+        machine: processor architecture.
     """
 
     code: str
@@ -58,18 +71,18 @@ class Certificate:
         return asdict(self)
 
 
-def code_fingerprint() -> str:
-    """Sixteen hexadecimal digits over the source of physics, estimators, scoring, learning and training."""
+def code_fingerprint(rooms: Sequence[str] = LEARNING_CODE) -> str:
+    """Sixteen hexadecimal digits over the source of the package's sub-packages ``rooms``."""
     digest = hashlib.sha256()
     root = Path(ris_hpo.__file__).parent
-    for part in ("physics", "estimators", "scoring", "learning", "training"):
-        for file in sorted((root / part).glob("*.py")):
-            digest.update(file.name.encode() + file.read_bytes())
+    for room in rooms:
+        for file in sorted((root / room).rglob("*.py")):
+            digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def form_fingerprint(config: RunConfig) -> str:
-    """Fingerprint of what the proof speaks of: the network's form and the scenes' geometry, not sizes that tune it."""
+    """Fingerprint of what a proof holds for: the network's form and the scenes' geometry, whatever its sizes."""
     network = config.network.model_dump(mode="json")
     form = {name: network[name] for name in ("front_end", "covariance_head", "factor_basis", "count_head")}
     scene = config.scene
@@ -77,7 +90,7 @@ def form_fingerprint(config: RunConfig) -> str:
 
 
 def proof_config(config: RunConfig, scenes: int, epochs: int) -> RunConfig:
-    """The run of phase 0: everything that could hide a trainer that does not learn is off."""
+    """The configuration of a proof: whatever could hide that the network does not learn is switched off."""
     loss = LossSpec().only(covariance_pred=1.0)
     plain = RunConfig(seed=config.seed, scene=config.scene, network=config.network, loss=loss)
     return plain.replaced(
@@ -99,7 +112,7 @@ def proof_config(config: RunConfig, scenes: int, epochs: int) -> RunConfig:
 
 
 def small_form(config: RunConfig) -> RunConfig:
-    """The same form at a size that memorises a few scenes in seconds, for a first certificate."""
+    """The same form at a size that memorises a few scenes in seconds."""
     sizes = {"width": 32, "depth": 2, "heads": 4, "candidates": 32, "covariance_atoms": 16}
     if config.network.front_end == "spectra":
         sizes |= {"residual_passes": 1, "cell_width": 16}
@@ -110,8 +123,8 @@ def self_tests(config: RunConfig, loss: LossSpec) -> dict[str, float]:
     """Checks that need no training.
 
     Args:
-        config: the run of phase 0.
-        loss: the weights that the form will be trained with; under them every parameter must get a gradient.
+        config: of the proof.
+        loss: the weights that the form will be trained with; with them every parameter must get a gradient.
 
     Raises:
         ProofError: naming the check, its figure and what was expected.
@@ -124,7 +137,7 @@ def self_tests(config: RunConfig, loss: LossSpec) -> dict[str, float]:
     features = network.features(scenes)
     silent = {name for name, p in network.named_parameters() if p.requires_grad}
     untrained, trace = 1.0, torch.zeros(())
-    for step in range(3):  # layers that start at zero pass nothing on before the first step
+    for step in range(3):  # a layer that starts at zero passes no gradient on before the first step
         network.zero_grad()
         outputs = network(*features)
         predicted = covariances(outputs, scenes, config.inference.hybrid, 0.0).predicted
@@ -171,10 +184,10 @@ def prove(
     Args:
         config: the run whose network form is to be proved.
         directory: certificates and the proof run's telemetry go here.
-        scenes: how many; 512 for the full form.
-        epochs: at most so many; stops at the first check that passes.
+        scenes: number of scenes; 512 for the full form.
+        epochs: most passes over them; the proof ends at the first check that passes.
         device: where to train.
-        progress: told (epoch, NMSE) at every check.
+        progress: called with (epoch, NMSE) at every check.
 
     Raises:
         ProofError: a self-test failed (a trained parameter without gradient is one), parameters did not move, or the
@@ -188,10 +201,10 @@ def prove(
     trainer = Trainer(plain, run, device=device)
     began = time.monotonic()
     epoch = trainer.scenes_seen // scenes
-    figure = trainer.covariance_nmse() if trainer.finished else 1.0  # finished before, and asked for again
+    figure = memorised_nmse(trainer) if trainer.finished else 1.0  # a finished proof is repeated
     for validation in trainer.run():
         epoch = validation.scenes_seen // scenes
-        figure = trainer.covariance_nmse()
+        figure = memorised_nmse(trainer)
         progress(epoch, figure)
         if figure <= PASSING_NMSE:
             break
@@ -220,8 +233,22 @@ def prove(
     return certificate
 
 
+@torch.no_grad()
+def memorised_nmse(trainer: Trainer) -> float:
+    """Mean NMSE of R_pred on the validation set with the evaluation weights."""
+    scenes, features, _ = trainer.data.frozen()
+    config, total = trainer.config, 0.0
+    with trainer.learner.evaluation_weights() as network:
+        for start, part in zip(range(0, len(scenes), CHUNK), features, strict=True):
+            few = scenes[start : start + CHUNK]
+            label = label_factor(few.require_truth(), config.scene.geometry)
+            predicted = covariances(network(*part), few, config.inference.hybrid, 0.0).predicted
+            total += float(nmse(predicted, label @ label.mH).sum())
+    return total / len(scenes)
+
+
 def certificate_path(directory: Path, config: RunConfig) -> Path:
-    """Where the certificate for this code and form stands."""
+    """Path of the certificate for this code and form."""
     return directory / f"certificate-{code_fingerprint()}-{form_fingerprint(config)}.json"
 
 
@@ -236,7 +263,7 @@ def find_certificate(directory: Path, config: RunConfig) -> Certificate | None:
 
 
 def _oracle(label: Tensor) -> Tensor:
-    """R from the true factor through the same arithmetic as a prediction."""
+    """R from the true factor, computed as a prediction is."""
     return (label / 2) @ (label / 2).mH * 4
 
 

@@ -1,4 +1,4 @@
-"""What a run reports: a validation, and at its end what was found on the frozen scenes."""
+"""What a run reports: validations, and at its end the scores of both paths with the sources that were found."""
 
 from __future__ import annotations
 
@@ -6,20 +6,37 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from ris_hpo.learning.inference import InferenceSpec, localize, network_sources
+from ris_hpo.learning.network import Network
 from ris_hpo.physics.scene import Scenes
 from ris_hpo.physics.sources import Sources
-from ris_hpo.scoring.metrics import Scores
+from ris_hpo.scoring.metrics import Scores, floor_scores, score
+from ris_hpo.training.config import RunConfig
+from ris_hpo.training.data import Frozen
+from ris_hpo.training.phases import Verdict
 
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """Scores on the frozen set after ``scenes_seen`` scenes."""
+    """Scores on the validation set.
+
+    Attributes:
+        scenes_seen: scenes trained on so far.
+        network: scores of the network's own path.
+        floor: what the Cramer-Rao bound allows on the same scenes.
+        loss: mean training loss since the validation before.
+        seconds: that the validation took.
+        verdicts: of the gates, where a phase ends here.
+    """
 
     scenes_seen: int
     network: Scores
     floor: Scores
     loss: float
     seconds: float
+    verdicts: tuple[Verdict, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -29,14 +46,15 @@ class Validation:
     def from_dict(cls, values: dict[str, Any]) -> Validation:
         """Inverse of :meth:`as_dict`."""
         scores = {name: Scores.from_dict(values[name]) for name in ("network", "floor")}
-        return cls(**(values | scores))
+        verdicts = tuple(Verdict(**verdict) for verdict in values["verdicts"])
+        return cls(**(values | scores | {"verdicts": verdicts}))
 
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What was found on the frozen scenes, scene by scene; the figures beside a trial are drawn from it.
+    """The sources found in each validation scene; a trial's figures are drawn from them.
 
-    ``pipeline`` covers the first ``len(pipeline)`` of the scenes.
+    ``network`` covers all scenes, ``pipeline`` the first ``len(pipeline)`` of them.
     """
 
     scenes: Scenes
@@ -46,9 +64,10 @@ class Findings:
 
 @dataclass(frozen=True, slots=True)
 class Conclusion:
-    """Both paths' scores of the best weights, each beside the floor on its own scenes.
+    """Scores of the best weights on both paths, each with the floor on the scenes it was scored on.
 
-    ``pipeline`` is scored on the first ``budget.pipeline_scenes`` of the frozen set; with 0 it is the network path's.
+    ``pipeline`` is scored on the first ``budget.pipeline_scenes`` validation scenes; with 0 it repeats ``network``.
+    ``parameters`` counts those of the backbone and of the heads.
     """
 
     network: Scores
@@ -57,3 +76,54 @@ class Conclusion:
     pipeline_floor: Scores
     parameters: dict[str, int]
     findings: Findings
+
+
+@torch.no_grad()
+def found_by(network: Network, frozen: Frozen, inference: InferenceSpec) -> Sources:
+    """Sources of the validation scenes on the network's own path."""
+    parts = [network_sources(network(*part), inference) for part in frozen.features]
+    return Sources.cat(parts)
+
+
+def concluded(network: Network, frozen: Frozen, config: RunConfig) -> Conclusion:
+    """Score a finished network on both paths."""
+    scenes, truth, counts = frozen.scenes, frozen.scenes.require_truth(), network.parameter_counts()
+    found = found_by(network, frozen, config.inference)
+    scores, few = score(found, truth), scenes[: config.budget.pipeline_scenes]
+    if len(few) == 0:
+        return Conclusion(scores, frozen.floor, scores, frozen.floor, counts, Findings(scenes, found, found[:0]))
+    refined = localize(network, few, config.inference)
+    pipeline, findings = score(refined, few.require_truth()), Findings(scenes, found, refined)
+    return Conclusion(scores, frozen.floor, pipeline, floor_scores(few), counts, findings)
+
+
+def diagnosed(
+    steps: tuple[int, int],
+    initial: Validation | None,
+    best: Validation | None,
+    bad_term: str | None,
+    not_run: tuple[str, ...],
+) -> str:
+    """One line on whether a run learned, and if not, why.
+
+    Args:
+        steps: taken and skipped.
+        initial: the validation before training.
+        best: the best one.
+        bad_term: the first loss term that was not finite.
+        not_run: phases that an early end left out.
+    """
+    taken, skipped = steps
+    total = taken + skipped
+    cause = f", first non-finite term: {bad_term}" if bad_term else ""
+    rest = f"; stopped early, phases not run: {', '.join(not_run)}" if not_run else ""
+    if taken == 0:
+        return f"no step was taken: {skipped} of {total} skipped{cause}"
+    if initial is None or best is None:
+        return f"{taken} of {total} steps taken{cause}"
+    start = initial.network.k_loc
+    gained = start - best.network.k_loc
+    if gained <= 0:
+        return f"k_loc never fell below its start ({start:.3f}); {taken} steps taken{cause}{rest}"
+    some = f", {skipped} of {total} steps skipped{cause}" if skipped else ""
+    return f"k_loc fell by {gained:.3f} in {taken} steps{some}{rest}"

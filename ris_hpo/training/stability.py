@@ -1,8 +1,8 @@
-"""What keeps a step honest: precision, the gate in front of the optimiser, learning rates, averaged weights.
+"""Precision, the gate in front of the optimiser, the learning rate, and averaged weights.
 
-Everything the gate decides stays on the device, so that an accelerator is never asked for a value in the middle of a
-step: the fused optimiser skips by ``found_inf``, counters and the learning rate are tensors, and the learning rate is a
-function of the steps *taken*, so that no schedule can tick without one.
+Everything the gate decides stays on the device, so that no step waits for a value: the fused optimiser skips by
+``found_inf``, counters and the learning rate are tensors, and the learning rate is a function of the steps *taken*, so
+that it does not move when a step is skipped.
 """
 
 from __future__ import annotations
@@ -24,22 +24,29 @@ SMALLEST_NORM = 1e-12  # a step on a smaller total gradient norm is no step
 
 
 class OptimizerSpec(Spec):
-    """AdamW with two groups of parameters, a gate, and averaged weights."""
+    """AdamW with a learning rate for the backbone and one for the heads, its schedule, and averaged weights."""
 
-    learning_rate: float = Field(2e-3, gt=0, le=1, description="of the backbone")
-    head_multiplier: float = Field(1.0, gt=0, le=100, description="heads over backbone")
-    weight_decay: float = Field(1e-4, ge=0, le=1)
+    learning_rate: float = Field(2e-3, gt=0, le=1, description="of the backbone, at its highest")
+    head_multiplier: float = Field(1.0, gt=0, le=100, description="learning rate of the heads over the backbone's")
+    weight_decay: float = Field(1e-4, ge=0, le=1, description="of AdamW, per step and unit of learning rate")
+    decay: Literal["matrices", "all"] = Field(
+        "matrices", description="what is decayed: matrices and kernels, or biases and gains of norms as well"
+    )
     batch_size: int = Field(32, ge=1, le=65536, description="scenes in one forward pass")
     accumulate: int = Field(1, ge=1, le=1024, description="forward passes in one step")
-    warmup: float = Field(0.05, ge=0, le=0.9, description="share of the steps")
-    warmup_floor: float = Field(0.05, gt=0, le=1, description="share of the rate that warm-up starts from")
-    final_rate: float = Field(0.02, ge=0, le=1, description="share of the rate that the cosine ends at")
-    clip: float = Field(1.0, gt=0, description="largest total gradient norm")
+    warmup: float = Field(0.05, ge=0, le=0.9, description="share of the planned steps in which the rate rises")
+    warmup_floor: float = Field(0.05, gt=0, le=1, description="share of the highest rate that it rises from")
+    final_rate: float = Field(0.02, ge=0, le=1, description="share of the highest rate at the end of the cosine")
+    clip: float = Field(1.0, gt=0, description="longer gradients, over all parameters, are scaled to this norm")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="of the learned part; auto is bf16 where the device computes it natively, else fp32"
     )
-    ema_decay: float = Field(0.995, ge=0, lt=1, description="0 switches averaging off")
-    swa_start: float = Field(1.0, ge=0, le=1, description="share of the budget after which weights are averaged evenly")
+    ema_decay: float = Field(
+        0.995, ge=0, lt=1, description="share of the averaged weights kept in a step; 0 averages none"
+    )
+    swa_start: float = Field(
+        1.0, ge=0, le=1, description="share of the run after which weights are averaged evenly; 1 averages none"
+    )
     skips_allowed: int = Field(20, ge=1, description="skipped steps in a row after which training has diverged")
 
     @model_validator(mode="after")
@@ -47,6 +54,11 @@ class OptimizerSpec(Spec):
         if self.swa_start < 1 and self.ema_decay > 0:
             raise ValueError("choose one of ema_decay > 0 and swa_start < 1")
         return self
+
+    @property
+    def scenes_per_step(self) -> int:
+        """Scenes in a whole step, all its forward passes together."""
+        return self.batch_size * self.accumulate
 
 
 def resolved_precision(spec: OptimizerSpec, device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
@@ -67,7 +79,7 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Non
 
 
 class StepGate(nn.Module):
-    """Optimiser, loss scale, learning rate and counters behind one decision: is this gradient fit for a step?
+    """The optimiser with its learning rate and loss scale; takes a step only on a gradient that is fit for one.
 
     The order of a step: unscale once -> clip -> step if the total norm is finite and above 1e-12, else count a skip by
     cause -> loss scale update. NaN gradients are never turned into numbers. The counters are buffers.
@@ -82,40 +94,65 @@ class StepGate(nn.Module):
     gradient_norms: Tensor
 
     def __init__(
-        self, network: Network, spec: OptimizerSpec, total_steps: int, weights: Iterable[nn.Parameter] = ()
+        self, network: Network, spec: OptimizerSpec, planned_steps: int, weights: Iterable[nn.Parameter] = ()
     ) -> None:
-        """Group the network's parameters; learned loss ``weights`` go with the heads."""
+        """Group the network's parameters; learned loss ``weights`` go with the heads.
+
+        Raises:
+            ConfigError: no parameter is trained.
+        """
         super().__init__()
         self.spec = spec
-        self.total_steps = max(1, total_steps)
+        self.total_steps = max(1, planned_steps)
+        self._warm = max(1.0, spec.warmup * self.total_steps)  # stays where an extension moves the end
         groups = []
         for name, candidates, multiplier in (
             ("backbone", [*network.backbone.parameters()], 1.0),
             ("heads", [*network.heads.parameters(), *weights], spec.head_multiplier),
         ):
             parameters = [p for p in candidates if p.requires_grad]
-            if parameters:
-                rate = torch.tensor(spec.learning_rate * multiplier, device=parameters[0].device)
-                groups.append({"params": parameters, "name": name, "lr": rate, "multiplier": multiplier})
+            matrices = [p for p in parameters if p.dim() >= 2 or spec.decay == "all"]
+            others = [p for p in parameters if p.dim() < 2 and spec.decay != "all"]
+            for chosen, decay in ((matrices, spec.weight_decay), (others, 0.0)):
+                if chosen:
+                    rate = torch.tensor(spec.learning_rate * multiplier, device=chosen[0].device)
+                    own = {"name": name, "lr": rate, "multiplier": multiplier, "weight_decay": decay}
+                    groups.append({"params": chosen, **own})
         if not groups:
             raise ConfigError("no parameter is trained: every group is frozen")
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=spec.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(groups, fused=True)
         for name in ("steps_taken", "skipped_not_finite", "skipped_vanishing", "skipped_in_a_row", "since_overflow"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
         self.register_buffer("scale", torch.tensor(2.0**14 if spec.precision == "fp16" else 1.0))
-        self.register_buffer("gradient_norms", torch.zeros(len(groups)))
+        self.register_buffer("gradient_norms", torch.zeros(len(self.rates())))
+
+    def extend(self, planned_steps: int) -> None:
+        """Move the end of the learning rate's fall; the warm-up stays as it was planned."""
+        self.total_steps = max(1, planned_steps)
 
     def rate(self) -> Tensor:
-        """Learning rate over its peak: warm-up from a non-zero floor, then cosine; a function of the steps taken."""
+        """Learning rate over its highest value: a line up from the floor, then a cosine; by the steps taken."""
         spec, taken = self.spec, self.steps_taken.float()
-        warm = max(1.0, spec.warmup * self.total_steps)
+        warm = self._warm
         rising = spec.warmup_floor + (1 - spec.warmup_floor) * (taken + 1) / warm
         progress = ((taken - warm) / max(1.0, self.total_steps - warm)).clamp(0, 1)
         falling = spec.final_rate + (1 - spec.final_rate) * 0.5 * (1 + torch.cos(math.pi * progress))
         return torch.where(taken + 1 < warm, rising, falling)
 
+    def counts(self) -> tuple[int, int]:
+        """Steps taken and steps skipped so far."""
+        return int(self.steps_taken), int(self.skipped_not_finite) + int(self.skipped_vanishing)
+
+    def rates(self) -> dict[str, Tensor]:
+        """Learning rate of each group at the last step."""
+        return {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+
+    def norms(self) -> dict[str, Tensor]:
+        """Gradient norm of each group at the last step, before clipping."""
+        return dict(zip(self.rates(), self.gradient_norms, strict=True))
+
     def step(self, backbone_scale: float = 1.0) -> Tensor:
-        """Decide and step.
+        """Take a step, or skip it.
 
         Args:
             backbone_scale: factor on the backbone's rate (a phase may slow it).
@@ -125,8 +162,7 @@ class StepGate(nn.Module):
         """
         inverse = 1.0 / self.scale
         norms = []
-        for group in self.optimizer.param_groups:
-            gradients = [p.grad for p in group["params"] if p.grad is not None]
+        for gradients in self._gradients().values():
             if self.spec.precision == "fp16":
                 torch._foreach_mul_(gradients, inverse)
             norms.append(torch.stack(torch._foreach_norm(gradients)).norm() if gradients else inverse * 0)
@@ -137,10 +173,10 @@ class StepGate(nn.Module):
 
         clip = (self.spec.clip / total.clamp(min=self.spec.clip)).nan_to_num(1.0)
         rate = self.rate()
-        for group in self.optimizer.param_groups:
-            gradients = [p.grad for p in group["params"] if p.grad is not None]
+        for gradients in self._gradients().values():
             if gradients:
                 torch._foreach_mul_(gradients, clip)
+        for group in self.optimizer.param_groups:
             slowed = backbone_scale if group["name"] == "backbone" else 1.0
             group["lr"].copy_(rate * (self.spec.learning_rate * group["multiplier"] * slowed))
         self.optimizer.found_inf = (~fit).float()  # type: ignore[attr-defined]
@@ -155,6 +191,13 @@ class StepGate(nn.Module):
             self._rescale(finite)
         return fit
 
+    def _gradients(self) -> dict[str, list[Tensor]]:
+        """The gradients that there are, of the backbone and of the heads."""
+        found: dict[str, list[Tensor]] = {}
+        for group in self.optimizer.param_groups:
+            found.setdefault(group["name"], []).extend(p.grad for p in group["params"] if p.grad is not None)
+        return found
+
     def _rescale(self, finite: Tensor) -> None:
         """Halve the loss scale after an overflow, double it after 1000 steps without one."""
         self.since_overflow.copy_(torch.where(finite, self.since_overflow + 1, 0))
@@ -164,9 +207,10 @@ class StepGate(nn.Module):
 
 
 class AveragedWeights(nn.Module):
-    """Exponential or even (SWA) average of the weights, moved only by steps that were taken.
+    """Exponential or even (SWA) average of the weights, over the steps that were taken.
 
-    There are no batch statistics in the network, so that the averaged weights need no second pass over data.
+    EMA: average += (1 - min(decay, (1 + n) / (10 + n))) (weights - average) after n steps. The network has no batch
+    statistics, so that averaged weights need no second pass over data.
     """
 
     count: Tensor
@@ -186,7 +230,7 @@ class AveragedWeights(nn.Module):
 
     @torch.no_grad()
     def update(self, network: Network, taken: Tensor, progress: float) -> None:
-        """Move toward the network if the step was ``taken``; ``progress`` is the share of the budget spent."""
+        """Move toward the network if the step was ``taken``; ``progress`` is the share of the run that is done."""
         even = self.spec.swa_start < 1 and progress >= self.spec.swa_start
         if not even and self.spec.ema_decay == 0:
             return
@@ -211,13 +255,13 @@ class AveragedWeights(nn.Module):
 
 
 def movement(before: Iterable[Tensor], after: Iterable[Tensor]) -> Tensor:
-    """||theta_after - theta_before||, float64, to see that a step really moved the parameters."""
+    """||theta_after - theta_before|| over all parameters, float64."""
     squares = [(b - a).double().square().sum() for a, b in zip(before, after, strict=True)]
     return torch.stack(squares).sum().sqrt()
 
 
 class Swapped:
-    """Puts weights into a network in evaluation mode for the length of a ``with``."""
+    """Context in which a network holds other weights and is in evaluation mode."""
 
     def __init__(self, network: Network, weights: dict[str, Tensor]) -> None:
         self.network, self.weights = network, weights

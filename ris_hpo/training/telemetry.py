@@ -1,7 +1,7 @@
-"""Append-only JSONL events of a run, and what they say about it.
+"""Events of a run as JSON lines: steps, validations, phases, gates, start and end.
 
-One line per event, with ``event`` and ``scenes_seen``. A resumed run cuts the file back to what its checkpoint knew, so
-that no step is told twice.
+One line per event, with ``event`` and ``scenes_seen``. A resumed run cuts the file back to the length it had at its
+checkpoint, so that no step is recorded twice.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Telemetry:
     """Writer of one run's events; a context manager.
 
     Raises:
-        OutputError: the file cannot be written; said by whichever call meets it.
+        OutputError: the file cannot be written; any call may raise it.
     """
 
     def __init__(self, directory: Path, offset: int = 0) -> None:
@@ -60,10 +60,10 @@ class Telemetry:
 
 
 def read(directory: Path) -> Iterator[dict[str, Any]]:
-    """Events of a run, oldest first; a last line cut short by a crash is left out.
+    """Events of a run, oldest first; a last line that a crash cut short is left out.
 
     Raises:
-        ConfigError: there is no telemetry in the directory, or something else stands in its place.
+        ConfigError: there is no telemetry in the directory, or a line of it is not an event.
     """
     path = directory / FILE_NAME
     if not path.is_file():

@@ -25,6 +25,7 @@ from ris_hpo.physics.scene import SceneSpec, simulate
 from ris_hpo.scoring.metrics import score
 from ris_hpo.training import checkpoint
 from ris_hpo.training.config import RunConfig
+from ris_hpo.training.finished import load_network
 from ris_hpo.training.trainer import Trainer
 from tests.training.conftest import TINY
 
@@ -134,7 +135,7 @@ def test_damaged_checkpoints(run: Trainer, tmp_path: Path) -> None:
     def check(data: bytes) -> None:
         for name in (checkpoint.LAST, checkpoint.BEST):
             (tmp_path / name).write_bytes(data)
-        outcome(lambda: checkpoint.load_network(tmp_path))
+        outcome(lambda: load_network(tmp_path))
         outcome(lambda: Trainer(run.config, tmp_path))
 
     fuzz(check, st.one_of([damaged_bytes(content) for content in contents]))
@@ -173,7 +174,7 @@ def test_forged_checkpoints(run: Trainer, tmp_path: Path) -> None:
     def check(write: Callable[[Path], None]) -> None:
         write(tmp_path / checkpoint.LAST)
         (tmp_path / checkpoint.BEST).write_bytes((tmp_path / checkpoint.LAST).read_bytes())
-        outcome(lambda: checkpoint.load_network(tmp_path))
+        outcome(lambda: load_network(tmp_path))
         outcome(lambda: Trainer(run.config, tmp_path))
 
     fuzz(check, st.one_of([forged(each) for each in good]))

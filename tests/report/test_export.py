@@ -192,7 +192,8 @@ def test_fresh_score_is_repeatable_resumable_and_on_scenes_of_its_own(searched, 
     from ris_hpo.physics.scene import simulate
     from ris_hpo.results.winner import FRESH_FAMILY, FRESH_SHARE, fresh_score
     from ris_hpo.scoring.metrics import score
-    from ris_hpo.training.trainer import load_network
+    from ris_hpo.training import checkpoint
+    from ris_hpo.training.finished import load_network
 
     _, spec, _ = searched
     config = spec.config({}).replaced({"seed": 77})
@@ -202,6 +203,14 @@ def test_fresh_score_is_repeatable_resumable_and_on_scenes_of_its_own(searched, 
     network, _ = load_network(tmp_path / "a")
     scenes = simulate(config.scene, FRESH_FAMILY + 77, range(FRESH_SHARE * config.budget.pipeline_scenes))
     assert value == score(localize(network, scenes, config.inference), scenes.require_truth()).k_loc
+
+    evidence = config.replaced({"network.count_head": "evidence", "budget.calibration_scenes": 64})
+    value = fresh_score(evidence, tmp_path / "d")
+    network, _ = load_network(tmp_path / "d")
+    assert value == score(localize(network, scenes, config.inference), scenes.require_truth()).k_loc
+    raw = checkpoint.read_network(tmp_path / "d" / checkpoint.BEST)[0]
+    fitted = raw.heads["mixing"].weight
+    assert (fitted != 0).any()  # what is scored is what a user gets, count included
 
     def diverge(trainer, *_):
         raise TrainingDivergedError("loss.count is not finite")

@@ -10,9 +10,11 @@ from optuna.trial import TrialState, create_trial
 
 from ris_hpo.config import Spec
 from ris_hpo.errors import StudyError
+from ris_hpo.results import winner
 from ris_hpo.results.winner import confirm, judge
 from ris_hpo.search.spec import StudySpec, derived_seed
 from ris_hpo.store import attributes as names
+from ris_hpo.training import proof
 
 
 class Knobs(Spec):
@@ -176,3 +178,28 @@ def test_confirm_leaves_out_the_base_twins_and_trials_that_diverged(tmp_path):
     study.add_trial(create_trial(value=1.6, params={"gain": 0.5}, **shape))  # the same configuration again
     verdict = run(study, tmp_path, 0.4)
     assert [item.name for item in verdict.candidates] == ["trial 3"]
+
+
+@pytest.mark.parametrize("what", ["score version", "fresh scenes", "code"])
+def test_a_kept_score_is_not_used_for_another_question(tmp_path, monkeypatch, what):
+    study, seen = searched(3, slope=0.4), []
+
+    def counted(config, directory):
+        seen.append(directory)
+        return noisy(0.4)(config, directory)
+
+    def confirmed():
+        return confirm(study, SPEC, counted, tmp_path, config_type=Knobs, top=1, seeds=2)
+
+    verdict = confirmed()
+    assert len(seen) == 4
+    assert confirmed() == verdict
+    assert len(seen) == 4
+    if what == "score version":
+        monkeypatch.setattr(winner, "SCORE_VERSION", winner.SCORE_VERSION + 1)
+    elif what == "fresh scenes":
+        monkeypatch.setattr(winner, "FRESH_SHARE", winner.FRESH_SHARE + 1)
+    else:
+        monkeypatch.setattr(proof, "code_fingerprint", lambda rooms=(): "of tomorrow")
+    assert confirmed() == verdict
+    assert len(set(seen)) == 8

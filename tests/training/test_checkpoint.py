@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from ris_hpo.errors import CheckpointError, ConfigError, OutputError
 from ris_hpo.training import checkpoint, telemetry
-from ris_hpo.training.checkpoint import BEST, LAST, load_network
+from ris_hpo.training.checkpoint import BEST, LAST
 from ris_hpo.training.config import RunConfig
+from ris_hpo.training.finished import load_network
 from ris_hpo.training.trainer import Trainer
 from tests.properties import examples
 
@@ -203,6 +204,6 @@ def test_loaded_network_predicts_what_was_saved(undisturbed):
     network, config = load_network(undisturbed.directory)
     assert config == FULL
     assert not network.training
-    weights = undisturbed.averaged.state(undisturbed.network)
+    weights = undisturbed.learner.averaged.state(undisturbed.network)
     if undisturbed.best == undisturbed.history[-1]:
         assert all(torch.equal(p, weights[name]) for name, p in network.named_parameters())

@@ -16,9 +16,11 @@ from ris_hpo.learning.inference import network_sources, predict
 from ris_hpo.learning.losses import TERMS
 from ris_hpo.physics.scene import simulate
 from ris_hpo.scoring.metrics import score
+from ris_hpo.training import learner as learner_module
 from ris_hpo.training import telemetry
-from ris_hpo.training import trainer as trainer_module
-from ris_hpo.training.checkpoint import load_network
+from ris_hpo.training.data import RunData
+from ris_hpo.training.finished import load_network
+from ris_hpo.training.learner import Learner
 from ris_hpo.training.stability import AveragedWeights, OptimizerSpec, StepGate
 from ris_hpo.training.trainer import Trainer
 from tests.properties import examples
@@ -46,12 +48,12 @@ def test_mixed_precision_moves_the_parameters(precision, tiny, tmp_path):
     list(trainer.run())
     assert all((a != b).any() for a, b in zip(before, parameters(trainer), strict=True) if a.numel() > 1)
     assert all(event["movement"] > 0 for event in events(tmp_path, telemetry.STEP) if event["taken"])
-    assert int(trainer.gate.steps_taken) > 0
+    assert int(trainer.learner.gate.steps_taken) > 0
 
 
 def poison(monkeypatch, term, value, when):
     """Replace one loss term by ``value`` at the steps in ``when``."""
-    real, calls = trainer_module.loss_terms, iter(range(10**6))
+    real, calls = learner_module.loss_terms, iter(range(10**6))
 
     def poisoned(*arguments):
         terms = real(*arguments)
@@ -59,15 +61,15 @@ def poison(monkeypatch, term, value, when):
             terms[term] = terms[term] * value
         return terms
 
-    monkeypatch.setattr(trainer_module, "loss_terms", poisoned)
+    monkeypatch.setattr(learner_module, "loss_terms", poisoned)
 
 
 def test_nan_in_one_term_is_skipped_counted_and_named(tiny, tmp_path, monkeypatch):
     """A NaN scrub that hid overflows: here nothing is scrubbed, the step is not taken, and the term is named."""
     poison(monkeypatch, "count", math.nan, {2, 5})
     trainer = run(tiny, tmp_path)
-    assert int(trainer.gate.skipped_not_finite) == 2
-    assert int(trainer.gate.steps_taken) == 12 - 2
+    assert int(trainer.learner.gate.skipped_not_finite) == 2
+    assert int(trainer.learner.gate.steps_taken) == 12 - 2
     assert "first non-finite term: count" in trainer.diagnosis()
     assert all(torch.isfinite(p).all() for p in trainer.network.parameters())
     skipped = [event for event in events(tmp_path, telemetry.STEP) if not event["taken"]]
@@ -86,8 +88,8 @@ def test_skips_in_a_row_end_the_run_with_the_reason(tiny, tmp_path, monkeypatch)
 def test_overflow_under_fp16_halves_the_scale_and_training_recovers(tiny, tmp_path, monkeypatch):
     poison(monkeypatch, "detection", 1e36, {3})
     trainer = run(tiny.replaced({"optimizer.precision": "fp16"}), tmp_path)
-    assert int(trainer.gate.skipped_not_finite) >= 1
-    assert float(trainer.gate.scale) < 2.0**14
+    assert int(trainer.learner.gate.skipped_not_finite) >= 1
+    assert float(trainer.learner.gate.scale) < 2.0**14
     assert events(tmp_path, telemetry.STEP)[-1]["taken"]
 
 
@@ -96,7 +98,7 @@ def test_schedule_cannot_tick_without_a_step(tiny, tmp_path, monkeypatch):
     poison(monkeypatch, "count", math.nan, set(range(0, 100, 2)))
     trainer = run(tiny, tmp_path)
     rates = [event["rate_backbone"] for event in events(tmp_path, telemetry.STEP)]
-    assert int(trainer.gate.steps_taken) == 6
+    assert int(trainer.learner.gate.steps_taken) == 6
     assert rates[0] == rates[1]
     assert rates[2] == rates[3]
 
@@ -127,10 +129,10 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("kind", ["fixed", "gradnorm"])
 def test_a_step_reads_its_figures_at_once(kind, tiny, tmp_path):
     trainer = Trainer(tiny.replaced({"balance.kind": kind}), tmp_path)
-    with telemetry.Telemetry(tmp_path) as log, Waits() as waits:
-        trainer._step(log)
+    with Waits() as waits:
+        trainer.learner.step(trainer.data.micro_batches(0, 8), trainer.plan, 0, 8)
     assert waits.count == 0
-    assert int(trainer.gate.steps_taken) == 1
+    assert int(trainer.learner.gate.steps_taken) == 1
 
 
 def test_zero_gradient_is_no_step(tiny, tmp_path):
@@ -138,8 +140,8 @@ def test_zero_gradient_is_no_step(tiny, tmp_path):
     trainer = Trainer(tiny, tmp_path)
     for p in trainer.network.parameters():
         p.grad = torch.zeros_like(p)
-    assert not bool(trainer.gate.step())
-    assert int(trainer.gate.skipped_vanishing) == 1
+    assert not bool(trainer.learner.gate.step())
+    assert int(trainer.learner.gate.skipped_vanishing) == 1
     assert "no step was taken: 1 of 1 skipped" in trainer.diagnosis()
 
 
@@ -154,7 +156,7 @@ def test_a_run_that_cannot_be_is_refused(tiny, tmp_path):
         tiny.replaced(silent)
     with pytest.raises(DeviceError, match="device 'abacus'"):
         Trainer(tiny, tmp_path, device="abacus")
-    with pytest.raises(ConfigError, match="no scenes to train on"):
+    with pytest.raises(ConfigError, match="no training scenes are given"):
         Trainer(tiny, tmp_path, scenes=simulate(tiny.scene, 1, range(0)))
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot be made"):
@@ -185,8 +187,32 @@ def test_frozen_group_does_not_move_and_the_other_does(tiny, tmp_path):
     assert any((a != b).any() for a, b in zip(heads, trainer.network.heads.parameters(), strict=True))
 
 
-def test_accumulation_equals_the_large_batch(tiny, tmp_path):
-    """Loss scaling in the wrong place, a running loss at the wrong indentation: both change one of these."""
+def gradient_of_a_step(config, accumulate) -> dict[str, torch.Tensor]:
+    """Of one step on 16 scenes in ``accumulate`` passes."""
+    changes = {"optimizer.batch_size": 16 // accumulate, "optimizer.accumulate": accumulate, "optimizer.clip": 1e6}
+    learner = Learner(config.replaced(changes), torch.device("cpu"))
+    data = RunData(learner.config, learner.network, torch.device("cpu"), None)
+    learner.step(data.micro_batches(0, 16), config.plan(), 0, 16)
+    named = [*learner.network.named_parameters(), *learner.balance.named_parameters()]
+    return {name: p.grad for name, p in named if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ["fixed", "uncertainty", "gradnorm"])
+def test_equal_micro_batches_equal_the_large_batch(kind, tiny):
+    """Only the last micro-batch's gradient, or one without its share of the step, are other steps.
+
+    The scenes have as many sources each, so that means over sources weigh the micro-batches alike.
+    """
+    config = tiny.replaced({"scene.num_sources": (3, 3), "balance.kind": kind, "optimizer.precision": "fp32"})
+    whole, parts = (gradient_of_a_step(config, accumulate) for accumulate in (1, 4))
+    assert whole.keys() == parts.keys()
+    assert ("log_variance" in whole) == (kind == "uncertainty")
+    for name, gradient in whole.items():  # a plain step of rate 1 moves by just this
+        assert (parts[name] - gradient).norm() <= 1e-5 * max(1.0, gradient.norm()), name
+    assert max(gradient.norm() for gradient in whole.values()) > 0.1
+
+
+def test_accumulation_learns_as_the_large_batch_does(tiny, tmp_path):
     whole = run(tiny.replaced({"optimizer.batch_size": 32}), tmp_path / "whole")
     parts = run(tiny.replaced({"optimizer.batch_size": 8, "optimizer.accumulate": 4}), tmp_path / "parts")
     losses = [[event["loss"] for event in events(tmp_path / name, telemetry.STEP)] for name in ("whole", "parts")]
@@ -263,19 +289,19 @@ def test_validation_leaves_training_untouched(tiny, tmp_path):
 @pytest.mark.parametrize("kind", ["uncertainty", "gradnorm"])
 def test_balancing_moves_weights_but_not_the_anchor(kind, tiny, tmp_path):
     trainer = run(tiny.replaced({"balance.kind": kind}), tmp_path)
-    balance = trainer.balance
+    balance = trainer.learner.balance
     moved = balance.log_variance.detach() if kind == "uncertainty" else balance.task_weight - 1
     used = [balance.terms.index(name) for name in ("detection", "offset", "count", "auxiliary")]
     assert (moved[used] != 0).any()
     assert moved[balance.terms.index("covariance")] == 0
     assert moved[balance.terms.index("gap")] == 0  # not at work: nothing may push it
-    assert int(trainer.gate.steps_taken) == 12
+    assert int(trainer.learner.gate.steps_taken) == 12
 
 
 def test_balancing_survives_a_bad_start(tiny, tmp_path, monkeypatch):
     poison(monkeypatch, "count", math.nan, {0})
     trainer = run(tiny.replaced({"balance.kind": "gradnorm"}), tmp_path)
-    assert torch.isfinite(trainer.balance.first_loss).all()
+    assert torch.isfinite(trainer.learner.balance.first_loss).all()
 
 
 def test_ramped_term_ends_at_its_share(tiny, tmp_path):
@@ -299,7 +325,7 @@ def test_validations_fall_on_the_same_scenes_whatever_the_batch(batch, accumulat
     config = RunConfig().replaced(TINY | changes | {"budget.scenes": 40, "budget.validate_every": 16})
     trainer = run(config, tmp_path_factory.mktemp("run"))
     assert [v.scenes_seen for v in trainer.history] == [16, 32, 40]
-    assert int(trainer.gate.steps_taken) == trainer.gate.total_steps
+    assert int(trainer.learner.gate.steps_taken) == trainer.learner.gate.total_steps
 
 
 def test_early_stopping(tiny, tmp_path):
