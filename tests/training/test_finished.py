@@ -78,5 +78,5 @@ def test_the_fit_lowers_the_cross_entropy_of_the_count(trained, unfitted):
 
 
 def test_there_is_no_network_before_the_first_validation(tiny, tmp_path):
-    with pytest.raises(CheckpointError, match="no such checkpoint"):
+    with pytest.raises(CheckpointError, match="no such file"):
         Trainer(tiny, tmp_path).finished_network()
