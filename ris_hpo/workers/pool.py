@@ -401,6 +401,7 @@ class WorkerPool:
             elif counting.fail_trial(
                 self._store, self._study_id, trial, cause, reason, self._retries, owner=str(owner), marks=attributes
             ):
+                place.ended += 1
                 self.messages.append(f"trial {trial.number}: {cause.value}: {reason}")
 
     def _peak_bytes(self) -> int:

@@ -149,11 +149,14 @@ def run_worker(
                 return WorkerReport(ended, requeued, Reason.STOPPED)
             if job.max_trials is not None and ended >= job.max_trials:
                 return WorkerReport(ended, requeued, Reason.LIMIT)
+            left = store.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
+            if not left:
+                return WorkerReport(ended, requeued, Reason.DONE)
             owner = Owner(process, claim)
-            number = store.claim(study_id, str(owner))
+            # no claim where nothing waits: it locks the SQLite file, and one stopped meanwhile would keep it locked
+            waiting = any(trial.state is TrialState.WAITING for trial in left)
+            number = store.claim(study_id, str(owner)) if waiting else None
             if number is None:
-                if not store.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
-                    return WorkerReport(ended, requeued, Reason.DONE)
                 time.sleep(wait)
                 wait = min(1.5 * wait, _LONGEST_WAIT_S)
                 continue

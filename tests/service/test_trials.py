@@ -27,6 +27,7 @@ from ris_hpo.store.attributes import Cause
 from ris_hpo.store.cache import Store
 from ris_hpo.store.open import open_store
 from ris_hpo.store.owner import Owner, this_process
+from ris_hpo.store.tickets import TicketStorage
 from ris_hpo.trials.run import Report, TrialEnvironment, run_trial
 from ris_hpo.workers import lost as lost_module
 from ris_hpo.workers.events import Reason
@@ -259,6 +260,17 @@ def test_a_late_owner_is_fenced_off(store: Store, program: Program, tmp_path: Pa
     assert max(failed.intermediate_values) == 300
     assert successor.state == TrialState.COMPLETE
     assert len(successor.intermediate_values) == 8
+
+
+def test_a_worker_that_waits_does_not_lock_the_store(
+    sqlite_store: Store, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = begin(sqlite_store, make_spec(), program, 1)
+    sqlite_store.claim(id_of(sqlite_store, study), str(elsewhere()))  # it runs somewhere, and may come back
+    claims: list[int] = []
+    monkeypatch.setattr(TicketStorage, "claim", lambda self, study_id, owner: claims.append(study_id))
+    assert work(sqlite_store, study, tmp_path, stop=CountedStop(4)).reason is Reason.STOPPED
+    assert claims == []
 
 
 # -- causes ----------------------------------------------------------------------------------------------------------
