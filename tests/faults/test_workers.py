@@ -160,7 +160,9 @@ def test_a_worker_stopped_with_nothing_to_do_does_not_hold_the_run_up(
     sqlite_store: Store, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor_module, "_GRACE_S", 0.5)
-    study = begin(sqlite_store, program, 1, base=slow_base(1600, 0.1), pruner={"name": "none"})
+    gate = tmp_path / "gate"
+    monkeypatch.setenv("DOUBLE_GATE", str(gate))
+    study = begin(sqlite_store, program, 1, base={"fault": "gate"}, pruner={"name": "none"})
     running = supervisor_of(sqlite_store, study, tmp_path, 2)
     stopped = 0
     for snapshot in running.run(interval=0.05):
@@ -168,6 +170,7 @@ def test_a_worker_stopped_with_nothing_to_do_does_not_hold_the_run_up(
         if not stopped and "training" in pids and pids.get("idle") is not None:
             stopped = pids["idle"]
             os.kill(stopped, signal.SIGSTOP)
+            gate.touch()
     assert stopped
     assert running.ending == "finished"
     assert not psutil.pid_exists(stopped)

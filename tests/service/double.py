@@ -141,6 +141,9 @@ class Trainer:
                 store = sqlite3.connect(os.environ["DOUBLE_STORE"])
                 store.execute("BEGIN IMMEDIATE")  # stopped half-way through a write
                 os.kill(os.getpid(), signal.SIGSTOP)
+            case "gate":
+                while not os.path.exists(os.environ["DOUBLE_GATE"]):
+                    time.sleep(0.01)
             case "hang" if self.scenes_seen >= 200 and not (self.directory / "hung").exists():
                 (self.directory / "hung").touch()
                 time.sleep(3600)
