@@ -1,4 +1,4 @@
-"""How a trial ends in the store: one end per trial, also where the store's acknowledgement of it is lost."""
+"""How a trial ends in the store, and what it has cost until then."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import optuna
-from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from ris_hpo.search import counting
@@ -28,8 +27,7 @@ class TrialRecord:
     """Writes the end of one trial on behalf of the owner that runs it.
 
     Each write says whether the end is this owner's. It is not where the trial was declared lost meanwhile: then it is
-    FAIL with another cause, and a successor continues it. It is where the store refuses a repeated write because the
-    first one went through and only its acknowledgement was lost.
+    FAIL with another cause, and a successor continues it. The store repeats a write whose acknowledgement was lost.
 
     Args:
         store: the store.
@@ -82,11 +80,7 @@ class TrialRecord:
                 cost = names.PARAMETERS if self._spec.cost == "parameters" else names.SECONDS
                 # a trial that diverged has no measured size: as one that costs nothing it would be among the best
                 values.append(float(attributes.get(cost, math.inf)))
-        try:
-            trial.study.tell(trial, values, state=state)
-        except UpdateFinishedTrialError:
-            if self._written().state != state:  # nobody but the owner writes this state
-                raise
+        trial.study.tell(trial, values, state=state)
 
     def put_back(self, *, preempted: bool) -> bool:
         """Put the trial back into the queue; False when it was declared lost.
@@ -97,9 +91,7 @@ class TrialRecord:
         attributes: dict[str, Any] = {names.SECONDS: self.seconds()}
         if preempted:
             attributes[names.PREEMPTIONS] = self._preemptions + 1
-        if self._store.release(self._study_id, self._number, self._owner, attributes):
-            return True
-        return self._written().state != TrialState.FAIL
+        return self._store.release(self._study_id, self._number, self._owner, attributes)
 
     def fail(self, error: BaseException) -> Cause | None:
         """Fail the trial for an exception, and queue its successor where the cause is retried.
@@ -111,14 +103,9 @@ class TrialRecord:
         attributes: dict[str, Any] = {names.SECONDS: self.seconds()}
         if cause is Cause.BUG:
             attributes[names.TRACEBACK] = redact("".join(traceback.format_exception(error))[-_TRACEBACK_LENGTH:])
+        trial = self._store.get_trial(self._store.get_trial_id_from_study_id_trial_number(self._study_id, self._number))
         line, retries = one_line(error), self._spec.retries
-        if counting.fail_trial(
-            self._store, self._study_id, self._written(), cause, line, retries, owner=self._owner, marks=attributes
-        ):
-            return cause
-        written = self._written().user_attrs
-        return cause if (written.get(names.CAUSE), written.get(names.ERROR)) == (cause.value, line) else None
-
-    def _written(self) -> FrozenTrial:
-        """Return the trial as the store has it now."""
-        return self._store.get_trial(self._store.get_trial_id_from_study_id_trial_number(self._study_id, self._number))
+        is_ours = counting.fail_trial(
+            self._store, self._study_id, trial, cause, line, retries, owner=self._owner, marks=attributes
+        )
+        return cause if is_ours else None

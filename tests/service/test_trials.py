@@ -267,8 +267,8 @@ def test_a_worker_that_waits_does_not_lock_the_store(
 ) -> None:
     study = begin(sqlite_store, make_spec(), program, 1)
     sqlite_store.claim(id_of(sqlite_store, study), str(elsewhere()))  # it runs somewhere, and may come back
-    claims: list[int] = []
-    monkeypatch.setattr(TicketStorage, "claim", lambda self, study_id, owner: claims.append(study_id))
+    claims: list[tuple[object, ...]] = []
+    monkeypatch.setattr(TicketStorage, "claim", lambda self, *claim: claims.append(claim))
     assert work(sqlite_store, study, tmp_path, stop=CountedStop(4)).reason is Reason.STOPPED
     assert claims == []
 
