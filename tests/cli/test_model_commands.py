@@ -50,7 +50,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_training_ends_with_both_paths_and_the_next_command(cli, workshop: Path) -> None:
     outcome = cli("train", "--config", workshop / "small.toml", "--out", workshop / "run")  # finished: concludes again
     assert outcome.code == 0, outcome.err
-    assert "going on at 64 of 64 scenes" in outcome.err
+    assert "continuing at 64 of 64 scenes" in outcome.err
     assert "network" in outcome.out
     assert "pipeline" in outcome.out
     assert f"next: ris-hpo evaluate --checkpoint {workshop / 'run'}" in outcome.err
@@ -63,7 +63,7 @@ def test_a_curriculum_tells_the_evidence_of_each_gate(cli, tmp_path: Path) -> No
     outcome = cli("train", "--config", "phased.toml", "--out", "run", "--plot", "curve.png")
     assert outcome.code == 0, outcome.err
     for name in ("first", "second"):
-        assert outcome.err.count(f"phase '{name}': k_acc up: ") == 1
+        assert outcome.err.count(f"phase '{name}': k_acc should go up by -1: ") == 1
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -270,9 +270,9 @@ def test_training_told_to_stop_saves_and_goes_on_to_the_same_end(tmp_path: Path)
         training.send_signal(signal.SIGTERM)
         said = training.communicate(timeout=60)[1]
         assert training.returncode == 130, said
-    assert "saved; the same command goes on" in said
+    assert "saved; the same command continues" in said
     rest = subprocess.run([*command, "cut"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert "going on at" in rest.stderr
+    assert "continuing at" in rest.stderr
     first, second = json.loads(whole.stdout), json.loads(rest.stdout)
     assert first["network"] == second["network"]
     assert first["pipeline"] == second["pipeline"]

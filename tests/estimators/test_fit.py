@@ -286,9 +286,12 @@ def test_a_stated_channel_error_raises_the_noise():
     spec = SceneSpec(channel_error_db=(-10.0, -10.0), snr_db=(30.0, 30.0))  # large enough to tell the line of sight
     scenes = simulate(spec, 5, range(200))
     truth = scenes.truth
-    plain = Observation.of(scenes)
-    aware = Observation.of(scenes, channel_error_db=-10.0)
-    assert (aware.noise_power > plain.noise_power).all()
+    received = scenes.y.abs().square().mean((1, 2)).double()
+    plain, aware = (  # the noise power that each divides by
+        received / Observation.of(scenes, channel_error_db=error).y.abs().square().mean((1, 2))
+        for error in (None, -10.0)
+    )
+    assert (aware > plain).all()
     steering = box_steering_jacobian(
         scenes.geometry, to_box_coordinates(truth.azimuth, truth.elevation, truth.range_m)
     )[0].to(torch.complex64)
@@ -297,7 +300,7 @@ def test_a_stated_channel_error_raises_the_noise():
     left = scenes.y - torch.einsum("bmn,bln->blm", channel, scenes.ris_codes * wave)
     realised = left.abs().square().mean((1, 2)).double()
     # the error's power is random: right on average
-    assert (realised / aware.noise_power).mean().item() == pytest.approx(1, abs=0.15)
+    assert (realised / aware).mean().item() == pytest.approx(1, abs=0.15)
 
 
 @pytest.mark.parametrize("rician", [1.0, 10.0])

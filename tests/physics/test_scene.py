@@ -142,7 +142,7 @@ def test_grid_of_cells_orders_snr_outermost_and_refuses_bad_counts():
     with pytest.raises(ConfigError, match="source counts"):
         grid_of_cells(SceneSpec(), 1, [0.0], [6], 1)
     with pytest.raises(ConfigError, match="source counts"):
-        simulate(SceneSpec(), 1, range(2), num_sources=torch.tensor([1, 0]))
+        simulate(SceneSpec(), 1, range(2), num_sources=torch.tensor([1, -1]))
 
 
 def test_any_whole_numbers_name_the_same_scenes():
@@ -162,7 +162,7 @@ def test_a_region_lies_in_front_of_the_surface(changes):
         {"range_m": (0.0, 1.0)},
         {"azimuth_deg": (10.0, -10.0)},
         {"azimuth_deg": (-95.0, 0.0)},
-        {"num_sources": (0, 3)},
+        {"num_sources": (-1, 3)},
         {"num_sources": (1, 6)},
         {"channel_error_db": (0.0, -10.0)},
         {"unheard_of": 1},
