@@ -26,7 +26,6 @@ import optuna
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
-from ris_hpo.programs.program import load_program
 from ris_hpo.search import counting
 from ris_hpo.search.files import parse_study
 from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget, quiet_optuna
@@ -63,7 +62,7 @@ def spec_of(name: str, reports: int, pause_s: float, sampler: str = "tpe") -> St
 def begin(store: Store, spec: StudySpec, n_trials: int) -> optuna.Study:
     """Make a study with its tickets."""
     study = create_or_resume_study(store, spec, score_version=1)
-    fill_budget(store, study, n_trials, program=load_program(PROGRAM))
+    fill_budget(store, study, n_trials)
     return study
 
 

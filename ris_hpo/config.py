@@ -138,6 +138,12 @@ class Spec(BaseModel):
         return _fingerprint(whole, version, defaults) == recorded
 
 
+class AnySettings(Spec):
+    """Settings of a program that does not say which it takes."""
+
+    model_config = ConfigDict(extra="allow")
+
+
 def fingerprint(value: Any) -> str:
     """Sixteen hexadecimal digits of the SHA-256 of ``value`` as canonical JSON."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)

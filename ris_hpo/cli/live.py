@@ -46,7 +46,7 @@ def _best(snapshot: PoolSnapshot) -> str:
     if best is None:
         return ""
     floor = f", floor {best.floor:.3f}" if best.floor is not None else ""
-    return f" | best: trial {best.number}, k_loc {best.k_loc:.3f}{floor}"
+    return f" | best: trial {best.number}, {snapshot.metric} {best.score:.3f}{floor}"
 
 
 def _follow_plainly(snapshots: Iterable[PoolSnapshot]) -> None:
@@ -58,8 +58,8 @@ def _follow_plainly(snapshots: Iterable[PoolSnapshot]) -> None:
         if snapshot.tally.ended == ended and now - printed_at < PLAIN_SECONDS:
             continue
         running = [
-            f" | #{each.trial} at {each.step or 0:,} scenes"
-            + (f" k_loc {each.k_loc:.2f}" if each.k_loc is not None else "")
+            f" | #{each.trial} at {each.step or 0:,} {snapshot.step_unit}"
+            + (f" {snapshot.metric} {each.score:.2f}" if each.score is not None else "")
             for each in snapshot.workers
             if each.trial is not None
         ]
@@ -72,11 +72,13 @@ def _follow_plainly(snapshots: Iterable[PoolSnapshot]) -> None:
 
 def _view(snapshot: PoolSnapshot) -> Group:
     grid = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("worker", "device", "state", "trial", "scenes", "k_loc", "floor", "scenes/s", "memory", "restarts"):
+    unit = snapshot.step_unit
+    figures = ("trial", unit, snapshot.metric, "floor", f"{unit}/s", "memory", "restarts")
+    for column in ("worker", "device", "state", *figures):
         words = column in ("worker", "device", "state")
         grid.add_column(column, justify="left" if words else "right", no_wrap=column == "state")
     for each in snapshot.workers:
-        rate = None if each.scenes_per_second is None else f"{each.scenes_per_second:,.0f}"
+        rate = None if each.steps_per_second is None else f"{each.steps_per_second:,.0f}"
         memory = None if each.memory_bytes is None else f"{each.memory_bytes / 2**30:.1f} GiB"
         row = (
             each.slot,
@@ -84,7 +86,7 @@ def _view(snapshot: PoolSnapshot) -> Group:
             each.state,
             each.trial,
             each.step,
-            each.k_loc,
+            each.score,
             each.floor,
             rate,
             memory,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from ris_hpo.results.replay import ReplayReport
     from ris_hpo.search.dimension import Dimension
+    from ris_hpo.search.status import BestTrial
     from ris_hpo.store.cache import Store
     from ris_hpo.workers.supervisor import Supervisor
 
@@ -50,7 +51,7 @@ def show_status(store: Store, name: str, *, json_: bool) -> None:
     counts = ", ".join(f"{count} {state}" for state, count in found.trials.as_dict().items() if count)
     pairs: dict[str, object] = {"study": name, "trials": counts or "none yet"}
     if found.best is not None:
-        pairs |= best_line(found.best.number, found.best.k_loc, found.best.floor, found.best.efficiency)
+        pairs |= best_line(found.best, found.metric)
     if found.causes:
         pairs["failures"] = ", ".join(f"{count} {cause}" for cause, count in found.causes.items())
     pairs["device time"] = duration(3600 * found.device_hours)
@@ -60,49 +61,42 @@ def show_status(store: Store, name: str, *, json_: bool) -> None:
             (
                 each.number,
                 each.step,
-                each.k_loc,
+                each.score,
                 duration(each.seconds),
                 each.device,
                 f"{each.host}, process {each.pid}",
             )
             for each in found.running
         ]
-        display.table("\nrunning", ["trial", "scenes", "k_loc", "time", "device", "worker"], rows, text={3, 4, 5})
+        display.table("\nrunning", ["trial", "step", found.metric, "time", "device", "worker"], rows, text={3, 4, 5})
 
 
-def best_line(number: int, k_loc: float, floor: float | None, efficiency: float | None) -> dict[str, object]:
-    """The best trial beside its floor, as one fact."""
-    text = f"trial {number}: k_loc {k_loc:.3f}"
-    if floor is not None and efficiency is not None:
-        text += f" | floor {floor:.3f} | efficiency {efficiency:.0%}"
+def best_line(best: BestTrial, metric: str) -> dict[str, object]:
+    """The best trial, with its floor where it has one, as one fact."""
+    text = f"trial {best.number}: {metric} {best.score:.3f}"
+    if best.floor is not None:
+        text += f" | floor {best.floor:.3f}"
+    if best.efficiency is not None:
+        text += f" | efficiency {best.efficiency:.0%}"
     return {"best": text}
 
 
 def show_outcome(store: Store, name: str, *, json_: bool) -> None:
     """What a run ends with: the table of trials, the best one, its floor, and the next command."""
     from ris_hpo.search.counting import live_trials, ranked
-    from ris_hpo.search.lifecycle import get_study
+    from ris_hpo.search.lifecycle import direction_of, get_study
 
     if json_:
         show_status(store, name, json_=True)
         return
-    trials = live_trials(get_study(store, name).get_trials(deepcopy=False))
-    order = {trial.number: place for place, trial in enumerate(ranked(trials))}
+    study = get_study(store, name)
+    trials = live_trials(study.get_trials(deepcopy=False))
+    order = {trial.number: place for place, trial in enumerate(ranked(trials, direction_of(study)))}
     shown = sorted(trials, key=lambda trial: (order.get(trial.number, len(order)), trial.number))[:SHOWN_TRIALS]
-    columns = [
-        "trial",
-        "state",
-        "k_loc",
-        "floor",
-        "efficiency",
-        "pipeline",
-        "K_acc",
-        "success",
-        "scenes",
-        "time",
-        "note",
-    ]
-    display.table(f"study '{name}'", columns, [_row(trial) for trial in shown], text={1, 10})
+    rows = [_row(trial, (study.metric_names or ["k_loc"])[0]) for trial in shown]
+    titles = list(dict.fromkeys(title for row in rows for title, value in row.items() if value is not None))
+    words = [place for place, title in enumerate(titles) if title in ("state", "note")]
+    display.table(f"study '{name}'", titles, [[row.get(title) for title in titles] for row in rows], text=words)
     if len(trials) > len(shown):
         display.print_result(f"... and {len(trials) - len(shown)} more")
     show_status(store, name, json_=False)
@@ -154,28 +148,28 @@ def end_of_replay(found: ReplayReport, *, json_: bool) -> None:
         raise typer.Exit(StudyError.exit_code)
 
 
-def _row(trial: FrozenTrial) -> tuple[object, ...]:
+def _row(trial: FrozenTrial, metric: str) -> dict[str, object]:
+    """The figures of a trial by their titles, None where it has none."""
     from ris_hpo.store import attributes as names
 
     marks: Mapping[str, Any] = trial.user_attrs
     scores, pipeline = marks.get(names.COMPONENTS, {}), marks.get(names.PIPELINE, {})
     values = list(trial.intermediate_values.values())
-    value = trial.values[0] if trial.values else (values[-1] if values else None)
-    note = (marks.get(names.DIVERGED) and "diverged") or marks.get(names.CAUSE) or marks.get(names.ORIGIN)
     seconds = marks.get(names.SECONDS)
-    return (
-        trial.number,
-        trial.state.name.lower(),
-        value,
-        marks.get(names.FLOOR),
-        marks.get(names.EFFICIENCY),
-        pipeline.get("k_loc"),
-        scores.get("k_acc"),
-        scores.get("success"),
-        marks.get(names.SCENES) or trial.last_step,
-        None if seconds is None else duration(seconds),
-        note,
-    )
+    return {
+        "trial": trial.number,
+        "state": trial.state.name.lower(),
+        metric: trial.values[0] if trial.values else (values[-1] if values else None),
+        "floor": marks.get(names.FLOOR),
+        **{name: value for name, value in marks.get(names.METRICS, {}).items() if name != "floor"},
+        "efficiency": marks.get(names.EFFICIENCY),
+        "pipeline": pipeline.get("k_loc"),
+        "K_acc": scores.get("k_acc"),
+        "success": scores.get("success"),
+        "steps": marks.get(names.SCENES) or trial.last_step,
+        "time": None if seconds is None else duration(seconds),
+        "note": (marks.get(names.DIVERGED) and "diverged") or marks.get(names.CAUSE) or marks.get(names.ORIGIN),
+    }
 
 
 def range_of(dimension: Dimension) -> str:

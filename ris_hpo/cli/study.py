@@ -43,6 +43,12 @@ def run(
             show_default="what --study was made with, else wide",
         ),
     ] = None,
+    program: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION", help="A training program of your own.", show_default="the study file's, if any"
+        ),
+    ] = None,
     n_trials: Annotated[
         int | None,
         typer.Option(
@@ -130,6 +136,8 @@ def run(
         changes = dict.fromkeys([f"stop.{rule}" for rule in StopSpec.model_fields]) | changes
     known = find_spec(open_store(storage), study) if space is None and study is not None else None
     spec = known or load_study(space or "wide")
+    if program is not None:
+        spec = spec.replaced({"program": program})
     base = options.changes(set_)
     if base:
         spec = spec.with_base(base)
@@ -241,7 +249,8 @@ def best(
     store = open_store(storage, create=False)
     title = standing.choose_study(store, study)
     chosen = get_study(store, title)
-    leader = status_of(store, title).best
+    standings = status_of(store, title)
+    leader = standings.best
     if leader is None:
         raise StudyError(f"study '{title}' has no completed trial yet")
     verdict: dict[str, Any] | None = None
@@ -251,7 +260,9 @@ def best(
             found = winner.confirm(
                 chosen,
                 spec,
-                partial(winner.fresh_score, device=device),
+                partial(winner.fresh_score, device=device)
+                if spec.program is None
+                else partial(winner.program_score, spec=spec, device=device),
                 directory,
                 top=top,
                 seeds=seeds,
@@ -259,9 +270,9 @@ def best(
             )
         verdict = asdict(found)
     if json_:
-        display.print_json({"study": title, "best": asdict(leader), "winner": verdict})
+        display.print_json({"study": title, "best": standings.as_dict()["best"], "winner": verdict})
         return
-    pairs = standing.best_line(leader.number, leader.k_loc, leader.floor, leader.efficiency)
+    pairs = standing.best_line(leader, standings.metric)
     display.facts(f"study '{title}', as searched", {**pairs, "pipeline k_loc": leader.pipeline_k_loc, **leader.params})
     if verdict is not None:
         rows = [
@@ -269,7 +280,8 @@ def best(
             for each in verdict["candidates"]
         ]
         rows.append(("base", verdict["base_mean"], None, None, None))
-        columns = ["on fresh seeds", "k_loc (pipeline)", "against base", "from", "to"]
+        score = "k_loc (pipeline)" if standings.metric == "k_loc" else standings.metric
+        columns = ["on fresh seeds", score, "against base", "from", "to"]
         display.table("", columns, rows)
         display.print_result(str(verdict["sentence"]))
     display.print_note(f"next: ris-hpo export --study {shlex.quote(title)} --out best.toml")
@@ -323,7 +335,7 @@ def export(
     ] = None,
     json_: options.Json = False,
 ) -> None:
-    """Write a trial's configuration with its provenance, for 'train --config'."""
+    """Write a trial's configuration with its provenance, for 'train --config' or a program of your own."""
     from ris_hpo.results.export import exported
     from ris_hpo.search.lifecycle import get_study, stored_spec
     from ris_hpo.store.open import open_store
@@ -341,9 +353,11 @@ def export(
         display.print_json({"file": str(out), **provenance.model_dump(mode="json")})
         return
     told = {"file": str(out), "study": title, "trial": provenance.trial, "fingerprint": provenance.config_fingerprint}
-    scores = {"k_loc": provenance.k_loc, "floor": provenance.floor, "efficiency": provenance.efficiency}
+    score = provenance.k_loc if provenance.score is None else provenance.score
+    scores = {provenance.metric or "k_loc": score, "floor": provenance.floor, "efficiency": provenance.efficiency}
     display.facts("", {**told, **scores})
-    display.print_note(f"next: ris-hpo train --config {shlex.quote(str(out))} --out runs/best")
+    if provenance.program is None:
+        display.print_note(f"next: ris-hpo train --config {shlex.quote(str(out))} --out runs/best")
 
 
 def replay(
@@ -427,7 +441,7 @@ def _proof(spec: StudySpec) -> str | None:
     from ris_hpo.process import storage_directory
     from ris_hpo.training.proof import SMALL_SCENES, find_certificate, prove, small_form
 
-    if spec.kind != "training":
+    if not spec.trains_networks:
         return None
     folder, config = storage_directory() / "proofs", spec.config({})
     found = find_certificate(folder, config)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from pydantic import Field, model_validator
@@ -17,6 +18,8 @@ from ris_hpo.errors import ConfigError
 from ris_hpo.learning.inference import InferenceSpec, localize, network_sources, predict
 from ris_hpo.physics.scene import simulate
 from ris_hpo.physics.sources import Sources
+from ris_hpo.programs.program import Program, TrialContext
+from ris_hpo.programs.training import Objective, follow
 from ris_hpo.scoring.metrics import floor_scores, score
 from ris_hpo.training.config import VALIDATION_SEED
 from ris_hpo.training.finished import load_network
@@ -110,3 +113,14 @@ class Trainer:
         plain = network_sources(predict(self.network, scenes), self.config.inference)
         counts = self.network.parameter_counts()
         return Conclusion(last.network, last.floor, last.network, last.floor, counts, Findings(scenes, plain, found))
+
+
+def tune(trial: TrialContext, *, objective: Objective) -> float | None:
+    """Score one setting of the localizer; see ``ris_hpo.programs.training.train``."""
+    config = RunConfig.parse(trial.config)
+    trial.plan(config.budget.validate_every, config.budget.scenes)
+    return follow(trial, Trainer(config, trial.directory, device=trial.device), objective)
+
+
+NETWORK = Program(partial(tune, objective="network"), RunConfig)
+PIPELINE = Program(partial(tune, objective="pipeline"), RunConfig)

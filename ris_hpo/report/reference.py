@@ -101,7 +101,7 @@ def attach(
     known = study.user_attrs.get(names.REFERENCE)
     if known is not None:
         return Reference.from_dict(known)
-    if spec.kind != "training":
+    if not spec.trains_networks:
         raise StudyError(
             f"study '{study.study_name}' tunes a trained network; 'ris-hpo evaluate --estimator ml' gives its reference"
         )

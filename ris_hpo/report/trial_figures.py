@@ -92,6 +92,13 @@ class TrialFigures:
         head = f"# Trial {self._trial.number} of study {self._study.study_name}, configuration {config.fingerprint()}\n"
         self._put("config.toml", lambda: head + to_toml(config.stored()))
 
+    def show(self, objects: Mapping[str, Any]) -> None:
+        """Draw what the training program hands out: ``history``, and ``conclusion`` at the end."""
+        if "conclusion" in objects:
+            self.conclude(objects["history"], objects["conclusion"])
+        else:
+            self.follow(objects["history"])
+
     def follow(self, history: Sequence[Validation]) -> None:
         """Redraw the curve, unless that has taken too much of the trial's time already."""
         if self._spent <= SHARE_OF_TIME * (self._clock() - self._begun):

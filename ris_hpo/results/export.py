@@ -16,29 +16,33 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from ris_hpo.errors import ConfigError, StudyError
+from ris_hpo.config import AnySettings, Spec
+from ris_hpo.errors import CheckpointError, ConfigError, StudyError
 from ris_hpo.learning.bundle import save_bundle
-from ris_hpo.results.replay import ReplayReport, repeated
+from ris_hpo.programs.program import built_in, load_program
+from ris_hpo.results.replay import Repetition, ReplayReport, repeated
+from ris_hpo.scoring.k_loc import finite_score
 from ris_hpo.search.counting import best_trial, lineage_root
 from ris_hpo.search.spec import StudySpec
 from ris_hpo.store import attributes as names
-from ris_hpo.training.config import RunConfig
-from ris_hpo.training.files import Exported, Provenance, is_unchanged
+from ris_hpo.training.files import Exported, ExportedSettings, Provenance, is_unchanged
 from ris_hpo.training.finished import load_network
-from ris_hpo.training.trainer import Trainer
 
 
-def exported(study: optuna.Study, spec: StudySpec, number: int | None = None) -> Exported:
+def exported(study: optuna.Study, spec: StudySpec, number: int | None = None) -> Exported | ExportedSettings:
     """The configuration of a trial, the best one by default, with its provenance.
 
-    Of an inference study it is the configuration of the network that was tuned, with the trial's settings in it.
+    Of an inference study it is the configuration of the network that was tuned, with the trial's settings in it; of a
+    study with a program of its own the settings that the program was given.
 
     Raises:
         CheckpointError: that network is not there any more.
         StudyError: no such trial, or its configuration is not the one this version builds from its parameters.
     """
     trials = study.get_trials(deepcopy=False)
-    trial = best_trial(trials) if number is None else next((t for t in trials if t.number == number), None)
+    trial = (
+        best_trial(trials, spec.direction) if number is None else next((t for t in trials if t.number == number), None)
+    )
     if trial is None:
         wanted = "completed trial yet" if number is None else f"trial {number}: it has {len(trials)}"
         raise StudyError(f"study '{study.study_name}' has no {wanted}")
@@ -52,6 +56,12 @@ def exported(study: optuna.Study, spec: StudySpec, number: int | None = None) ->
             f"trial {trial.number} ran configuration {recorded}, this version builds {config.fingerprint()} from its "
             f"parameters; use the version that ran it ({_versions(study)})"
         )
+    if spec.program is not None:
+        own = {"program": spec.program, "metric": spec.score}
+        if trial.state is TrialState.COMPLETE:
+            own["score"] = trial.values[0]
+        provenance = _provenance(study, spec, trial, config).replaced({**own, "k_loc": None})
+        return ExportedSettings(config=AnySettings.parse(config.model_dump(mode="json")), provenance=provenance)
     if spec.kind == "inference":
         return _of_network(study, spec, trial, config)
     return Exported(config=config, provenance=_provenance(study, spec, trial, config))
@@ -86,16 +96,25 @@ def replay_config(
             f"the configuration was changed after its export (fingerprint {found.config.fingerprint()}, exported as "
             f"{provenance.config_fingerprint}); its trial's curve cannot come out again"
         )
-    where = device or provenance.device or "cpu"
-    return repeated(
-        lambda: Trainer(found.config, directory, device=where, resume=False),
+    if directory.exists() and any(directory.iterdir()):
+        raise CheckpointError(f"{directory}: already there; choose an empty directory")
+    context = Repetition(
+        found.config.model_dump(mode="json"),
+        directory,
         dict(provenance.curve),
+        seed=found.config.seed,
+        device=device or provenance.device or "cpu",
+        finite=finite_score,
+        stop=stop,
+        progress=progress,
+    )
+    return repeated(
+        load_program(built_in("training", "network")),
+        context,
         study=provenance.study,
         number=provenance.trial,
         threads=provenance.threads,
         fingerprint_agrees=True,
-        stop=stop,
-        progress=progress,
     )
 
 
@@ -125,7 +144,7 @@ def package(checkpoint: Path, out: Path) -> dict[str, Any]:
     return {name: value for name, value in provenance.items() if name != "config"}
 
 
-def _provenance(study: optuna.Study, spec: StudySpec, trial: FrozenTrial, config: RunConfig) -> Provenance:
+def _provenance(study: optuna.Study, spec: StudySpec, trial: FrozenTrial, config: Spec) -> Provenance:
     read, attributes = trial.user_attrs.get, study.user_attrs
     winner = attributes.get(names.WINNER)
     mine = winner is not None and winner["winner"] == f"trial {trial.number}"

@@ -6,15 +6,15 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from optuna.trial import TrialState
 
-from ris_hpo.errors import StudyError
-from ris_hpo.programs.program import Program, load_program
-from ris_hpo.scoring.k_loc import finite_score
+from ris_hpo.errors import StudyError, TrainingDivergedError
+from ris_hpo.programs.program import Program, RequeuedError, TrialContext, load_program
 from ris_hpo.search.counting import lineage_root
 from ris_hpo.search.lifecycle import get_study, stored_spec
 from ris_hpo.store import attributes as names
@@ -23,7 +23,7 @@ from ris_hpo.store.cache import Store
 
 @dataclass(frozen=True)
 class ReplayStep:
-    """One validation: ``k_loc`` as recorded and as it came out again."""
+    """One report: the score as recorded and as it came out again."""
 
     step: int
     recorded: float
@@ -57,7 +57,6 @@ def replay(
     number: int,
     *,
     device: str | None = None,
-    program: Program | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> ReplayReport:
     """Train trial ``number`` again from its first scene, as far as its record goes, and compare.
@@ -69,7 +68,6 @@ def replay(
         study_name: the study.
         number: the trial; complete, pruned, or failed after at least one report.
         device: device to run on; the recorded one by default.
-        program: the training program; the study kind's by default.
         stop: asked between training steps.
 
     Raises:
@@ -84,62 +82,98 @@ def replay(
     if not recorded or trial.state in (TrialState.RUNNING, TrialState.WAITING):
         raise StudyError(f"trial {number} of study '{study_name}' has no finished curve to compare with")
     spec = stored_spec(study)
-    program = program or load_program(spec.program or spec.kind)
-    root, seed = lineage_root(trial), trial.user_attrs.get(names.SEED)
-    config = spec.config(trial.params, root, program.config, seed=seed)
+    root, given = lineage_root(trial), trial.user_attrs.get(names.SEED)
+    seed = spec.trial_seed(root) if given is None else int(given)
+    config = spec.config(trial.params, root, seed=seed)
     recorded_as = str(trial.user_attrs.get(names.CONFIG_FINGERPRINT, ""))
-    where = device or trial.user_attrs.get(names.DEVICE, "cpu")
     with tempfile.TemporaryDirectory(prefix="ris-hpo-replay-") as scratch:
         return repeated(
-            lambda: program.trainer(config, Path(scratch) / str(number), device=where, resume=False),
-            recorded,
+            load_program(spec.program_name()),
+            Repetition(
+                config.model_dump(mode="json"),
+                Path(scratch) / str(number),
+                recorded,
+                seed=seed,
+                device=device or trial.user_attrs.get(names.DEVICE, "cpu"),
+                finite=spec.finite,
+                stop=stop,
+            ),
             study=study_name,
             number=number,
             threads=trial.user_attrs.get(names.THREADS),
-            fingerprint_agrees=spec.ran(recorded_as, trial.params, root, program.config, seed=seed),
-            stop=stop,
+            fingerprint_agrees=spec.ran(recorded_as, trial.params, root, seed=seed),
         )
 
 
-def repeated(
-    trainer: Callable[[], Any],
-    recorded: Mapping[int, float],
-    *,
-    study: str,
-    number: int,
-    threads: int | None,
-    fingerprint_agrees: bool,
-    stop: Callable[[], bool],
-    progress: Callable[[int, float], None] = lambda scenes, k_loc: None,
-) -> ReplayReport:
-    """Train from the first scene, as far as a recorded curve goes, and compare.
+class Repetition(TrialContext):
+    """A run of a training program that follows a recorded curve, and is pruned where that ends.
 
     Args:
-        trainer: makes the trainer, at its first scene.
-        recorded: ``k_loc`` by scenes seen, not empty.
+        config: see ``TrialContext``.
+        directory: see ``TrialContext``.
+        recorded: score by step, not empty.
+        seed: see ``TrialContext``.
+        device: see ``TrialContext``.
+        finite: turns a score that is not finite into the one that is reported for it.
+        stop: asked between training steps.
+        progress: called with (step, score) after each report.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        directory: Path,
+        recorded: Mapping[int, float],
+        *,
+        seed: int,
+        device: str,
+        finite: Callable[[float], float],
+        stop: Callable[[], bool],
+        progress: Callable[[int, float], None] = lambda step, score: None,
+    ) -> None:
+        super().__init__(config, directory, seed=seed, device=device)
+        self.recorded_curve = dict(recorded)
+        self.is_stopped = stop
+        self._finite = finite
+        self._progress = progress
+
+    def report(self, step: int, score: float, **metrics: float) -> bool:
+        """See ``TrialContext.report``."""
+        value = self._finite(score)
+        super().report(step, value, **metrics)
+        self._progress(step, value)
+        return step >= max(self.recorded_curve)
+
+    def should_stop(self) -> bool:
+        """See ``TrialContext.should_stop``."""
+        return self.is_stopped()
+
+
+def repeated(
+    program: Program, context: Repetition, *, study: str, number: int, threads: int | None, fingerprint_agrees: bool
+) -> ReplayReport:
+    """Train from the first step, as far as a recorded curve goes, and compare.
+
+    Args:
+        program: what was run.
+        context: the curve, in an empty folder.
         study: the study of the record, for the report.
         number: the trial of the record, for the report.
         threads: torch threads of the record, in force meanwhile; None leaves those there are.
         fingerprint_agrees: for the report.
-        stop: asked between training steps.
-        progress: called with (scenes seen, ``k_loc``) after each validation.
     """
     torch: Any = sys.modules.get("torch")  # not imported for a program that does without
     before = torch.get_num_threads() if torch is not None else 1
-    steps: list[ReplayStep] = []
     try:
         if torch is not None:
             torch.set_num_threads(threads or before)
-        for validation in trainer().run(stop):
-            scenes, value = validation.scenes_seen, finite_score(validation.network.k_loc)
-            progress(scenes, value)
-            if scenes in recorded:
-                steps.append(ReplayStep(scenes, recorded[scenes], value))
-            if scenes >= max(recorded):
-                break
+        with suppress(RequeuedError, TrainingDivergedError):
+            program.train(context)
     finally:
         if torch is not None:
             torch.set_num_threads(before)
+    recorded = context.recorded_curve
+    steps = [ReplayStep(step, recorded[step], score) for step, score in context.scores.items() if step in recorded]
     differences = [abs(step.recorded - step.replayed) for step in steps]
     complete = len(steps) == len(recorded)
     return ReplayReport(
@@ -149,5 +183,5 @@ def repeated(
         max_difference=max(differences, default=math.inf),
         steps=steps,
         fingerprint_agrees=fingerprint_agrees,
-        stopped=not complete and stop(),
+        stopped=not complete and context.is_stopped(),
     )

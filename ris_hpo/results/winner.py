@@ -27,10 +27,11 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from ris_hpo.atomic import make_folder, write_text
-from ris_hpo.config import Spec, fingerprint
+from ris_hpo.config import AnySettings, Spec, fingerprint
 from ris_hpo.errors import GateError, StudyError, TrainingDivergedError
+from ris_hpo.programs.program import TrialContext, load_program
 from ris_hpo.scoring.k_loc import SCORE_VERSION, WORST_K_LOC, finite_score
-from ris_hpo.search.counting import ranked
+from ris_hpo.search.counting import Direction, ranked
 from ris_hpo.search.spec import StudySpec, derived_seed
 from ris_hpo.store import attributes as names
 
@@ -47,18 +48,17 @@ Evaluate = Callable[[Spec, Path], float]
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One candidate beside the base: mean score, mean paired difference, simultaneous interval of it."""
+    """One candidate and the base: mean score, mean paired difference, simultaneous interval of it.
+
+    ``better`` says whether the whole interval lies on the side of zero where the candidate is the better one.
+    """
 
     name: str
     mean: float
     difference: float
     low: float
     high: float
-
-    @property
-    def better(self) -> bool:
-        """Whether the whole interval lies below zero."""
-        return self.high < 0
+    better: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class Verdict:
     """What the table says.
 
     Attributes:
-        winner: name of the candidate with the lowest mean, or of the base where no candidate's mean is below it.
+        winner: name of the candidate with the best mean, or of the base where no candidate's mean is better.
         distinguishable: whether the winner's lead over the base is more than seeds and scenes explain.
         peers: further candidates that this table cannot tell from the winner.
         base_mean: mean score of the base.
@@ -86,13 +86,22 @@ class Verdict:
     sentence: str
 
 
-def judge(candidates: Sequence[str], scores: ArrayLike, *, confidence: float = CONFIDENCE) -> Verdict:
+def judge(
+    candidates: Sequence[str],
+    scores: ArrayLike,
+    *,
+    confidence: float = CONFIDENCE,
+    metric: str = "k_loc",
+    direction: Direction = "minimize",
+) -> Verdict:
     """Compare candidates with a base over paired seeds.
 
     Args:
         candidates: names of rows 1, 2, ...
-        scores: [1 + k, n] scores, lower is better; row 0 is the base, column s shares one seed and its scenes.
+        scores: [1 + k, n] scores; row 0 is the base, column s shares one seed and its scenes.
         confidence: probability that all k intervals hold.
+        metric: what the score is called.
+        direction: which way it is better.
 
     Returns:
         The verdict; with one seed nothing is distinguishable.
@@ -105,12 +114,13 @@ def judge(candidates: Sequence[str], scores: ArrayLike, *, confidence: float = C
         raise StudyError(f"scores of shape {table.shape} do not fit a base and {len(candidates)} candidates")
     if not np.isfinite(table).all():
         raise StudyError("scores that are not finite cannot be compared; a failed run has no score")
+    table = table if direction == "minimize" else -table  # from here on lower is better
     base, others = table[0], table[1:]
     alpha = 1 - confidence
-    compared = [
-        Comparison(name, float(row.mean()), *_interval(row, base, alpha / len(candidates)))
-        for name, row in zip(candidates, others, strict=True)
-    ]
+    compared = []
+    for name, row in zip(candidates, others, strict=True):
+        difference, low, high = _interval(row, base, alpha / len(candidates))
+        compared.append(Comparison(name, float(row.mean()), difference, low, high, better=high < 0))
     order = sorted(range(len(candidates)), key=lambda index: (compared[index].mean, index))
     first = order[0]
     pairs = len(candidates) * (len(candidates) - 1) // 2
@@ -131,7 +141,17 @@ def judge(candidates: Sequence[str], scores: ArrayLike, *, confidence: float = C
         confidence=confidence,
         sentence="",
     )
-    return dataclasses.replace(verdict, sentence=_sentence(verdict, leader))
+    worded = dataclasses.replace(verdict, sentence=_sentence(verdict, leader, metric, direction))
+    return worded if direction == "minimize" else _negated(worded)
+
+
+def _negated(verdict: Verdict) -> Verdict:
+    """The verdict with its figures in the score's own direction."""
+    candidates = tuple(
+        dataclasses.replace(each, mean=-each.mean, difference=-each.difference, low=-each.high, high=-each.low)
+        for each in verdict.candidates
+    )
+    return dataclasses.replace(verdict, base_mean=-verdict.base_mean, candidates=candidates)
 
 
 def confirm(
@@ -143,7 +163,6 @@ def confirm(
     top: int = TOP,
     seeds: int = SEEDS,
     confidence: float = CONFIDENCE,
-    config_type: type[Spec] | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Verdict:
     """Re-evaluate the best configurations of a study, write the verdict into the study, and return it.
@@ -154,22 +173,21 @@ def confirm(
     Args:
         study: the study.
         spec: its specification.
-        evaluate: trains and scores one configuration; ``fresh_score`` for networks.
+        evaluate: trains and scores one configuration; ``fresh_score``, or of a program of one's own ``program_score``.
         directory: where runs are kept.
         top: candidates.
         seeds: fresh seeds for each of them and for the base.
         confidence: probability that all intervals hold.
-        config_type: configuration class, for tests.
         progress: called with (runs done, runs in all, what is next).
 
     Raises:
         StudyError: no completed trial other than the base configuration.
     """
-    base = spec.config({}, config_type=config_type)
+    base = spec.config({})
     candidates: dict[str, tuple[optuna.trial.FrozenTrial, Spec]] = {}
     taken = {_same(base)}
-    for trial in ranked(study.get_trials(deepcopy=False)):
-        config = spec.config(trial.params, config_type=config_type)
+    for trial in ranked(study.get_trials(deepcopy=False), spec.direction):
+        config = spec.config(trial.params)
         if _same(config) not in taken and len(candidates) < top:
             taken.add(_same(config))
             candidates[f"trial {trial.number}"] = (trial, config)
@@ -178,14 +196,15 @@ def confirm(
             f"study '{study.study_name}' has no completed trial besides the base configuration; nothing to confirm"
         )
     configs: dict[str, Spec] = {"base": base, **{name: config for name, (_, config) in candidates.items()}}
+    code = _code_of(spec)
     fresh = [derived_seed(spec.seed, index, "winner") for index in range(seeds)]
     table = np.empty((len(configs), seeds))
     runs = list(itertools.product(enumerate(fresh), enumerate(configs.items())))  # seed by seed: whole pairs early
     for done, ((column, seed), (row, (name, chosen))) in enumerate(runs):
         progress(done, len(runs), f"{name}, seed {column + 1} of {seeds}")
-        table[row, column] = _kept(evaluate, chosen.replaced({"seed": seed}), directory)
+        table[row, column] = _kept(evaluate, _seeded(chosen, seed), directory, code)
     progress(len(runs), len(runs), "done")
-    verdict = judge(list(candidates), table, confidence=confidence)
+    verdict = judge(list(candidates), table, confidence=confidence, metric=spec.score, direction=spec.direction)
     searched = {name: trial.values[0] for name, (trial, _) in candidates.items()}
     study.set_user_attr(names.WINNER, as_attribute(verdict, searched))
     return verdict
@@ -248,6 +267,24 @@ def fresh_score(config: Spec, directory: Path, *, device: str = "cpu") -> float:
     return finite_score(score(localize(network, scenes, run.inference), scenes.require_truth()).k_loc)
 
 
+def program_score(config: Spec, directory: Path, *, spec: StudySpec, device: str = "cpu") -> float:
+    """Run a study's own program again, to its end, and return its score; for a run that diverges the worst one.
+
+    Raises:
+        TrainingDivergedError: it diverges, and the study has no worst score.
+    """
+    program = load_program(spec.program_name())
+    settings = config.model_dump(mode="json")
+    trial = TrialContext(settings, directory, seed=settings["seed"], device=device)
+    try:
+        returned = program.train(trial)
+        return spec.finite(trial.scores[max(trial.scores)] if returned is None else returned)
+    except TrainingDivergedError:
+        if spec.worst_score is None:
+            raise
+        return spec.worst_score
+
+
 def _interval(first: Row, second: Row, alpha: float) -> tuple[float, float, float]:
     """Mean of ``first - second`` with its two-sided paired t interval at level ``1 - alpha``: (mean, low, high)."""
     mean = float((first - second).mean())
@@ -259,13 +296,14 @@ def _interval(first: Row, second: Row, alpha: float) -> tuple[float, float, floa
     return mean, float(low), float(high)
 
 
-def _sentence(verdict: Verdict, leader: Comparison) -> str:
+def _sentence(verdict: Verdict, leader: Comparison, metric: str, direction: Direction) -> str:
+    lower, above = ("lower", "above") if direction == "minimize" else ("higher", "below")
     level = f"{verdict.confidence:.0%}"
     if verdict.seeds < 2:
         return "One seed cannot tell a lead from luck: not distinguishable. Use more seeds."
     if leader.better:
         text = (
-            f"{leader.name.capitalize()} is better than the base configuration: k_loc lower by "
+            f"{leader.name.capitalize()} is better than the base configuration: {metric} {lower} by "
             f"{-leader.difference:.3f}, {level} interval {-leader.high:.3f} to {-leader.low:.3f} over {verdict.seeds} "
             "fresh seeds."
         )
@@ -275,36 +313,49 @@ def _sentence(verdict: Verdict, leader: Comparison) -> str:
     if leader.difference >= 0:
         return (
             f"No candidate beats the base configuration on fresh seeds: {leader.name} comes closest, "
-            f"{leader.difference:.3f} above it; not distinguishable from a lucky draw of the search."
+            f"{leader.difference:.3f} {above} it; not distinguishable from a lucky draw of the search."
         )
     return (
-        f"{leader.name.capitalize()} is not distinguishable from the base configuration: k_loc lower by "
+        f"{leader.name.capitalize()} is not distinguishable from the base configuration: {metric} {lower} by "
         f"{-leader.difference:.3f}, but the {level} interval, {_signed(-leader.high)} to {_signed(-leader.low)} over "
         f"{verdict.seeds} fresh seeds, holds zero."
     )
 
 
-def _kept(evaluate: Evaluate, config: Spec, directory: Path) -> float:
-    """The score of a configuration, computed once for all that it depends on."""
+def _code_of(spec: StudySpec) -> str:
+    """Fingerprint of the code that a study's scores depend on; of a program of one's own it is not known."""
+    if spec.program is not None:
+        return spec.program
     from ris_hpo.training.proof import LEARNING_CODE, code_fingerprint
 
+    return code_fingerprint((*LEARNING_CODE, "programs"))
+
+
+def _kept(evaluate: Evaluate, config: Spec, directory: Path, code: str) -> float:
+    """The score of a configuration, computed once for all that it depends on."""
     version = {
         "config": config.fingerprint(),  # the seed is in it
         "score_version": SCORE_VERSION,
         "fresh_scenes": [FRESH_FAMILY, FRESH_SHARE],
-        "code": code_fingerprint((*LEARNING_CODE, "programs")),
+        "code": code,
     }
     folder = directory / fingerprint(version)
     result = folder / "score.json"
     if result.is_file():
-        return float(json.loads(result.read_text(encoding="utf-8"))["k_loc"])
+        return float(json.loads(result.read_text(encoding="utf-8"))["score"])
     value = evaluate(config, make_folder(folder))
-    write_text(result, json.dumps({"k_loc": value, **version, "configuration": config.model_dump(mode="json")}))
+    write_text(result, json.dumps({"score": value, **version, "configuration": config.model_dump(mode="json")}))
     return value
 
 
+def _seeded(config: Spec, seed: int) -> Spec:
+    if isinstance(config, AnySettings):
+        return AnySettings.parse({**config.model_dump(), "seed": seed})
+    return config.replaced({"seed": seed})
+
+
 def _same(config: Spec) -> str:
-    return config.replaced({"seed": 0}).fingerprint()
+    return _seeded(config, 0).fingerprint()
 
 
 def _bounded(value: float) -> float | None:

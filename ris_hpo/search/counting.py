@@ -75,20 +75,28 @@ def tally(trials: Sequence[FrozenTrial]) -> Tally:
     )
 
 
-def ranked(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+Direction = Literal["minimize", "maximize"]
+
+
+def ranked(trials: Iterable[FrozenTrial], direction: Direction = "minimize") -> list[FrozenTrial]:
     """Return the completed trials that did not diverge, best first; the earlier of two equals leads.
 
     This order is the one meaning of best everywhere: status, stop rules, report, ``best`` and ``export``.
+
+    Args:
+        trials: of one study.
+        direction: ``StudySpec.direction``.
     """
+    sign = 1 if direction == "minimize" else -1
     complete = [
         trial for trial in trials if trial.state == TrialState.COMPLETE and names.DIVERGED not in trial.user_attrs
     ]
-    return sorted(complete, key=lambda trial: (trial.values[0], trial.number))
+    return sorted(complete, key=lambda trial: (sign * trial.values[0], trial.number))
 
 
-def best_trial(trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
-    """Return the best trial, or None where nothing is complete yet."""
-    order = ranked(trials)
+def best_trial(trials: Iterable[FrozenTrial], direction: Direction = "minimize") -> FrozenTrial | None:
+    """Return the best trial, or None where nothing is complete yet; see ``ranked``."""
+    order = ranked(trials, direction)
     return order[0] if order else None
 
 
@@ -203,23 +211,28 @@ def fail_trial(
 StopRule = Literal["timeout", "gpu_hours", "target", "patience"]
 
 
-def stop_reason(rules: StopSpec, trials: Sequence[FrozenTrial], seconds: float) -> StopRule | None:
+def stop_reason(
+    rules: StopSpec, trials: Sequence[FrozenTrial], seconds: float, direction: Direction = "minimize"
+) -> StopRule | None:
     """Return the rule that ends the study now, if any.
 
     Args:
         rules: the limits; one that is None does not apply.
         trials: all trials of the study.
         seconds: wall clock since this run began.
+        direction: ``StudySpec.direction``.
     """
     if rules.timeout_s is not None and seconds >= rules.timeout_s:
         return "timeout"
     if rules.gpu_hours is not None and device_seconds(trials) >= 3600 * rules.gpu_hours:
         return "gpu_hours"
-    best = best_trial(trials)
+    best = best_trial(trials, direction)
     if best is None:
         return None
-    if rules.target is not None and best.values[0] <= rules.target:
-        return "target"
+    if rules.target is not None:
+        value = best.values[0]
+        if value <= rules.target if direction == "minimize" else value >= rules.target:
+            return "target"
     if rules.patience is not None and best.datetime_complete is not None:
         reached = best.datetime_complete.timestamp()  # local times repeat an hour in autumn, time stamps do not
         since = sum(

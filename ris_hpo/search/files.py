@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from ris_hpo.config import SCHEMA, SCHEMA_KEY, Spec, read_toml, suggestion
+from ris_hpo.config import SCHEMA, SCHEMA_KEY, read_toml, suggestion
 from ris_hpo.errors import ConfigError, SpaceError
 from ris_hpo.search.dimension import Dimension, Value
 from ris_hpo.search.spec import StudySpec, leaves
@@ -59,7 +59,7 @@ def study_file(name_or_path: str | Path) -> Path:
     return known[text]
 
 
-def load_study(name_or_path: str | Path, *, config_type: type[Spec] | None = None) -> StudySpec:
+def load_study(name_or_path: str | Path) -> StudySpec:
     """Read and validate a study by name (``wide``) or file (``my/space.toml``).
 
     Raises:
@@ -69,10 +69,10 @@ def load_study(name_or_path: str | Path, *, config_type: type[Spec] | None = Non
     """
     path = study_file(name_or_path)
     spec = parse_study(read_toml(path), name=path.stem, source=str(path))
-    return checked(spec, config_type)
+    return checked(spec)
 
 
-def checked(spec: StudySpec, config_type: type[Spec] | None = None) -> StudySpec:
+def checked(spec: StudySpec) -> StudySpec:
     """Check every dimension, alone at its edges and together at random points, against the run configuration.
 
     Returns:
@@ -81,23 +81,22 @@ def checked(spec: StudySpec, config_type: type[Spec] | None = None) -> StudySpec
     Raises:
         SpaceError: one line that names the key and what the run configuration said.
     """
-    kind = config_type or spec.config_type()
     try:
-        spec = _with_decimal_keys(spec, kind)
-        reference = spec.base_params(kind)
+        spec = _with_decimal_keys(spec)
+        reference = spec.base_params()
         for path, dimension in spec.space.items():
             for value in dimension.edges():
                 # where it is conditional and off in the base, its parents are set so that it counts
                 off = path not in reference
                 parents = {parent: values[0] for parent, values in dimension.when.items()} if off else {}
-                spec.config({**parents, path: value}, config_type=kind)
+                spec.config({**parents, path: value})
         generator = random.Random(0)
         for _ in range(_PROBES):
             params: dict[str, Value] = {}
             for path, dimension in spec.space.items():
                 if dimension.active(params):
                     params[path] = dimension.draw(generator)
-            spec.config(params, config_type=kind)
+            spec.config(params)
     except SpaceError:
         raise
     except ConfigError as error:
@@ -105,8 +104,8 @@ def checked(spec: StudySpec, config_type: type[Spec] | None = None) -> StudySpec
     return spec
 
 
-def _with_decimal_keys(spec: StudySpec, kind: type[Spec]) -> StudySpec:
-    base = dict(leaves(spec.config({}, config_type=kind).model_dump(mode="json")))
+def _with_decimal_keys(spec: StudySpec) -> StudySpec:
+    base = dict(leaves(spec.config({}).model_dump(mode="json")))
     space = {
         path: dimension.for_decimal_key() if isinstance(base.get(path), float) else dimension
         for path, dimension in spec.space.items()
@@ -131,7 +130,7 @@ def parse_study(tree: Mapping[str, Any], *, name: str, source: str) -> StudySpec
         if not isinstance(value, Mapping):
             raise SpaceError(f"{source}: '{key}' must be a table (found {value!r})")
     head = dict(tree.get("study", {}))
-    heading = ("name", "description", "kind", "program", "seed", "objective", "cost")
+    heading = ("name", "description", "kind", "program", "score", "direction", "worst", "seed", "objective", "cost")
     for key in head:
         if key not in heading:
             raise SpaceError(f"{source}: unknown key 'study.{key}'{suggestion(key, list(heading))}")

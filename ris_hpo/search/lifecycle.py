@@ -15,15 +15,15 @@ from typing import Any
 import optuna
 from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning
 from optuna.samplers import RandomSampler
-from optuna.study import Study
+from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial
 
 from ris_hpo.config import suggestion
 from ris_hpo.errors import SpaceError, StudyError
 from ris_hpo.migrations import RENAMED
-from ris_hpo.programs.program import Program
 from ris_hpo.scoring.k_loc import SCORE_VERSION
 from ris_hpo.search import counting
+from ris_hpo.search.counting import Direction
 from ris_hpo.search.spec import NAME, StudySpec, leaves
 from ris_hpo.search.status import StudyStatus, study_status
 from ris_hpo.store import attributes as names
@@ -31,7 +31,8 @@ from ris_hpo.store.cache import Store, ticket
 from ris_hpo.store.credentials import redact
 
 _WARM_TRIALS = 5
-_FIXED = {"name", "description", "kind", "program", "objective", "base", "space", "base_schema"}
+_COMPARED = ("kind", "program", "score", "direction", "worst", "objective")
+_FIXED = {"name", "description", *_COMPARED, "base", "space", "base_schema"}
 _SETTLING_S = 10.0  # how long a study may stand without attributes while another process is making it
 
 
@@ -138,7 +139,7 @@ def create_or_resume_study(
         names.FORKED_FROM: source if fork is not None else None,
     }
     try:
-        store.create_new_study([optuna.study.StudyDirection.MINIMIZE] * len(made.directions), title)
+        store.create_new_study([StudyDirection[direction.upper()] for direction in made.directions], title)
     except DuplicatedStudyError:
         study = get_study(store, title)
         if _is_made(store, study):
@@ -204,7 +205,7 @@ def _check_same_search(study: Study, old: StudySpec, new: StudySpec, free_name: 
             raise SpaceError(
                 f"study '{title}' was made with another space ('space.{path}' differs); add {fork} to start a new one"
             )
-    for field in ("kind", "program", "objective"):
+    for field in _COMPARED:
         if getattr(old, field) != getattr(new, field):
             raise SpaceError(f"study '{title}' was made with another {field}; add {fork} to start a new one")
     before_values, now_values = (dict(leaves(spec.config({}).model_dump(mode="json"))) for spec in (old, new))
@@ -263,7 +264,7 @@ def _free_name(store: Store, title: str) -> str:
     return f"{title}-{number}"
 
 
-def fill_budget(store: Store, study: Study, n_trials: int | None = None, *, program: Program | None = None) -> int:
+def fill_budget(store: Store, study: Study, n_trials: int | None = None) -> int:
     """Give the study its tickets, so that exactly ``n_trials`` of its trials will end.
 
     The base configuration is the first, the best of a warm start's trials come next, the rest is the sampler's.
@@ -273,7 +274,6 @@ def fill_budget(store: Store, study: Study, n_trials: int | None = None, *, prog
         study: the study.
         n_trials: trials of the study that are to end for good, those that already have included; waiting ones beyond
             that number are withdrawn. None: as many as the study has been given, and none is withdrawn.
-        program: the training program; it defines the base values.
 
     Returns:
         Tickets added; 0 when the same command runs again.
@@ -287,8 +287,8 @@ def fill_budget(store: Store, study: Study, n_trials: int | None = None, *, prog
         raise StudyError(f"number of trials: {wanted} is not above 0")
 
     def first() -> list[FrozenTrial]:
-        base = spec.base_params(None if program is None else program.config)
-        opening = [ticket(base, {names.ORIGIN: "base"})]
+        base = spec.base_params()
+        opening = [ticket(base, {names.ORIGIN: "base"})] if base else []
         source = study.user_attrs.get(names.WARM_START)
         if source is not None:
             opening += _warm_tickets(store, source, spec, base)
@@ -303,7 +303,7 @@ def _warm_tickets(store: Store, source: str, spec: StudySpec, base: dict[str, An
     seen = [base]
     study = get_study(store, source)
     other = stored_spec(study)
-    for trial in counting.ranked(study.get_trials(deepcopy=False)):
+    for trial in counting.ranked(study.get_trials(deepcopy=False), other.direction):
         values = dict(leaves(other.config(trial.params).model_dump(mode="json")))
         params: dict[str, Any] = {}
         for path, dimension in spec.space.items():
@@ -329,7 +329,13 @@ def status(store: Store, name: str) -> StudyStatus:
         StudyError: there is no such study.
     """
     study = get_study(store, name)
-    return study_status(study.study_name, study.get_trials(deepcopy=False))
+    metric = (study.metric_names or ["k_loc"])[0]
+    return study_status(study.study_name, study.get_trials(deepcopy=False), metric, direction_of(study))
+
+
+def direction_of(study: Study) -> Direction:
+    """Return which way the score of a study is better."""
+    return "maximize" if study.directions[0] is StudyDirection.MAXIMIZE else "minimize"
 
 
 def versions() -> dict[str, str]:

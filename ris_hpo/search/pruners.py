@@ -19,16 +19,17 @@ from ris_hpo.search.counting import lineage_root
 from ris_hpo.search.spec import StudySpec, derived_seed
 
 
-def build_pruner(spec: StudySpec, storage: BaseStorage, *, first_scenes: int, max_scenes: int) -> BasePruner:
+def build_pruner(spec: StudySpec, storage: BaseStorage, *, first_step: int, last_step: int | None) -> BasePruner:
     """Return the pruner of one trial.
 
     Args:
         spec: the study.
         storage: where its trials are.
-        first_scenes: scenes at the first validation: the first rung unless the study names one.
-        max_scenes: scenes of a full trial; it sets the number of hyperband's brackets.
+        first_step: step of the first report, such as scenes seen: the first rung unless the study names one.
+        last_step: step of the last report, which sets the number of hyperband's brackets; unknown, there is one.
     """
-    return StudyPruner(spec, storage, spec.pruner.first_scenes or first_scenes, max_scenes)
+    first = spec.pruner.first_scenes or first_step
+    return StudyPruner(spec, storage, first, first if last_step is None else last_step)
 
 
 class StudyPruner(BasePruner):
@@ -39,15 +40,16 @@ class StudyPruner(BasePruner):
     the retries share; within its bracket it is successive halving.
     """
 
-    def __init__(self, spec: StudySpec, storage: BaseStorage, first_scenes: int, max_scenes: int) -> None:
+    def __init__(self, spec: StudySpec, storage: BaseStorage, first_step: int, last_step: int) -> None:
         self._spec = spec.pruner
         self._storage_of_all = storage
         self._seed = spec.seed
-        self._first_scenes = first_scenes
+        self._sign = 1 if spec.direction == "minimize" else -1
+        self._first_step = first_step
         reduction = self._spec.reduction
         self._brackets = 1
-        if self._spec.name == "hyperband" and max_scenes > first_scenes:
-            self._brackets = 1 + math.floor(math.log(max_scenes / first_scenes, reduction) + 1e-9)
+        if self._spec.name == "hyperband" and last_step > first_step:
+            self._brackets = 1 + math.floor(math.log(last_step / first_step, reduction) + 1e-9)
 
     def bracket(self, root: int) -> int:
         """Return the bracket in hyperband of a trial and its retries; brackets that prune harder get more of them.
@@ -90,13 +92,13 @@ class StudyPruner(BasePruner):
                     return WilcoxonPruner(p_threshold=spec.p_threshold, n_startup_steps=2)
             case _:
                 return SuccessiveHalvingPruner(
-                    min_resource=self._first_scenes, reduction_factor=spec.reduction, min_early_stopping_rate=bracket
+                    min_resource=self._first_step, reduction_factor=spec.reduction, min_early_stopping_rate=bracket
                 )
 
     def _still_improving(self, trial: FrozenTrial) -> bool:
         if self._spec.patience == 0:
             return False
-        curve = [trial.intermediate_values[step] for step in sorted(trial.intermediate_values)]
+        curve = [self._sign * trial.intermediate_values[step] for step in sorted(trial.intermediate_values)]
         earlier, recent = curve[: -self._spec.patience], curve[-self._spec.patience :]
         return not earlier or min(recent) < min(earlier)
 

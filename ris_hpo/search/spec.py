@@ -9,8 +9,9 @@ configuration itself, so that no study fails an hour in over a misspelt key.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import Any, Literal, Self, cast
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import Trial
@@ -19,6 +20,7 @@ from pydantic import Field, model_validator
 from ris_hpo.config import (
     SCHEMA,
     SCHEMA_KEY,
+    AnySettings,
     Spec,
     defaults_of,
     differing,
@@ -29,12 +31,10 @@ from ris_hpo.config import (
     stored_defaults,
     suggestion,
 )
-from ris_hpo.errors import ConfigError, SpaceError
-from ris_hpo.programs.program import load_program
+from ris_hpo.errors import ConfigError, SpaceError, TrainingDivergedError
+from ris_hpo.programs.program import built_in, load_program
+from ris_hpo.scoring.k_loc import WORST_K_LOC
 from ris_hpo.search.dimension import Dimension, Value
-
-if TYPE_CHECKING:
-    from ris_hpo.training.config import RunConfig
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """What a study may be called: its trials' folders have that name, and must not lie elsewhere."""
@@ -61,7 +61,7 @@ class PrunerSpec(Spec):
     startup: int = Field(default=5, ge=0, description="trials that end before median and wilcoxon prune any")
     warmup_scenes: int = Field(default=0, ge=0, description="scenes before which no trial is pruned")
     patience: int = Field(
-        default=0, ge=0, description="prune only trials without a better k_loc in so many validations; 0 prunes any"
+        default=0, ge=0, description="prune only trials without a better score in so many reports; 0 prunes any"
     )
     p_threshold: float = Field(default=0.1, gt=0, lt=1, description="significance level of wilcoxon")
 
@@ -89,7 +89,7 @@ class StopSpec(Spec):
 
     timeout_s: float | None = Field(default=None, gt=0, description="wall-clock time of one run")
     gpu_hours: float | None = Field(default=None, gt=0, description="device hours of all trials")
-    target: float | None = Field(default=None, description="k_loc that one trial has to reach")
+    target: float | None = Field(default=None, description="score that one trial has to reach")
     patience: int | None = Field(default=None, ge=1, description="ended trials since the best one")
 
 
@@ -103,7 +103,12 @@ class StudySpec(Spec):
     kind: Literal["training", "inference"] = Field(
         default="training", description="train networks, or tune the localizer of a trained one"
     )
-    program: str | None = Field(default=None, description="module of a training program of your own")
+    program: str | None = Field(
+        default=None, description="training program of your own, as package.module:function; see TrialContext"
+    )
+    score: str = Field(default="k_loc", min_length=1, description="name of what your program reports")
+    direction: Literal["minimize", "maximize"] = Field(default="minimize", description="which way its score is better")
+    worst: float | None = Field(default=None, description="score of a trial whose training diverged; unset: it fails")
     seed: int = Field(default=0, ge=0, lt=2**32, description="source of the seeds of all trials and samplers")
     objective: Literal["network", "pipeline"] = Field(
         default="network", description="whose k_loc is minimised: the network's own estimates, or refined ones"
@@ -148,23 +153,53 @@ class StudySpec(Spec):
             if path in self.base and not dimension.when and not dimension.contains(self.base[path]):
                 raise ValueError(f"base value {self.base[path]!r} of '{path}' lies outside its range")
             seen.append(path)
+        if self.program is None and (self.score, self.direction, self.worst) != ("k_loc", "minimize", None):
+            raise ValueError("score, direction and worst are those of a program of your own; set program too")
         if self.sampler.name == "nsga2" and self.pruner.name != "none":
             raise ValueError("nsga2 has two objectives, and no pruner works with two; set pruner.name to 'none'")
         return self
 
     @property
     def directions(self) -> list[str]:
-        """Optuna directions: k_loc, and the cost under nsga2; lower is better."""
-        return ["minimize", "minimize"] if self.sampler.name == "nsga2" else ["minimize"]
+        """Optuna directions: of the score, and of the cost under nsga2."""
+        return [self.direction, "minimize"] if self.sampler.name == "nsga2" else [self.direction]
 
     @property
     def metric_names(self) -> list[str]:
         """Names of the objectives as the dashboard shows them."""
-        return ["k_loc", self.cost] if self.sampler.name == "nsga2" else ["k_loc"]
+        return [self.score, self.cost] if self.sampler.name == "nsga2" else [self.score]
+
+    @property
+    def trains_networks(self) -> bool:
+        """Whether trials are runs of this package's own trainer."""
+        return self.program is None and self.kind == "training"
+
+    @property
+    def step_unit(self) -> str:
+        """What the steps of a trial are."""
+        return "scenes" if self.program is None else "steps"
+
+    @property
+    def worst_score(self) -> float | None:
+        """Score of a trial whose training diverged; None where such a trial has none."""
+        return WORST_K_LOC if self.program is None else self.worst
+
+    def finite(self, score: float) -> float:
+        """Return a score as it is reported: where it is not finite, the worst one.
+
+        Raises:
+            TrainingDivergedError: it is not finite, and the study has no worst score.
+        """
+        if math.isfinite(score):
+            return score
+        if self.worst_score is None:
+            raise TrainingDivergedError(f"{self.score} is {score}")
+        return self.worst_score
 
     def space_fingerprint(self) -> str:
         """Fingerprint of what makes two trials comparable: program, base, space, objective, number of objectives."""
-        tree = self.model_dump(mode="json", include={"kind", "program", "objective"}, exclude_none=True)
+        what = {"kind", "program", "objective", "score", "direction"}
+        tree = self.model_dump(mode="json", include=what, exclude_defaults=True)
         if self.program is None:
             defaults = stored_defaults(self.base_schema, self.kind)
         else:
@@ -173,12 +208,12 @@ class StudySpec(Spec):
         space = {path: dimension.fingerprint() for path, dimension in self.space.items()}
         return fingerprint({**tree, "base": base, "space": space, "metrics": self.metric_names})
 
-    def whole(self, config_type: type[Spec] | None = None) -> StudySpec:
+    def whole(self) -> StudySpec:
         """Return this study with every value of its base stated, so that it means the same when defaults change.
 
         The seed stays out unless the study fixes it, since every trial has its own.
         """
-        values = dict(leaves(self._base_config(config_type or self.config_type())))
+        values = dict(leaves(self._base_config()))
         if "seed" not in self.base:
             values.pop("seed", None)
         return self.replaced({"base": values})
@@ -213,39 +248,39 @@ class StudySpec(Spec):
                 )
         return params
 
-    def config(
-        self,
-        params: Mapping[str, Value],
-        root: int | None = None,
-        config_type: type[Spec] | None = None,
-        *,
-        seed: int | None = None,
-    ) -> RunConfig:
-        """Return the frozen run configuration of a trial, the very one ``export`` writes.
+    def program_name(self) -> str:
+        """Return the name by which ``load_program`` finds what the trials run."""
+        return self.program or built_in(self.kind, self.objective)
+
+    def trial_seed(self, root: int) -> int:
+        """Return the seed of a trial, unless it was given another one before.
+
+        Args:
+            root: number of the first trial of its line.
+        """
+        return int(self.base["seed"]) if "seed" in self.base else derived_seed(self.seed, root, "run")
+
+    def config(self, params: Mapping[str, Value], root: int | None = None, *, seed: int | None = None) -> Any:
+        """Return the frozen run configuration of a trial, an instance of ``config_type()``; ``export`` writes it.
 
         Args:
             params: parameters of the trial; a dimension that is absent keeps its base value.
             root: number of the first trial of its line; the seed is derived from it. None keeps the base's seed.
-            config_type: another configuration class, for tests.
             seed: the seed that the trial was given before, since the study's may have been changed meanwhile.
 
         Raises:
             ConfigError: an unknown key or a value out of bounds.
         """
-        kind = config_type or self.config_type()
-        values = self._values(params, root, seed)
+        kind, source = self.config_type(), f"study '{self.name}'"
+        values = self._values(kind, params, root, seed)
+        if kind is AnySettings:
+            return kind.parse(self._nested(values), source)
         if self.base_schema == SCHEMA:
-            return cast("RunConfig", kind.parse({}).replaced(values))
-        return cast("RunConfig", kind.from_stored(self._stored_config(values), f"study '{self.name}'"))
+            return kind.parse({}).replaced(values)
+        return kind.from_stored(self._stored_config(values), source)
 
     def ran(
-        self,
-        recorded: str,
-        params: Mapping[str, Value],
-        root: int | None = None,
-        config_type: type[Spec] | None = None,
-        *,
-        seed: int | None = None,
+        self, recorded: str, params: Mapping[str, Value], root: int | None = None, *, seed: int | None = None
     ) -> bool:
         """Say whether a trial of these parameters had the configuration of this fingerprint.
 
@@ -253,28 +288,27 @@ class StudySpec(Spec):
             recorded: fingerprint of the run configuration, as this version or an older one recorded it.
             params: as for ``config``.
             root: as for ``config``.
-            config_type: as for ``config``.
             seed: as for ``config``.
         """
-        kind = config_type or self.config_type()
         if self.base_schema == SCHEMA:
-            return self.config(params, root, kind, seed=seed).fingerprint() == recorded
-        tree = self._stored_config(self._values(params, root, seed))
+            return bool(self.config(params, root, seed=seed).fingerprint() == recorded)
+        kind = self.config_type()
+        tree = self._stored_config(self._values(kind, params, root, seed))
         return kind.is_fingerprint_of(recorded, tree, f"study '{self.name}'")
 
-    def _values(self, params: Mapping[str, Value], root: int | None, seed: int | None) -> dict[str, Any]:
+    def _values(
+        self, kind: type[Spec], params: Mapping[str, Value], root: int | None, seed: int | None
+    ) -> dict[str, Any]:
         values = {**self.base, **params}
-        if seed is not None:
-            values["seed"] = seed
-        elif root is not None and "seed" not in self.base:
-            values["seed"] = derived_seed(self.seed, root, "run")
+        if "seed" in kind.model_fields and (seed is not None or root is not None):
+            values["seed"] = seed if seed is not None else self.trial_seed(root or 0)
         return values
 
-    def _base_config(self, kind: type[Spec]) -> dict[str, Any]:
+    def _base_config(self) -> dict[str, Any]:
         """The base configuration, whole, in the keys of the study's own schema version."""
+        kind, config = self.config_type(), self.config({})  # refuses what this version cannot run
         if self.base_schema == SCHEMA or kind.settings is None:
-            return self.config({}, config_type=kind).model_dump(mode="json")
-        self.config({}, config_type=kind)  # refuses what this version cannot run
+            return dict(config.model_dump(mode="json"))
         return filled(self._nested(self.base), stored_defaults(self.base_schema, kind.settings))
 
     def _stored_config(self, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -298,7 +332,7 @@ class StudySpec(Spec):
         """Return the class of the trials' run configurations."""
         # imported late: a supervisor or a status query reads studies without paying for torch
         if self.program is not None:
-            return load_program(self.program).config
+            return load_program(self.program).config or AnySettings
         if self.kind == "inference":
             from ris_hpo.programs.inference import RunConfig as InferenceRun
 
@@ -307,24 +341,24 @@ class StudySpec(Spec):
 
         return RunConfig
 
-    def base_params(self, config_type: type[Spec] | None = None) -> dict[str, Value]:
+    def base_params(self) -> dict[str, Value]:
         """Return the base configuration as parameters of this space.
 
+        A program of your own that takes any settings need not have a base value for each dimension.
+
         Raises:
-            SpaceError: a base value outside its dimension.
+            SpaceError: a key that the run configuration does not have, or a base value outside its dimension.
         """
-        kind = config_type or self.config_type()
-        tree = self._base_config(kind)
+        values = dict(leaves(self._base_config()))
+        any_settings = self.config_type() is AnySettings
         params: dict[str, Value] = {}
         for path, dimension in self.space.items():
-            if not dimension.active(params):
+            if not dimension.active(params) or (any_settings and path not in values):
                 continue
-            value: Any = tree
-            for part in path.split("."):
-                if not isinstance(value, dict) or part not in value:
-                    known = list(dotted_keys(self.config({}, config_type=kind)))
-                    raise SpaceError(f"study '{self.name}': unknown key '{path}'{suggestion(path, known)}")
-                value = value[part]
+            if path not in values:
+                known = list(dotted_keys(self.config({})))
+                raise SpaceError(f"study '{self.name}': unknown key '{path}'{suggestion(path, known)}")
+            value = values[path]
             if dimension.is_integer and isinstance(value, float) and value.is_integer():
                 value = int(value)
             if not dimension.contains(value):

@@ -9,7 +9,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from ris_hpo.search.counting import Tally, best_trial, device_seconds, tally
+from ris_hpo.search.counting import Direction, Tally, best_trial, device_seconds, tally
 from ris_hpo.store import attributes as names
 from ris_hpo.store.attributes import Cause
 from ris_hpo.store.owner import Owner
@@ -20,7 +20,7 @@ class BestTrial:
     """The best trial in a few figures."""
 
     number: int
-    k_loc: float
+    score: float
     floor: float | None
     efficiency: float | None
     pipeline_k_loc: float | None
@@ -37,7 +37,7 @@ class RunningTrial:
     pid: int | None
     device: str | None
     step: int | None
-    k_loc: float | None
+    score: float | None
     seconds: float
 
 
@@ -60,9 +60,13 @@ class FailedTrial:
 
 @dataclass(frozen=True)
 class StudyStatus:
-    """Where a study stands: what ``status --json`` prints."""
+    """Where a study stands: what ``status --json`` prints.
+
+    ``metric`` is what the score is called, ``k_loc`` unless the study has a program of its own.
+    """
 
     study: str
+    metric: str
     trials: Tally
     best: BestTrial | None
     running: list[RunningTrial]
@@ -71,8 +75,12 @@ class StudyStatus:
     device_hours: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Return JSON types."""
-        return asdict(self)
+        """Return JSON types, with each score under the name of its metric."""
+        tree = asdict(self)
+        for trial in [tree["best"], *tree["running"]]:
+            if trial is not None:
+                trial[self.metric] = trial.pop("score")
+        return tree
 
 
 def summarise_best(trial: FrozenTrial | None) -> BestTrial | None:
@@ -83,7 +91,7 @@ def summarise_best(trial: FrozenTrial | None) -> BestTrial | None:
     pipeline = attributes.get(names.PIPELINE)
     return BestTrial(
         number=trial.number,
-        k_loc=trial.values[0],
+        score=trial.values[0],
         floor=attributes.get(names.FLOOR),
         efficiency=attributes.get(names.EFFICIENCY),
         pipeline_k_loc=None if pipeline is None else pipeline.get("k_loc"),
@@ -92,7 +100,9 @@ def summarise_best(trial: FrozenTrial | None) -> BestTrial | None:
     )
 
 
-def study_status(name: str, trials: Sequence[FrozenTrial]) -> StudyStatus:
+def study_status(
+    name: str, trials: Sequence[FrozenTrial], metric: str = "k_loc", direction: Direction = "minimize"
+) -> StudyStatus:
     """Summarise the trials of a study."""
     continued = {trial.user_attrs.get(names.PREDECESSOR) for trial in trials}
     failed = [
@@ -102,8 +112,9 @@ def study_status(name: str, trials: Sequence[FrozenTrial]) -> StudyStatus:
     ]
     return StudyStatus(
         study=name,
+        metric=metric,
         trials=tally(trials),
-        best=summarise_best(best_trial(trials)),
+        best=summarise_best(best_trial(trials, direction)),
         running=[_running(trial) for trial in trials if trial.state == TrialState.RUNNING],
         causes=dict(Counter(trial.cause for trial in failed)),
         failed=failed,
@@ -119,7 +130,7 @@ def _running(trial: FrozenTrial) -> RunningTrial:
         pid=None if owner is None else owner.process.pid,
         device=trial.user_attrs.get(names.DEVICE),
         step=step,
-        k_loc=None if step is None else trial.intermediate_values[step],
+        score=None if step is None else trial.intermediate_values[step],
         seconds=device_seconds([trial]),
     )
 

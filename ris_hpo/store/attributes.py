@@ -25,6 +25,9 @@ EFFICIENCY: Final = "efficiency"
 DIVERGED: Final = "diverged"
 """One line on why training could not go on; such a trial is COMPLETE at the worst score, so that the sampler learns."""
 
+METRICS: Final = "metrics"
+"""The further values of the program's last report, by name."""
+
 # -- what a trial was ------------------------------------------------------------------------------------------------
 CONFIG_FINGERPRINT: Final = "config_fingerprint"
 """Fingerprint of the frozen run configuration; written once all parameters stand."""
@@ -107,9 +110,18 @@ class Cause(StrEnum):
     TIMEOUT = "timeout"
     OUT_OF_MEMORY = "out_of_memory"
     BUG = "bug"
+    DIVERGED = "diverged"
+    """Training that cannot go on, in a study without a worst score; another try would end the same way."""
     WITHDRAWN = "withdrawn"
     """A ticket taken out of the queue by a smaller ``--n-trials``; it never ran and is counted nowhere."""
 
 
 RETRIED_CAUSES: Final = frozenset({Cause.LOST_WORKER, Cause.TIMEOUT, Cause.OUT_OF_MEMORY})
 """The surroundings' faults: a successor continues the trial. A bug would only happen again."""
+
+OF_THE_SERVICE: Final = frozenset(
+    {CONFIG_FINGERPRINT, SEED, SCENES, SECONDS, SCENES_PER_SECOND, PEAK_MEMORY, HOST, DEVICE, THREADS}
+    | {METRICS, DIVERGED, OWNER, CAUSE, ERROR, TRACEBACK, LAST_STEP, PREEMPTIONS, FIGURES_MISSING}
+    | {LINEAGE, PREDECESSOR, ATTEMPT, ORIGIN, RETRIES, INHERITED_STEP}
+)
+"""Attributes of a trial that a training program cannot write."""

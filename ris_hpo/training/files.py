@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 from pydantic import Field
 
 from ris_hpo.atomic import write_text
-from ris_hpo.config import SCHEMA_KEY, Spec, migrated, read_toml, to_toml
+from ris_hpo.config import SCHEMA_KEY, AnySettings, Spec, migrated, read_toml, to_toml
 from ris_hpo.errors import ConfigError, reading
 from ris_hpo.physics.scene import SceneSpec
 from ris_hpo.training.config import RunConfig
@@ -22,9 +22,15 @@ PROVENANCE: Final = "provenance"
 
 
 class Provenance(Spec):
-    """Where a configuration came from and what it scored there; ``k_loc`` and the curve are those of ``objective``."""
+    """Where a configuration came from and what it scored there; ``k_loc`` and the curve are those of ``objective``.
+
+    Of a trial of a program of one's own it has ``program``, ``metric`` and ``score``, and the curve is of these.
+    """
 
     format: int = FORMAT
+    program: str | None = None
+    metric: str | None = None
+    score: float | None = None
     study: str
     trial: int
     state: str
@@ -58,7 +64,14 @@ class Exported(Spec):
     provenance: Provenance | None = None
 
 
-def write_config(found: Exported, out: Path, *, form: Literal["toml", "json"] | None = None) -> None:
+class ExportedSettings(Spec):
+    """Settings of a trial of a program of one's own."""
+
+    config: AnySettings
+    provenance: Provenance
+
+
+def write_config(found: Exported | ExportedSettings, out: Path, *, form: Literal["toml", "json"] | None = None) -> None:
     """Write a configuration file, whole or not at all; the form follows the suffix unless given.
 
     Raises:
@@ -84,6 +97,8 @@ def load_config(path: Path) -> Exported:
     """
     tree = _read_json(path) if path.suffix == ".json" else read_toml(path)
     origin = tree.pop(PROVENANCE, None)
+    if isinstance(origin, Mapping) and "program" in origin:
+        raise ConfigError(f"{path}: settings of the program '{origin['program']}', not of a network's training")
     config = RunConfig.parse(_current(tree, origin is not None, path), source=str(path))
     if origin is None:
         return Exported(config=config)
@@ -113,16 +128,22 @@ def is_unchanged(found: Exported) -> bool:
     return found.provenance is not None and found.provenance.config_fingerprint == found.config.fingerprint()
 
 
-def _heading(found: Exported) -> str:
+def _heading(found: Exported | ExportedSettings) -> str:
     origin = found.provenance
     if origin is None:
         return ""
     lines = [f"Trial {origin.trial} of study '{origin.study}'"]
     if origin.k_loc is not None:
         lines[0] += f": k_loc {origin.k_loc:.4f} on the {origin.objective} path"
-    if origin.k_loc is not None and origin.floor is not None:
+    if origin.score is not None:
+        lines[0] += f": {origin.metric} {origin.score:.4f}"
+    if origin.floor is not None:
         lines[0] += f", floor {origin.floor:.4f}"
-    lines += ["ris-hpo train --config THIS --out runs/best", "ris-hpo train --config THIS --out runs/again --replay"]
+    if origin.program is not None:
+        lines += [f"Settings of {origin.program}"]
+    else:
+        train = "ris-hpo train --config THIS --out"
+        lines += [f"{train} runs/best", f"{train} runs/again --replay"]
     return "".join(f"# {line}\n" for line in lines) + "\n"
 
 

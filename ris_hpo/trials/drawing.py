@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from optuna.exceptions import UpdateFinishedTrialError
@@ -20,11 +20,8 @@ class Figures(Protocol):
     def begin(self, config: Any) -> None:
         """Record the run configuration."""
 
-    def follow(self, history: Any) -> None:
-        """Draw the curve so far."""
-
-    def conclude(self, history: Any, conclusion: Any) -> None:
-        """Draw the rest; ``conclusion`` is None for a pruned trial."""
+    def show(self, objects: Mapping[str, Any]) -> None:
+        """Draw what the training program hands out with ``TrialContext.show``."""
 
 
 class Drawing:
@@ -49,15 +46,10 @@ class Drawing:
         if (figures := self._figures) is not None:
             self._attempted(lambda: figures.begin(config))
 
-    def follow(self, history: Sequence[Any]) -> None:
-        """See ``Figures.follow``."""
+    def show(self, objects: Mapping[str, Any]) -> None:
+        """See ``Figures.show``."""
         if (figures := self._figures) is not None:
-            self._attempted(lambda: figures.follow(history))
-
-    def conclude(self, history: Sequence[Any], conclusion: Any) -> None:
-        """See ``Figures.conclude``."""
-        if (figures := self._figures) is not None:
-            self._attempted(lambda: figures.conclude(history, conclusion))
+            self._attempted(lambda: figures.show(objects))
 
     def _attempted(self, draw: Callable[[], Any]) -> Any:
         try:

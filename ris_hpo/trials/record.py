@@ -11,6 +11,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from ris_hpo.errors import TrainingDivergedError
 from ris_hpo.search import counting
 from ris_hpo.search.spec import StudySpec
 from ris_hpo.store import attributes as names
@@ -66,7 +67,7 @@ class TrialRecord:
         Args:
             trial: the trial.
             state: COMPLETE or PRUNED.
-            value: ``k_loc``; None for a pruned trial.
+            value: the score; None for a pruned trial.
             attributes: what else to write; the study's second objective is taken from it.
 
         Raises:
@@ -99,7 +100,10 @@ class TrialRecord:
         Returns:
             The cause; None when the trial was declared lost.
         """
-        cause = Cause.OUT_OF_MEMORY if is_out_of_memory(error) else Cause.BUG
+        if is_out_of_memory(error):
+            cause = Cause.OUT_OF_MEMORY
+        else:
+            cause = Cause.DIVERGED if isinstance(error, TrainingDivergedError) else Cause.BUG
         attributes: dict[str, Any] = {names.SECONDS: self.seconds()}
         if cause is Cause.BUG:
             attributes[names.TRACEBACK] = redact("".join(traceback.format_exception(error))[-_TRACEBACK_LENGTH:])

@@ -8,7 +8,8 @@ from enum import StrEnum
 from typing import Any, Final
 
 from ris_hpo.store.attributes import Cause
-from ris_hpo.trials.run import Outcome, Report, Scoring, Started
+from ris_hpo.trials.context import Report, Scoring, Started
+from ris_hpo.trials.run import Outcome
 
 
 class Reason(StrEnum):

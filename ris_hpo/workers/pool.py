@@ -22,7 +22,8 @@ from ris_hpo.store import attributes as names
 from ris_hpo.store.attributes import Cause
 from ris_hpo.store.cache import Store
 from ris_hpo.store.owner import Owner, Process, this_process
-from ris_hpo.trials.run import Outcome, Report, Scoring, Started
+from ris_hpo.trials.context import Report, Scoring, Started
+from ris_hpo.trials.run import Outcome
 from ris_hpo.workers.devices import Slot
 from ris_hpo.workers.events import Event, Left, Note, Ready, Reason
 from ris_hpo.workers.worker import WorkerJob
@@ -82,9 +83,9 @@ class WorkerView:
     pid: int | None = None
     trial: int | None = None
     step: int | None = None
-    k_loc: float | None = None
+    score: float | None = None
     floor: float | None = None
-    scenes_per_second: float | None = None
+    steps_per_second: float | None = None
     memory_bytes: int | None = None
     seconds: float | None = None
     ended: int = 0
@@ -149,9 +150,9 @@ class Place:
             pid=None if self.worker is None else self.worker.pid,
             trial=None if running is None else running.number,
             step=None if report is None else report.step,
-            k_loc=None if report is None else report.k_loc,
+            score=None if report is None else report.score,
             floor=None if report is None else report.floor,
-            scenes_per_second=None if report is None else report.scenes_per_second,
+            steps_per_second=None if report is None else report.steps_per_second,
             memory_bytes=None if self.worker is None else self.worker.memory_bytes(),
             seconds=None if running is None else now - running.began,
             ended=self.ended,

@@ -42,6 +42,9 @@ class PoolSnapshot:
     seconds: float
     messages: list[str]
     """What happened since the last snapshot, one line each: ends, losses, restarts."""
+    metric: str = "k_loc"
+    """What the score is called."""
+    step_unit: str = "scenes"
 
 
 class Supervisor:
@@ -154,7 +157,7 @@ class Supervisor:
                 self.ending = "finished"
             return
         self._finished_since = None
-        self.ending = counting.stop_reason(self._spec.stop, trials, now - self._begun)
+        self.ending = counting.stop_reason(self._spec.stop, trials, now - self._begun, self._spec.direction)
         if self.ending is None and pool.has_reached_limit:
             self.ending = "max_trials"
         elif counts.waiting > 0:
@@ -169,8 +172,10 @@ class Supervisor:
             study=self._study.study_name,
             n_trials=counts.ended + counts.open,
             tally=counts,
-            best=summarise_best(counting.best_trial(trials)),
+            best=summarise_best(counting.best_trial(trials, self._spec.direction)),
             workers=pool.views(),
             seconds=time.monotonic() - self._begun,
             messages=messages,
+            metric=self._spec.score,
+            step_unit=self._spec.step_unit,
         )

@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import optuna
+from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.study import Study
 from optuna.trial import TrialState
 
+from ris_hpo.atomic import make_folder
 from ris_hpo.errors import DeviceError, OutputError, RisHpoError, StoreError
 from ris_hpo.process import StopSignals, storage_directory
 from ris_hpo.programs.program import load_program
@@ -35,8 +37,9 @@ from ris_hpo.store.folders import study_folder
 from ris_hpo.store.open import HEARTBEAT_S, open_store
 from ris_hpo.store.owner import Owner, this_process
 from ris_hpo.store.patience import PATIENCE_S
+from ris_hpo.trials.context import TrialEnvironment
 from ris_hpo.trials.drawing import Figures
-from ris_hpo.trials.run import TrialEnvironment, UnfitHostError, run_trial
+from ris_hpo.trials.run import UnfitHostError, run_trial
 from ris_hpo.workers.events import Event, Left, Note, Ready, Reason, encode
 
 THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -165,7 +168,7 @@ def run_worker(
             notify(outcome)
             requeued += outcome.state == "requeued"
             ended += outcome.state in ("complete", "pruned", "failed")
-            if outcome.state == "failed":
+            if outcome.state == "failed" and outcome.cause is not Cause.DIVERGED:
                 reason = Reason.OUT_OF_MEMORY if outcome.cause is Cause.OUT_OF_MEMORY else Reason.BUG
                 return WorkerReport(ended, requeued, reason, outcome.error or "")
         raise AssertionError("the count of claims has no end")
@@ -186,7 +189,14 @@ def _environment(
     if job.storage is not None:
         root = study_folder(store, job.study, Path(job.storage))
     figures: Callable[[optuna.Trial, Path], Figures] | None = None
-    if job.artifacts is not None and spec.program is None and spec.kind == "training":
+    keep: Callable[[optuna.Trial, Path], None] | None = None
+    if job.artifacts is not None:
+        artifact_store = FileSystemArtifactStore(make_folder(Path(job.artifacts)))
+
+        def keep(trial: optuna.Trial, path: Path) -> None:
+            upload_artifact(artifact_store=artifact_store, file_path=str(path), study_or_trial=trial)
+
+    if job.artifacts is not None and spec.trains_networks:
         from ris_hpo.report.trial_figures import TrialFigures  # imported late, since it brings torch
 
         artifacts = Path(job.artifacts)
@@ -198,12 +208,13 @@ def _environment(
         store=store,
         study_id=study_id,
         spec=spec,
-        program=load_program(spec.program or spec.kind),
+        program=load_program(spec.program_name()),
         directory=lambda number: root / str(number),
         device=job.device,
         stop=stop,
         notify=notify,
         figures=figures,
+        keep=keep,
     )
 
 

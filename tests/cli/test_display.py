@@ -22,7 +22,7 @@ from ris_hpo.workers.supervisor import PoolSnapshot
 def snapshot(ended: int = 3, messages: tuple[str, ...] = ()) -> PoolSnapshot:
     best = BestTrial(1, 2.5, 1.0, 0.75, None, {}, 96)
     views = [
-        WorkerView(0, "cpu", "training", trial=4, step=2048, k_loc=3.25, floor=1.0, scenes_per_second=321.0),
+        WorkerView(0, "cpu", "training", trial=4, step=2048, score=3.25, floor=1.0, steps_per_second=321.0),
         WorkerView(1, "cpu", "restarting", restarts=2),
     ]
     return PoolSnapshot("wide", 8, Tally(complete=ended), best, views, 65.0, list(messages))

@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 from ris_hpo.results.replay import replay
 from ris_hpo.store.cache import Store
 from ris_hpo.training import checkpoint
-from ris_hpo.trials.run import Report
+from ris_hpo.trials.context import Report
 from ris_hpo.workers.worker import WorkerJob, run_worker
 
 from .test_disk import tiny_study

@@ -12,7 +12,6 @@ import pytest
 import sqlalchemy
 from optuna.trial import TrialState
 
-from ris_hpo.programs.program import Program
 from ris_hpo.search import counting
 from ris_hpo.store import attributes as names
 from ris_hpo.store.cache import Store
@@ -43,9 +42,9 @@ def test_a_process_keeps_its_name_when_the_clock_is_set(seconds: float, monkeypa
 
 
 def test_workers_of_a_run_survive_a_set_clock(
-    sqlite_store: Store, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sqlite_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study = begin(sqlite_store, program, 4, base=slow_base(), pruner={"name": "none"})
+    study = begin(sqlite_store, 4, base=slow_base(), pruner={"name": "none"})
     generator = random.Random(11)
     running = supervisor_of(sqlite_store, study, tmp_path, 2)
     lost: list[int] = []
@@ -57,15 +56,13 @@ def test_workers_of_a_run_survive_a_set_clock(
     counts = counting.tally(study.get_trials())
     assert (counts.complete, counts.retried, counts.open) == (4, 0, 0)
     assert lost == []
-    same_curves(sqlite_store, study, program)
+    same_curves(sqlite_store, study)
 
 
 @pytest.mark.parametrize("hours", [-5, 5])
-def test_the_databases_clock_is_set_by_hours(
-    hours: int, store: Store, program: Program, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_databases_clock_is_set_by_hours(hours: int, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Heartbeats are stamped by the database: after a step they are all far in the past, or in the future."""
-    study = begin(store, program, 2)
+    study = begin(store, 2)
     alive, dead = (store.claim(id_of(store, study), str(elsewhere(pid))) for pid in (1, 2))
     assert alive is not None
     assert dead is not None

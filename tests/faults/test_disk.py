@@ -15,7 +15,6 @@ from ris_hpo.cli import execute
 from ris_hpo.errors import OutputError, StoreError, WorkerError
 from ris_hpo.physics.files import save_scenes
 from ris_hpo.physics.scene import SceneSpec, simulate
-from ris_hpo.programs.program import Program
 from ris_hpo.report.html import write_report
 from ris_hpo.results.replay import replay
 from ris_hpo.search import counting
@@ -26,7 +25,8 @@ from ris_hpo.store.open import open_store
 from ris_hpo.training import checkpoint
 from ris_hpo.training.config import RunConfig
 from ris_hpo.training.files import Exported, write_config
-from ris_hpo.trials.run import Report, UnfitHostError
+from ris_hpo.trials.context import Report
+from ris_hpo.trials.run import UnfitHostError
 from ris_hpo.workers import pool
 from ris_hpo.workers.events import Event
 from ris_hpo.workers.supervisor import Supervisor
@@ -119,10 +119,10 @@ def fill_once_running(running: Supervisor, disk: Disk) -> None:
 
 
 def test_workers_on_a_full_disk_give_up_and_lose_nothing(
-    disk: Disk, sqlite_store: Store, program: Program, monkeypatch: pytest.MonkeyPatch
+    disk: Disk, sqlite_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool, "_FAILURES", 2)
-    study = begin(sqlite_store, program, 3, base=slow_base(), pruner={"name": "none"})
+    study = begin(sqlite_store, 3, base=slow_base(), pruner={"name": "none"})
     with pytest.raises(WorkerError, match=r"gave up after 2 failures .*trial 0 was put back: OSError: .*No space left"):
         fill_once_running(supervisor_of(sqlite_store, study, disk.folder, 1), disk)
     counts = counting.tally(study.get_trials())
@@ -132,12 +132,12 @@ def test_workers_on_a_full_disk_give_up_and_lose_nothing(
     for _ in supervisor_of(sqlite_store, study, disk.folder, 1).run():
         pass
     assert counting.tally(study.get_trials()).complete == 3
-    same_curves(sqlite_store, study, program)
+    same_curves(sqlite_store, study)
 
 
-def test_a_store_on_a_full_disk_keeps_every_acknowledged_report(disk: Disk, program: Program, tmp_path: Path) -> None:
+def test_a_store_on_a_full_disk_keeps_every_acknowledged_report(disk: Disk, tmp_path: Path) -> None:
     store = open_store(str(disk.folder / "studies.db"))
-    study = begin(store, program, 3, base=slow_base(), pruner={"name": "none"})
+    study = begin(store, 3, base=slow_base(), pruner={"name": "none"})
     with pytest.raises(StoreError, match="the store refused: database or disk is full") as caught:
         fill_once_running(supervisor_of(store, study, tmp_path, 1), disk)
     assert "\n" not in str(caught.value)
@@ -150,7 +150,7 @@ def test_a_store_on_a_full_disk_keeps_every_acknowledged_report(disk: Disk, prog
         pass
     counts = counting.tally(study.get_trials())
     assert (counts.complete, counts.open, counts.fail) == (3, 0, 0)
-    same_curves(again, study, program)
+    same_curves(again, study)
     again.close()
 
 
@@ -169,10 +169,8 @@ def test_a_store_on_a_read_only_disk_is_one_line(disk: Disk, capsys: pytest.Capt
     assert path.read_bytes() == before
 
 
-def test_a_store_that_turns_read_only_says_so_and_goes_on_later(
-    sqlite_store: Store, program: Program, tmp_path: Path
-) -> None:
-    study = begin(sqlite_store, program, 2, pruner={"name": "none"})
+def test_a_store_that_turns_read_only_says_so_and_goes_on_later(sqlite_store: Store, tmp_path: Path) -> None:
+    study = begin(sqlite_store, 2, pruner={"name": "none"})
     engine = sqlite_store.tickets.engine
 
     def refuse_writes(connection: sqlalchemy.engine.interfaces.DBAPIConnection, record: object) -> None:

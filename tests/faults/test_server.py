@@ -35,18 +35,16 @@ def own_server() -> Iterator[Postgres]:
         server.close()
 
 
-def begin(server: Postgres, program: Program, n_trials: int, **changes: Any) -> tuple[Any, Any]:
+def begin(server: Postgres, n_trials: int, **changes: Any) -> tuple[Any, Any]:
     store = open_store(server.url(), heartbeat=1)
     study = create_or_resume_study(store, make_spec(pruner={"name": "none"}, **changes), score_version=1)
-    fill_budget(store, study, n_trials, program=program)
+    fill_budget(store, study, n_trials)
     return store, study
 
 
-def run_through(
-    server: Postgres, program: Program, folder: Path, n_trials: int, workers: int, outages: list[str]
-) -> None:
+def run_through(server: Postgres, folder: Path, n_trials: int, workers: int, outages: list[str]) -> None:
     """Run a study while the server suffers ``outages``, and expect it not to show."""
-    store, study = begin(server, program, n_trials, base=slow_base(1200, 0.05))
+    store, study = begin(server, n_trials, base=slow_base(1200, 0.05))
     pool = supervisor_of(store, study, folder, workers, heartbeat=1)
     generator = random.Random(3)
     waiting = list(outages)
@@ -65,7 +63,7 @@ def run_through(
     assert (counts.complete, counts.open, counts.fail, counts.retried) == (n_trials, 0, 0, 0)
     assert sum(view.restarts for view in snapshot.workers) == 0
     assert all(len(trial.intermediate_values) == 12 for trial in study.get_trials())
-    same_curves(store, study, program)
+    same_curves(store, study)
     store.close()
 
 
@@ -78,10 +76,8 @@ def test_many_outages_do_not_show(own_server: Postgres, program: Program, tmp_pa
     run_through(own_server, program, tmp_path, 40, 4, ["cut", "cut", "restart"] * 5)
 
 
-def test_a_server_that_stays_away_is_one_line(
-    own_server: Postgres, program: Program, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store, study = begin(own_server, program, 1)
+def test_a_server_that_stays_away_is_one_line(own_server: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, study = begin(own_server, 1)
     monkeypatch.setattr(patience, "PATIENCE_S", 0.5)
     own_server.server.stop()
     with pytest.raises(StoreError, match="has not answered for 0 s") as caught:

@@ -11,7 +11,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ris_hpo.programs.program import Program
 from ris_hpo.search import counting
 from ris_hpo.store.open import open_store
 from tests.service.pools import Driver, slow_base, table
@@ -21,9 +20,7 @@ SOON_S = 30  # with every core taken by others; at rest it is less than one
 
 
 @pytest.mark.parametrize("signals", [(signal.SIGTERM,), (signal.SIGINT,)])
-def test_a_stopped_supervisor_resumes_to_the_same_table(
-    signals: tuple[signal.Signals, ...], program: Program, tmp_path: Path
-) -> None:
+def test_a_stopped_supervisor_resumes_to_the_same_table(signals: tuple[signal.Signals, ...], tmp_path: Path) -> None:
     generator = random.Random(int(signals[0]))
     changes = {"base": slow_base(1600, 0.06)}  # long enough that a stop finds one under way
     whole = Driver(f"sqlite:///{tmp_path}/whole.db", tmp_path / "whole", 4, 1, **changes)
@@ -48,7 +45,7 @@ def test_a_stopped_supervisor_resumes_to_the_same_table(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
-def test_stops_at_random_moments(seed: int, program: Program, tmp_path: Path) -> None:
+def test_stops_at_random_moments(seed: int, tmp_path: Path) -> None:
     generator = random.Random(seed)
     changes = {"base": slow_base(800, 0.1), "pruner": {"name": "median", "startup": 3}}
     workers = 1 + 2 * (seed % 2)
@@ -90,7 +87,7 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def test_a_killed_supervisor_leaves_no_worker_and_no_loss(program: Program, tmp_path: Path) -> None:
+def test_a_killed_supervisor_leaves_no_worker_and_no_loss(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/a.db"
     driver = Driver(url, tmp_path, 4, 2, base=slow_base(1600, 0.03))
     pids = driver.when_running()
@@ -105,7 +102,7 @@ def test_a_killed_supervisor_leaves_no_worker_and_no_loss(program: Program, tmp_
     store.close()
 
 
-def test_two_supervisors_share_one_budget(program: Program, tmp_path: Path) -> None:
+def test_two_supervisors_share_one_budget(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/a.db"
     pair = [Driver(url, tmp_path, 10, 1) for _ in range(2)]
     assert [driver.finish() for driver in pair] == [0, 0]

@@ -44,7 +44,7 @@ def kill_some(pool: Supervisor, kills: int, generator: random.Random, journal: P
     return done
 
 
-def check_campaign(store: Store, study: Study, program: Program, n_trials: int, kills: int, journal: Path) -> None:
+def check_campaign(store: Store, study: Study, n_trials: int, kills: int, journal: Path) -> None:
     trials = study.get_trials()
     counts = counting.tally(trials)
     final = [trial for trial in counting.live_trials(trials) if trial.state == TrialState.FAIL]
@@ -57,11 +57,11 @@ def check_campaign(store: Store, study: Study, program: Program, n_trials: int, 
     # none runs twice: a validation is computed once per line, but for the one a kill may have caught half-way
     ran = Counter(tuple(line.split()[1:3]) for line in journal.read_text().splitlines())
     assert sum(count - 1 for count in ran.values()) <= kills
-    same_curves(store, study, program)
+    same_curves(store, study)
 
 
 def test_killed_workers_lose_nothing(store: Store, program: Program, tmp_path: Path) -> None:
-    study = begin(store, program, 8, base=slow_base(1600, 0.06), pruner={"name": "median", "startup": 3})
+    study = begin(store, 8, base=slow_base(1600, 0.06), pruner={"name": "median", "startup": 3})
     done = kill_some(supervisor_of(store, study, tmp_path, 2), 3, random.Random(5), tmp_path / "journal")
     assert done == 3
     check_campaign(store, study, program, 8, done, tmp_path / "journal")
@@ -71,7 +71,7 @@ def test_killed_workers_lose_nothing(store: Store, program: Program, tmp_path: P
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_a_campaign_of_kills(seed: int, store: Store, program: Program, tmp_path: Path) -> None:
     pruner = {"name": "median", "startup": 10}
-    study = begin(store, program, 40, base=slow_base(1600, 0.12), pruner=pruner, retries={"lost_worker": 10})
+    study = begin(store, 40, base=slow_base(1600, 0.12), pruner=pruner, retries={"lost_worker": 10})
     done = kill_some(supervisor_of(store, study, tmp_path, 4), 15, random.Random(seed), tmp_path / "journal")
     assert done >= 10
     check_campaign(store, study, program, 40, done, tmp_path / "journal")
@@ -100,16 +100,16 @@ def test_killed_workers_of_the_real_trainer(sqlite_store: Store, tmp_path: Path)
         assert report.identical, (trial.number, report.steps)
 
 
-def test_a_hung_worker_is_killed_and_its_trial_continues(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
-    study = begin(sqlite_store, program, 2, base={"fault": "hang"}, pruner={"name": "none"}, retries={"timeout": 3})
+def test_a_hung_worker_is_killed_and_its_trial_continues(sqlite_store: Store, tmp_path: Path) -> None:
+    study = begin(sqlite_store, 2, base={"fault": "hang"}, pruner={"name": "none"}, retries={"timeout": 3})
     last = drain(supervisor_of(sqlite_store, study, tmp_path, 1, stall_timeout_s=2.0))[-1]
     assert (last.tally.complete, last.tally.retried) == (2, 2)
     causes = [trial.user_attrs[names.CAUSE] for trial in study.get_trials(states=[TrialState.FAIL])]
     assert causes == [Cause.TIMEOUT] * 2
 
 
-def test_a_stopped_worker_counts_as_hung(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
-    study = begin(sqlite_store, program, 2, base=slow_base(1600), pruner={"name": "none"})
+def test_a_stopped_worker_counts_as_hung(sqlite_store: Store, tmp_path: Path) -> None:
+    study = begin(sqlite_store, 2, base=slow_base(1600), pruner={"name": "none"})
     pool = supervisor_of(sqlite_store, study, tmp_path, 1, stall_timeout_s=2.0)
     stopped = False
     for snapshot in pool.run(interval=0.1):
@@ -119,15 +119,15 @@ def test_a_stopped_worker_counts_as_hung(sqlite_store: Store, program: Program, 
             stopped = True
     counts = counting.tally(study.get_trials())
     assert (counts.complete, counts.retried) == (2, 1)
-    same_curves(sqlite_store, study, program)
+    same_curves(sqlite_store, study)
 
 
 def test_a_stopped_worker_is_missed_without_any_clock_of_the_study(
-    sqlite_store: Store, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sqlite_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lost_module, "LONGEST_PAUSE_S", 1.0)
     store = open_store(sqlite_store.address, heartbeat=1)
-    study = begin(store, program, 2, base=slow_base(1600), pruner={"name": "none"})
+    study = begin(store, 2, base=slow_base(1600), pruner={"name": "none"})
     running = supervisor_of(store, study, tmp_path, 1, heartbeat=1)
     stopped = 0
     for snapshot in running.run(interval=0.1):
@@ -138,31 +138,31 @@ def test_a_stopped_worker_is_missed_without_any_clock_of_the_study(
     counts = counting.tally(study.get_trials())
     assert (counts.complete, counts.retried, counts.open) == (2, 1, 0)
     assert not psutil.pid_exists(stopped)  # it would have held the slot for ever
-    same_curves(store, study, program)
+    same_curves(store, study)
     store.close()
 
 
 def test_a_worker_stopped_within_a_write_does_not_hold_the_others_up(
-    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lost_module, "LONGEST_PAUSE_S", 1.0)
     monkeypatch.setenv("DOUBLE_STORE", str(tmp_path / "studies.db"))
     store = open_store(str(tmp_path / "studies.db"), heartbeat=1)
-    study = begin(store, program, 2, base={"fault": "lock"}, pruner={"name": "none"})
+    study = begin(store, 2, base={"fault": "lock"}, pruner={"name": "none"})
     last = drain(supervisor_of(store, study, tmp_path, 2, heartbeat=1))[-1]
     assert (last.tally.complete, last.tally.open, last.tally.fail) == (2, 0, 0)
     assert last.tally.retried >= 1
-    same_curves(store, study, program)
+    same_curves(store, study)
     store.close()
 
 
 def test_a_worker_stopped_with_nothing_to_do_does_not_hold_the_run_up(
-    sqlite_store: Store, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sqlite_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor_module, "_GRACE_S", 0.5)
     gate = tmp_path / "gate"
     monkeypatch.setenv("DOUBLE_GATE", str(gate))
-    study = begin(sqlite_store, program, 1, base={"fault": "gate"}, pruner={"name": "none"})
+    study = begin(sqlite_store, 1, base={"fault": "gate"}, pruner={"name": "none"})
     running = supervisor_of(sqlite_store, study, tmp_path, 2)
     stopped = 0
     for snapshot in running.run(interval=0.05):
@@ -177,18 +177,16 @@ def test_a_worker_stopped_with_nothing_to_do_does_not_hold_the_run_up(
     assert counting.tally(study.get_trials()).complete == 1
 
 
-def test_memory_that_runs_out_costs_one_fresh_process_and_then_the_trial(
-    sqlite_store: Store, program: Program, tmp_path: Path
-) -> None:
-    study = begin(sqlite_store, program, 1, base={"fault": "allocate"})
+def test_memory_that_runs_out_costs_one_fresh_process_and_then_the_trial(sqlite_store: Store, tmp_path: Path) -> None:
+    study = begin(sqlite_store, 1, base={"fault": "allocate"})
     last = drain(supervisor_of(sqlite_store, study, tmp_path, 1))[-1]
     assert (last.tally.fail, last.tally.retried, last.tally.open) == (1, 1, 0)
     assert last.workers[0].restarts in (1, 2)  # the pool may end before it counts the second
     assert {trial.user_attrs[names.CAUSE] for trial in study.get_trials()} == {Cause.OUT_OF_MEMORY}
 
 
-def test_trials_that_kill_their_worker_end_as_lost(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
-    study = begin(sqlite_store, program, 1, base={"fault": "die"}, retries={"lost_worker": 1})
+def test_trials_that_kill_their_worker_end_as_lost(sqlite_store: Store, tmp_path: Path) -> None:
+    study = begin(sqlite_store, 1, base={"fault": "die"}, retries={"lost_worker": 1})
     drain(supervisor_of(sqlite_store, study, tmp_path, 1))
     counts = counting.tally(study.get_trials())
     assert (counts.fail, counts.retried, counts.open) == (1, 1, 0)

@@ -10,6 +10,7 @@ from optuna.trial import TrialState, create_trial
 
 from ris_hpo.config import Spec
 from ris_hpo.errors import StudyError
+from ris_hpo.programs.program import Program
 from ris_hpo.results import winner
 from ris_hpo.results.winner import confirm, judge
 from ris_hpo.search.spec import StudySpec, derived_seed
@@ -22,7 +23,10 @@ class Knobs(Spec):
     seed: int = 0
 
 
-SPEC = StudySpec.parse({"name": "double", "seed": 5, "space": {"gain": {"low": -1.0, "high": 1.0}}})
+PROGRAM = Program(lambda trial: float(trial.config["gain"]), Knobs)
+SPEC = StudySpec.parse(
+    {"name": "double", "seed": 5, "program": f"{__name__}:PROGRAM", "space": {"gain": {"low": -1.0, "high": 1.0}}}
+)
 
 
 def noisy(slope):
@@ -53,7 +57,7 @@ def searched(seed, slope, trials=40):
 
 def run(study, tmp_path, slope, seed=5, **options):
     spec = SPEC.replaced({"seed": seed})
-    return confirm(study, spec, noisy(slope), tmp_path, config_type=Knobs, **options)
+    return confirm(study, spec, noisy(slope), tmp_path, **options)
 
 
 def test_pure_noise_is_not_distinguishable_in_nine_of_ten(tmp_path):
@@ -140,7 +144,7 @@ def test_confirm_uses_fresh_seeds_once_each_and_goes_on_after_an_interruption(tm
         return noisy(0.4)(config, directory)
 
     with pytest.raises(KeyboardInterrupt):
-        confirm(study, SPEC, interrupted, tmp_path, config_type=Knobs)
+        confirm(study, SPEC, interrupted, tmp_path)
     assert names.WINNER not in study.user_attrs
 
     def resumed(config, directory):
@@ -153,7 +157,6 @@ def test_confirm_uses_fresh_seeds_once_each_and_goes_on_after_an_interruption(tm
         SPEC,
         resumed,
         tmp_path,
-        config_type=Knobs,
         progress=lambda done, total, what: steps.append((done, total)),
     )
     assert len(seen) == len(set(seen)) == 20  # (base + 3) x 5, none twice

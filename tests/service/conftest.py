@@ -22,14 +22,14 @@ from tests.postgres import Postgres
 HERE = Path(__file__).parent
 IMPORTABLE = os.pathsep.join([str(HERE), str(HERE.parents[1])])
 """``PYTHONPATH`` of worker processes: the double, and this very package, installed or not."""
-DOUBLE = "double"
+DOUBLE = "double:PROGRAM"
 sys.path.append(str(HERE))  # where the double is found
 
 
 def study_tree(**changes: object) -> dict[str, object]:
     """Return the tables of a small study of the test double."""
     tree: dict[str, object] = {
-        "study": {"seed": 7, "program": DOUBLE},
+        "study": {"seed": 7, "program": DOUBLE, "worst": 7.0},
         "base": {"budget": {"scenes": 800, "validate_every": 100}},
         "space": {
             "shape.x": {"low": 0.0, "high": 1.0},

@@ -1,11 +1,12 @@
 """A training program without a network: deterministic curves, real checkpoints, faults on order.
 
-It keeps the trainer's contract (run, history, conclude, resume) so that the service's mechanics are tested in
-milliseconds. Every validation it computes is noted in ``$DOUBLE_JOURNAL``, which shows what ran twice.
+It is a program like that of any user, so that the service's mechanics are tested in milliseconds. Every validation that
+it computes is noted in ``$DOUBLE_JOURNAL``, which shows what ran twice.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -14,7 +15,6 @@ import signal
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from pydantic import Field
 
 from ris_hpo.config import Spec
 from ris_hpo.errors import CheckpointError, TrainingDivergedError
+from ris_hpo.programs.program import Program, TrialContext
 
 
 class Budget(Spec):
@@ -44,53 +45,42 @@ class RunConfig(Spec):
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Scores:
-    k_loc: float
-    success: float = 0.0
-
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
+FLOOR = 1.0
 
 
-@dataclass(frozen=True)
-class Validation:
-    scenes_seen: int
-    network: Scores
-    floor: Scores
-
-
-@dataclass(frozen=True)
-class Conclusion:
-    network: Scores
-    pipeline: Scores
-    floor: Scores
-    pipeline_floor: Scores
-    parameters: dict[str, int]
-
-
-FLOOR, PIPELINE_FLOOR = Scores(1.0), Scores(0.4)  # on the frozen scenes, and on the few of them the pipeline has seen
+def train(trial: TrialContext) -> float | None:
+    config = RunConfig.parse(trial.config)
+    trial.plan(config.budget.validate_every, config.budget.scenes)
+    run = Trainer(config, trial.directory)
+    for step, score in itertools.chain(list(run.history), run.run(trial.should_stop)):
+        if trial.report(step, score, floor=FLOOR):
+            return None
+        trial.show(history=run.history)
+    if not run.finished:
+        trial.requeue()
+    trial.concluding()
+    best = min(score for _, score in run.history)
+    trial.record(parameters=1000 * config.shape.depth, pipeline={"k_loc": best - 0.3})
+    return best
 
 
 class Trainer:
-    def __init__(self, config: RunConfig, directory: Path, *, device: str = "cpu", resume: bool = True) -> None:
+    def __init__(self, config: RunConfig, directory: Path) -> None:
         self.config = config
         self.directory = directory
-        self.history: list[Validation] = []
+        self.history: list[tuple[int, float]] = []
         self.finished = False
         self.scenes_seen = 0
         self.level = 7.0
-        self.parameters = 1000 * config.shape.depth
         self.generator = random.Random(config.seed)
-        directory.mkdir(parents=True, exist_ok=True)
         checkpoint = directory / "checkpoint.json"
-        if resume and checkpoint.exists():
+        if checkpoint.exists():
             try:
                 self._restore(json.loads(checkpoint.read_text()))
             except json.JSONDecodeError as error:
                 raise CheckpointError(f"{checkpoint}: damaged ({error})") from None
 
-    def run(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Validation]:
+    def run(self, stop: Callable[[], bool]) -> Iterator[tuple[int, float]]:
         budget = self.config.budget
         while self.scenes_seen < budget.scenes:
             deadline = time.monotonic() + self.config.pause_s
@@ -108,7 +98,7 @@ class Trainer:
             goal += 0.02 * shape.depth if shape.kind == "fancy" else 0.0
             self.level += (goal - self.level) * 0.35
             value = self.level + 0.02 * self.generator.random()
-            self.history.append(Validation(self.scenes_seen, Scores(value), FLOOR))
+            self.history.append((self.scenes_seen, value))
             self._save()
             journal = os.environ.get("DOUBLE_JOURNAL")
             if journal:
@@ -117,10 +107,6 @@ class Trainer:
                     file.write(line)
             yield self.history[-1]
         self.finished = True
-
-    def conclude(self) -> Conclusion:
-        best = min(validation.network.k_loc for validation in self.history)
-        return Conclusion(Scores(best), Scores(best - 0.3), FLOOR, PIPELINE_FLOOR, {"all": self.parameters})
 
     def _fault(self) -> None:
         match self.config.fault:
@@ -153,7 +139,7 @@ class Trainer:
             "scenes_seen": self.scenes_seen,
             "level": self.level,
             "generator": self.generator.getstate(),
-            "history": [[v.scenes_seen, v.network.k_loc] for v in self.history],
+            "history": self.history,
         }
         partial = self.directory / f"partial-{os.getpid()}"
         partial.write_text(json.dumps(state))
@@ -163,4 +149,7 @@ class Trainer:
         self.scenes_seen, self.level = state["scenes_seen"], state["level"]
         version, internal, gauss = state["generator"]
         self.generator.setstate((version, tuple(internal), gauss))
-        self.history = [Validation(step, Scores(value), FLOOR) for step, value in state["history"]]
+        self.history = [(step, value) for step, value in state["history"]]
+
+
+PROGRAM = Program(train, RunConfig)

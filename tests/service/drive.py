@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ris_hpo.programs.program import load_program
 from ris_hpo.search.files import parse_study
 from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget
 from ris_hpo.store.open import open_store
@@ -19,10 +18,9 @@ from ris_hpo.workers.worker import job_for
 
 def main(options: dict[str, Any]) -> None:
     spec = parse_study(options["tree"], name=options["name"], source="test")
-    program = load_program("double")
     store = open_store(options["url"])
     study = create_or_resume_study(store, spec, score_version=1)
-    fill_budget(store, study, options["n_trials"], program=program)
+    fill_budget(store, study, options["n_trials"])
     folder = Path(options["folder"])
     job = job_for(store, study, directory=folder / "trials", artifacts=folder / "artifacts")
     processes = LocalProcesses(plan_slots(options["workers"], [], threads=1), folder / "trials")

@@ -11,7 +11,6 @@ from typing import Any
 
 from optuna.study import Study
 
-from ris_hpo.programs.program import Program
 from ris_hpo.results.replay import replay
 from ris_hpo.search import counting
 from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget
@@ -24,9 +23,9 @@ from ris_hpo.workers.worker import job_for
 from .conftest import HERE, make_spec, study_tree
 
 
-def begin(store: Store, program: Program, n_trials: int, name: str = "unit", **changes: Any) -> Study:
+def begin(store: Store, n_trials: int, name: str = "unit", **changes: Any) -> Study:
     study = create_or_resume_study(store, make_spec(name, **changes), score_version=1)
-    fill_budget(store, study, n_trials, program=program)
+    fill_budget(store, study, n_trials)
     return study
 
 
@@ -55,10 +54,10 @@ def slow_base(scenes: int = 800, pause_s: float = 0.03, **more: Any) -> dict[str
     return {"budget": {"scenes": scenes, "validate_every": 100}, "pause_s": pause_s, **more}
 
 
-def same_curves(store: Store, study: Study, program: Program) -> None:
+def same_curves(store: Store, study: Study) -> None:
     """Every trial that ended has, step by step, the curve it has when nothing disturbs it."""
     for trial in counting.live_trials(study.get_trials()):
-        report = replay(store, study.study_name, trial.number, program=program)
+        report = replay(store, study.study_name, trial.number)
         assert report.identical, (trial.number, report.steps)
 
 

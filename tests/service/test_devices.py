@@ -11,7 +11,6 @@ import pynvml
 import pytest
 
 from ris_hpo.errors import DeviceError
-from ris_hpo.programs.program import Program
 from ris_hpo.results import doctor
 from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget
 from ris_hpo.store import attributes as names
@@ -167,9 +166,9 @@ def findings(url: str | None = None) -> dict[str, doctor.Finding]:
     return {finding.name: finding for finding in doctor.examine(url)}
 
 
-def test_the_doctor_looks_at_everything(store: Store, program: Program) -> None:
+def test_the_doctor_looks_at_everything(store: Store) -> None:
     study = create_or_resume_study(store, make_spec(), score_version=1)
-    fill_budget(store, study, 3, program=program)
+    fill_budget(store, study, 3)
     found = findings(store.address)
     assert {"python", "torch", "optuna", "cores", "memory", "gpus", "disk", "store", "schema", "latency"} <= set(found)
     assert found["study unit"].found == "3 waiting"
@@ -195,7 +194,7 @@ class Usage:
 
 @pytest.mark.postgres
 def test_a_workers_command_line_and_attributes_hold_no_password(
-    postgres: Postgres, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     canary = "canary-4711"
     address = postgres.url().replace("postgres:@", f"postgres:{canary}@")  # the server trusts local users anyway
@@ -203,7 +202,7 @@ def test_a_workers_command_line_and_attributes_hold_no_password(
     monkeypatch.setenv("PYTHONPATH", IMPORTABLE)
     store = open_store(address)
     study = create_or_resume_study(store, make_spec(), score_version=1, command=f"run --storage {address}")
-    fill_budget(store, study, 2, program=program)
+    fill_budget(store, study, 2)
     lines = set()
     for snapshot in supervisor_of(store, study, tmp_path, 1).run(interval=0.05):
         assert canary not in repr(snapshot)

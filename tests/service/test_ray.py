@@ -13,7 +13,6 @@ import pytest
 from optuna.trial import TrialState
 
 from ris_hpo.errors import StoreError, WorkerError
-from ris_hpo.programs.program import Program
 from ris_hpo.search import counting
 from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget
 from ris_hpo.store import attributes as names
@@ -68,9 +67,9 @@ def cluster() -> Iterator[RayCluster]:
         made.cluster.shutdown()
 
 
-def begin(store: Store, program: Program, n_trials: int, **changes: Any) -> Any:
+def begin(store: Store, n_trials: int, **changes: Any) -> Any:
     study = create_or_resume_study(store, make_spec("cloud", **changes), score_version=1)
-    fill_budget(store, study, n_trials, program=program)
+    fill_budget(store, study, n_trials)
     return study
 
 
@@ -88,21 +87,19 @@ def test_sqlite_is_refused(sqlite_store: Store) -> None:
         RayActors(sqlite_store, workers=1)
 
 
-def test_no_cluster_is_one_line(postgres: Postgres, program: Program) -> None:
+def test_no_cluster_is_one_line(postgres: Postgres) -> None:
     store = open_store(postgres.url())
-    study = begin(store, program, 1)
+    study = begin(store, 1)
     actors = RayActors(store, workers=1, address="127.0.0.1:1")
     with pytest.raises(WorkerError, match=r"no Ray cluster at '127.0.0.1:1'"):
         list(Supervisor(store, study, actors, job_for(store, study)).run())
     store.close()
 
 
-def test_a_small_cluster_runs_the_exact_budget(
-    postgres: Postgres, cluster: RayCluster, program: Program, tmp_path: Path
-) -> None:
+def test_a_small_cluster_runs_the_exact_budget(postgres: Postgres, cluster: RayCluster, tmp_path: Path) -> None:
     cluster.add(num_cpus=2, num_gpus=1)
     store = open_store(postgres.url())
-    study = begin(store, program, 9, base=slow_base(800, 0.01))
+    study = begin(store, 9, base=slow_base(800, 0.01))
     pool = supervisor_of(store, study, cluster, tmp_path, per_gpu=2, cpus_per_worker=0.5)
     last = list(pool.run(interval=0.2))[-1]
     assert pool.ending == "finished"
@@ -111,19 +108,17 @@ def test_a_small_cluster_runs_the_exact_budget(
     owners = [Owner.parse(trial.user_attrs[names.OWNER]) for trial in study.get_trials()]
     assert 1 <= len({owner.process for owner in owners if owner is not None}) <= 2
     assert None not in owners
-    same_curves(store, study, program)
+    same_curves(store, study)
     store.close()
 
 
 @pytest.mark.slow
-def test_the_budget_is_exact_again_and_again(
-    postgres: Postgres, cluster: RayCluster, program: Program, tmp_path: Path
-) -> None:
+def test_the_budget_is_exact_again_and_again(postgres: Postgres, cluster: RayCluster, tmp_path: Path) -> None:
     cluster.add(num_cpus=8)
     for workers in (1, 4, 8):
         for repetition in range(3):
             store = open_store(postgres.url())
-            study = begin(store, program, 25, study={"seed": repetition})
+            study = begin(store, 25, study={"seed": repetition})
             for _ in range(2):
                 folder = tmp_path / f"{workers}-{repetition}"
                 last = list(supervisor_of(store, study, cluster, folder, workers=workers).run(interval=0.2))[-1]
@@ -132,13 +127,11 @@ def test_the_budget_is_exact_again_and_again(
 
 
 @pytest.mark.slow
-def test_a_removed_node_loses_nothing(
-    postgres: Postgres, cluster: RayCluster, program: Program, tmp_path: Path
-) -> None:
+def test_a_removed_node_loses_nothing(postgres: Postgres, cluster: RayCluster, tmp_path: Path) -> None:
     cluster.add(num_cpus=2, num_gpus=1)
     cluster.add(num_cpus=2, num_gpus=1)
     store = open_store(postgres.url(), heartbeat=1)
-    study = begin(store, program, 20, base=slow_base(1600, 0.1), pruner={"name": "none"})
+    study = begin(store, 20, base=slow_base(1600, 0.1), pruner={"name": "none"})
     pool = supervisor_of(store, study, cluster, tmp_path, workers=4, per_gpu=2, cpus_per_worker=0.5, heartbeat=1)
     removed = False
     for snapshot in pool.run(interval=0.3):
@@ -153,5 +146,5 @@ def test_a_removed_node_loses_nothing(
     lost = [trial for trial in trials if trial.state == TrialState.FAIL]
     assert lost
     assert {trial.user_attrs[names.CAUSE] for trial in lost} == {Cause.LOST_WORKER}
-    same_curves(store, study, program)
+    same_curves(store, study)
     store.close()

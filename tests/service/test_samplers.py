@@ -112,7 +112,7 @@ def study(storage: InMemoryStorage) -> optuna.Study:
 
 
 def pruner_of(storage: InMemoryStorage, **pruner: Any) -> StudyPruner:
-    made = build_pruner(make_spec(pruner=pruner), storage, first_scenes=100, max_scenes=900)
+    made = build_pruner(make_spec(pruner=pruner), storage, first_step=100, last_step=900)
     assert isinstance(made, StudyPruner)
     return made
 

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from ris_hpo.config import Spec, to_toml
 from ris_hpo.errors import ConfigError, SpaceError
-from ris_hpo.programs.program import Program
 from ris_hpo.results.doctor import examine
 from ris_hpo.search import files
 from ris_hpo.search.dimension import Dimension
@@ -84,26 +83,26 @@ def test_an_empty_space_is_refused() -> None:
         ({"space": {"shape.depth": {"low": 1, "high": 7, "when": {"shape.kind": ["fancy"]}}}}, "shape.depth"),
     ],
 )
-def test_the_run_configuration_has_the_last_word(changes: dict[str, Any], words: str, program: Program) -> None:
+def test_the_run_configuration_has_the_last_word(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(SpaceError, match=words):
-        checked(parse_study(study_tree(**changes), name="unit", source="unit.toml"), program.config)
+        checked(parse_study(study_tree(**changes), name="unit", source="unit.toml"))
 
 
-def test_a_number_typed_whole_is_a_number(program: Program) -> None:
+def test_a_number_typed_whole_is_a_number() -> None:
     """The key's own type decides: of a key with decimals, 0 is 0.0 and 0..1 a range with everything between."""
     tree = study_tree(base={"shape": {"x": 0}})
     tree["space"] = {
         "shape.x": {"choices": [0, 0.1, 1]},
         "shape.y": {"choices": [1, 3], "when": {"shape.x": [0, 1]}},
     }
-    spec = checked(parse_study(tree, name="unit", source="test"), program.config)
+    spec = checked(parse_study(tree, name="unit", source="test"))
     assert spec.space["shape.x"].choices == [0.0, 0.1, 1.0]
     assert [type(choice) for choice in spec.space["shape.x"].choices or []] == [float, float, float]
     assert [type(choice) for choice in spec.space["shape.y"].choices or []] == [int, int]
-    assert spec.base_params(program.config) == {"shape.x": 0.0, "shape.y": 3}
+    assert spec.base_params() == {"shape.x": 0.0, "shape.y": 3}
     assert spec.space["shape.y"].active({"shape.x": 1.0})
     tree["space"] = {"shape.x": {"low": 0, "high": 1}}
-    spec = checked(parse_study(tree, name="unit", source="test"), program.config)
+    spec = checked(parse_study(tree, name="unit", source="test"))
     assert not spec.space["shape.x"].is_integer
     assert 0 < spec.space["shape.x"].draw(random.Random(1)) < 1
 
@@ -139,17 +138,17 @@ def test_nested_and_dotted_tables_mean_the_same() -> None:
     assert one.space_fingerprint() == other.space_fingerprint()
 
 
-def test_a_file_of_ones_own(tmp_path: Path, program: Program) -> None:
+def test_a_file_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(to_toml(study_tree()))
-    spec = load_study(path, config_type=program.config)
+    spec = load_study(path)
     assert spec.name == "mine"
     assert spec == spec.parse(spec.model_dump(mode="json"))
     path.write_text("[study\n")
     with pytest.raises(ConfigError, match="not valid TOML"):
-        load_study(path, config_type=program.config)
+        load_study(path)
     with pytest.raises(ConfigError, match="no such file"):
-        load_study(tmp_path / "none.toml", config_type=program.config)
+        load_study(tmp_path / "none.toml")
 
 
 def test_names_are_looked_up_with_a_suggestion(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -177,7 +176,7 @@ def test_where_studies_were_looked_for_is_told(monkeypatch: pytest.MonkeyPatch, 
     assert finding.advice == str(caught.value)
 
 
-def test_conditional_dimensions_follow_their_parents(program: Program) -> None:
+def test_conditional_dimensions_follow_their_parents() -> None:
     spec = make_spec()
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
     kinds = set()
@@ -185,19 +184,19 @@ def test_conditional_dimensions_follow_their_parents(program: Program) -> None:
         params = spec.suggest(study.ask())
         kinds.add(params["shape.kind"])
         assert ("shape.depth" in params) == (params["shape.kind"] == "fancy")
-        config: Any = spec.config(params, 3, program.config)
+        config: Any = spec.config(params, 3)
         assert config.shape.x == params["shape.x"]
         assert config.shape.depth == params.get("shape.depth", 2)
     assert kinds == {"plain", "fancy"}
 
 
-def test_seeds_come_from_study_and_line_unless_the_base_fixes_one(program: Program) -> None:
+def test_seeds_come_from_study_and_line_unless_the_base_fixes_one() -> None:
     spec = make_spec()
-    seeds = [spec.config({}, number, program.config).seed for number in range(50)]
+    seeds = [spec.config({}, number).seed for number in range(50)]
     assert len(set(seeds)) == 50
-    assert spec.config({}, 3, program.config).seed == seeds[3]
-    assert make_spec(study={"seed": 8}).config({}, 3, program.config).seed != seeds[3]
-    assert make_spec(base={"seed": 5}).config({}, 3, program.config).seed == 5
+    assert spec.config({}, 3).seed == seeds[3]
+    assert make_spec(study={"seed": 8}).config({}, 3).seed != seeds[3]
+    assert make_spec(base={"seed": 5}).config({}, 3).seed == 5
     assert derived_seed(1, 2, "run") != derived_seed(1, 2, "sampler")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ris_hpo.errors import ConfigError
-from ris_hpo.programs.program import load_program
+from ris_hpo.programs.program import TrialContext, load_program
 from ris_hpo.search.files import list_studies, load_study
 from ris_hpo.search.spec import StudySpec
 
@@ -81,7 +81,12 @@ def test_the_studies_are_the_ones_promised() -> None:
 def test_an_inference_study_needs_its_network(tmp_path: Path) -> None:
     spec = load_study("inference")
     with pytest.raises(ConfigError, match="no trained network there; name one with --set checkpoint=FOLDER"):
-        load_program("inference").trainer(spec.config({"checkpoint": str(tmp_path / "none")}), tmp_path / "trial")
+        run(spec, {"checkpoint": str(tmp_path / "none")}, tmp_path / "trial")
+
+
+def run(spec: StudySpec, params: dict[str, Any], folder: Path) -> float | None:
+    program = load_program(spec.program_name())
+    return program.train(TrialContext(spec.config(params).model_dump(mode="json"), folder))
 
 
 class Outcomes:
@@ -89,29 +94,22 @@ class Outcomes:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.known: dict[str, dict[str, float]] = {}
+        self.known: dict[tuple[str, str], float | None] = {}
 
-    def of(self, spec: StudySpec, params: dict[str, Any]) -> float:
-        program = load_program(spec.kind)
+    def of(self, spec: StudySpec, params: dict[str, Any]) -> float | None:
         if spec.kind == "inference":
             params = {"checkpoint": str(self.network()), **params}
-        config: Any = spec.config({**TINY[spec.kind], **params})
-        key = config.fingerprint()
+        params = {**TINY[spec.kind], **params}
+        key = (spec.objective, spec.config(params).fingerprint())
         if key not in self.known:
-            trainer = program.trainer(config, self.folder / key)
-            for _ in trainer.run():
-                pass
-            conclusion = trainer.conclude()
-            self.known[key] = {"network": conclusion.network.k_loc, "pipeline": conclusion.pipeline.k_loc}
-        return self.known[key][spec.objective]
+            self.known[key] = run(spec, params, self.folder / "-".join(key))
+        return self.known[key]
 
     def network(self) -> Path:
         """A network of a few steps, for the settings that need one."""
         folder = self.folder / "network"
         if not folder.exists():
-            config: Any = load_study("wide").config(TINY["training"])
-            for _ in load_program("training").trainer(config, folder).run():
-                pass
+            run(load_study("wide"), TINY["training"], folder)
         return folder
 
 

@@ -10,13 +10,13 @@ from optuna.study import Study
 from optuna.trial import TrialState
 
 from ris_hpo.errors import StudyError, WorkerError
-from ris_hpo.programs.program import Program
 from ris_hpo.search import counting
 from ris_hpo.search.lifecycle import status, stored_spec
 from ris_hpo.store import attributes as names
 from ris_hpo.store.attributes import Cause
 from ris_hpo.store.cache import Store
-from ris_hpo.trials.run import Outcome, Report, Scoring, Started
+from ris_hpo.trials.context import Report, Scoring, Started
+from ris_hpo.trials.run import Outcome
 from ris_hpo.workers import pool as pool_module
 from ris_hpo.workers.devices import Slot
 from ris_hpo.workers.events import Event, Left, Note, Ready, Reason, decode, encode
@@ -116,7 +116,7 @@ def claim(store: Store, study: Study, pid: int) -> int:
 
 
 def report(number: int = 0, step: int = 100) -> Report:
-    return Report(number, step, k_loc=3.0, floor=1.0, scenes_per_second=50.0, memory_bytes=1)
+    return Report(number, step, score=3.0, floor=1.0, steps_per_second=50.0, memory_bytes=1)
 
 
 def failed(number: int = 0, cause: Cause = Cause.OUT_OF_MEMORY) -> list[Event]:
@@ -148,10 +148,8 @@ def test_events_arrive_as_they_were_sent(event: Event) -> None:
 # -- clocks ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_wall_clock_ends_a_trial_and_what_it_took_is_counted(
-    sqlite_store: Store, program: Program, clock: Clock
-) -> None:
-    study = begin(sqlite_store, program, 1)
+def test_the_wall_clock_ends_a_trial_and_what_it_took_is_counted(sqlite_store: Store, clock: Clock) -> None:
+    study = begin(sqlite_store, 1)
     executor = ScriptedExecutor([[Started(0, 40.0), report()]])
     pool = pool_of(sqlite_store, study, executor, trial_timeout_s=5.0)
     claim(sqlite_store, study, pid=0)
@@ -171,8 +169,8 @@ def test_the_wall_clock_ends_a_trial_and_what_it_took_is_counted(
     assert len(executor.workers) == 2  # a fresh one at once
 
 
-def test_the_stall_clock_starts_again_at_each_validation(sqlite_store: Store, program: Program, clock: Clock) -> None:
-    study = begin(sqlite_store, program, 1)
+def test_the_stall_clock_starts_again_at_each_validation(sqlite_store: Store, clock: Clock) -> None:
+    study = begin(sqlite_store, 1)
     executor = ScriptedExecutor([[Started(0, 0.0)]])
     pool = pool_of(sqlite_store, study, executor, stall_timeout_s=5.0)
     claim(sqlite_store, study, pid=0)
@@ -187,10 +185,8 @@ def test_the_stall_clock_starts_again_at_each_validation(sqlite_store: Store, pr
     assert study.get_trials()[0].user_attrs[names.ERROR] == "no validation for 5 s"
 
 
-def test_the_stall_clock_does_not_run_while_the_end_is_scored(
-    sqlite_store: Store, program: Program, clock: Clock
-) -> None:
-    study = begin(sqlite_store, program, 1)
+def test_the_stall_clock_does_not_run_while_the_end_is_scored(sqlite_store: Store, clock: Clock) -> None:
+    study = begin(sqlite_store, 1)
     executor = ScriptedExecutor([[Started(0, 0.0), report(), Scoring(0)]])
     pool = pool_of(sqlite_store, study, executor, stall_timeout_s=5.0, trial_timeout_s=500.0)
     turn(pool)
@@ -206,8 +202,8 @@ def test_the_stall_clock_does_not_run_while_the_end_is_scored(
 # -- failures in a row -----------------------------------------------------------------------------------------------
 
 
-def test_a_machine_on_which_trial_after_trial_fails_gives_up(sqlite_store: Store, program: Program) -> None:
-    study = begin(sqlite_store, program, 12)
+def test_a_machine_on_which_trial_after_trial_fails_gives_up(sqlite_store: Store) -> None:
+    study = begin(sqlite_store, 12)
     executor = ScriptedExecutor([failed(number) for number in range(12)])
     pool = pool_of(sqlite_store, study, executor)
     with pytest.raises(WorkerError, match=r"gave up after 5 failures in a row .*trial 4: it failed.*left to others"):
@@ -215,16 +211,16 @@ def test_a_machine_on_which_trial_after_trial_fails_gives_up(sqlite_store: Store
     assert len(executor.workers) == 5
 
 
-def test_a_trial_that_ends_well_clears_the_count(sqlite_store: Store, program: Program) -> None:
-    study = begin(sqlite_store, program, 12)
+def test_a_trial_that_ends_well_clears_the_count(sqlite_store: Store) -> None:
+    study = begin(sqlite_store, 12)
     scripts = [failed() for _ in range(4)] + [[*succeeded(), *failed()]] + [failed() for _ in range(3)]
     executor = ScriptedExecutor(scripts)
     turn(pool_of(sqlite_store, study, executor), 9)
     assert len(executor.workers) == 9
 
 
-def test_one_bad_device_is_given_up_and_the_others_go_on(sqlite_store: Store, program: Program) -> None:
-    study = begin(sqlite_store, program, 40)
+def test_one_bad_device_is_given_up_and_the_others_go_on(sqlite_store: Store) -> None:
+    study = begin(sqlite_store, 40)
     good = [[*succeeded(), Left(Reason.OUT_OF_MEMORY)] for _ in range(20)]
     executor = ScriptedExecutor([failed() for _ in range(20)], good)
     pool = pool_of(sqlite_store, study, executor)
@@ -235,23 +231,23 @@ def test_one_bad_device_is_given_up_and_the_others_go_on(sqlite_store: Store, pr
     assert any("worker 0 gave up after 5 failures in a row" in message for message in pool.messages)
 
 
-def test_all_machines_of_a_cluster_together_may_fail_twice_each(sqlite_store: Store, program: Program) -> None:
-    study = begin(sqlite_store, program, 40)
+def test_all_machines_of_a_cluster_together_may_fail_twice_each(sqlite_store: Store) -> None:
+    study = begin(sqlite_store, 40)
     executor = ScriptedExecutor(*[[failed() for _ in range(20)] for _ in range(4)])
     with pytest.raises(WorkerError, match="gave up after 8 failures in a row"):
         turn(pool_of(sqlite_store, study, executor), 20)
 
 
-def test_bugs_end_the_run_for_every_worker(sqlite_store: Store, program: Program) -> None:
-    study = begin(sqlite_store, program, 40, retries={"bugs": 2})
+def test_bugs_end_the_run_for_every_worker(sqlite_store: Store) -> None:
+    study = begin(sqlite_store, 40, retries={"bugs": 2})
     scripts = [[[*succeeded(), *failed(cause=Cause.BUG)] for _ in range(9)] for _ in range(4)]
     executor = ScriptedExecutor(*scripts)
     with pytest.raises(WorkerError, match="2 trials failed with a bug, the last: it failed"):
         turn(pool_of(sqlite_store, study, executor), 20)
 
 
-def test_workers_that_crash_wait_longer_each_time(sqlite_store: Store, program: Program, clock: Clock) -> None:
-    study = begin(sqlite_store, program, 4)
+def test_workers_that_crash_wait_longer_each_time(sqlite_store: Store, clock: Clock) -> None:
+    study = begin(sqlite_store, 4)
     executor = ScriptedExecutor([[Left(Reason.CRASHED, "signal 11")] for _ in range(9)])
     pool = pool_of(sqlite_store, study, executor)
     waits = []
@@ -270,8 +266,8 @@ def test_workers_that_crash_wait_longer_each_time(sqlite_store: Store, program: 
     assert sum("restarted in" in message for message in pool.messages) == 4
 
 
-def test_a_study_that_cannot_be_worked_on_ends_the_run_at_once(sqlite_store: Store, program: Program) -> None:
-    study = begin(sqlite_store, program, 4)
+def test_a_study_that_cannot_be_worked_on_ends_the_run_at_once(sqlite_store: Store) -> None:
+    study = begin(sqlite_store, 4)
     executor = ScriptedExecutor([[Left(Reason.REFUSED, "study 'unit' is gone")]])
     with pytest.raises(StudyError, match="study 'unit' is gone"):
         turn(pool_of(sqlite_store, study, executor))
@@ -280,10 +276,8 @@ def test_a_study_that_cannot_be_worked_on_ends_the_run_at_once(sqlite_store: Sto
 # -- trials of workers that end --------------------------------------------------------------------------------------
 
 
-def test_the_trial_of_a_dead_worker_is_queued_again_with_its_time(
-    sqlite_store: Store, program: Program, clock: Clock
-) -> None:
-    study = begin(sqlite_store, program, 2)
+def test_the_trial_of_a_dead_worker_is_queued_again_with_its_time(sqlite_store: Store, clock: Clock) -> None:
+    study = begin(sqlite_store, 2)
     executor = ScriptedExecutor([[Started(0, 3.0)]], [[Started(1, 0.0)]])
     pool = pool_of(sqlite_store, study, executor)
     assert [claim(sqlite_store, study, pid) for pid in (0, 1)] == [0, 1]
@@ -305,9 +299,9 @@ def test_the_trial_of_a_dead_worker_is_queued_again_with_its_time(
 
 
 def test_a_worker_that_does_not_stop_is_killed_and_its_trial_put_back(
-    sqlite_store: Store, program: Program, monkeypatch: pytest.MonkeyPatch
+    sqlite_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study = begin(sqlite_store, program, 1)
+    study = begin(sqlite_store, 1)
     executor = ScriptedExecutor([[Started(0, 0.0)]])
     pool = pool_of(sqlite_store, study, executor)
     claim(sqlite_store, study, pid=0)
@@ -323,8 +317,8 @@ def test_a_worker_that_does_not_stop_is_killed_and_its_trial_put_back(
 # -- the loop --------------------------------------------------------------------------------------------------------
 
 
-def test_the_loop_leaves_after_its_share(sqlite_store: Store, program: Program) -> None:
-    study = begin(sqlite_store, program, 9)
+def test_the_loop_leaves_after_its_share(sqlite_store: Store) -> None:
+    study = begin(sqlite_store, 9)
     executor = ScriptedExecutor([[*succeeded(0), *failed(1)], [*succeeded(2), Left(Reason.LIMIT)]])
     supervisor = Supervisor(sqlite_store, study, executor, job_for(sqlite_store, study), max_trials=3)
     list(supervisor.run(interval=0.0))
@@ -333,8 +327,8 @@ def test_the_loop_leaves_after_its_share(sqlite_store: Store, program: Program) 
     assert not executor.open
 
 
-def test_a_trial_that_comes_back_opens_closed_slots(sqlite_store: Store, program: Program) -> None:
-    study = begin(sqlite_store, program, 1)
+def test_a_trial_that_comes_back_opens_closed_slots(sqlite_store: Store) -> None:
+    study = begin(sqlite_store, 1)
     executor = ScriptedExecutor([[Left(Reason.DONE)]])
     supervisor = Supervisor(sqlite_store, study, executor, job_for(sqlite_store, study))
     for _ in supervisor.run(interval=0.0):

@@ -25,16 +25,17 @@ from ris_hpo.store import attributes as names
 from ris_hpo.store.attributes import Cause
 from ris_hpo.store.cache import Store
 from ris_hpo.store.open import open_store
+from ris_hpo.trials import context as context_module
 from ris_hpo.trials import heartbeat as heartbeat_module
-from ris_hpo.trials import run as run_module
-from ris_hpo.trials.run import Outcome, Report, Scoring, Started, TrialEnvironment, UnfitHostError, run_trial
+from ris_hpo.trials.context import Report, Scoring, Started, TrialEnvironment
+from ris_hpo.trials.run import Outcome, UnfitHostError, run_trial
 
 from .conftest import elsewhere, id_of, make_spec
 
 
-def begin(store: Store, program: Program, n_trials: int = 1, **changes: Any) -> Study:
+def begin(store: Store, n_trials: int = 1, **changes: Any) -> Study:
     study = create_or_resume_study(store, make_spec(**changes), score_version=1)
-    fill_budget(store, study, n_trials, program=program)
+    fill_budget(store, study, n_trials)
     return study
 
 
@@ -58,7 +59,7 @@ def declare_lost(store: Store, study: Study, trial: FrozenTrial) -> None:
 
 
 def test_a_trial_tells_each_step_of_its_way(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
-    study = begin(sqlite_store, program, pruner={"name": "none"})
+    study = begin(sqlite_store, pruner={"name": "none"})
     told: list[object] = []
     outcome = attempt(sqlite_store, study, program, tmp_path, notify=told.append)
     assert told[0] == Started(0, 0.0)
@@ -94,7 +95,7 @@ def test_a_verdict_on_a_step_that_was_trained_past_is_not_obeyed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    study = begin(sqlite_store, program)
+    study = begin(sqlite_store)
 
     class KilledError(BaseException):
         pass
@@ -103,14 +104,14 @@ def test_a_verdict_on_a_step_that_was_trained_past_is_not_obeyed(
         if isinstance(event, Report) and event.step == 300:
             raise KilledError
 
-    monkeypatch.setattr(run_module, "build_pruner", lambda *args, **options: Verdicts())
+    monkeypatch.setattr(context_module, "build_pruner", lambda *args, **options: Verdicts())
     with pytest.raises(KilledError):
         attempt(sqlite_store, study, program, tmp_path, notify=killed)
     (lost,) = study.get_trials(states=[TrialState.RUNNING])
     declare_lost(sqlite_store, study, lost)
 
     pruner = Verdicts(*verdicts)
-    monkeypatch.setattr(run_module, "build_pruner", lambda *args, **options: pruner)
+    monkeypatch.setattr(context_module, "build_pruner", lambda *args, **options: pruner)
     outcome = attempt(sqlite_store, study, program, tmp_path, pid=2)
     assert (outcome.state, outcome.number) == (state, 1)
     assert pruner.asked == list(range(100, last + 100, 100))  # of its history too: that enters it in the competition
@@ -122,7 +123,7 @@ def test_a_verdict_on_a_step_that_was_trained_past_is_not_obeyed(
 
 def test_a_diverged_trial_is_no_cheap_one(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
     sampler = {"name": "nsga2", "population": 4}
-    study = begin(sqlite_store, program, base={"fault": "diverge"}, sampler=sampler, pruner={"name": "none"})
+    study = begin(sqlite_store, base={"fault": "diverge"}, sampler=sampler, pruner={"name": "none"})
     attempt(sqlite_store, study, program, tmp_path)
     assert study.get_trials()[0].values == [WORST_K_LOC, math.inf]  # with cost 0 it would be among the best
 
@@ -149,14 +150,11 @@ class BrokenFigures:
     def begin(self, config: Any) -> None:
         self._called("begin")
 
-    def follow(self, history: Any) -> None:
-        self._called("follow")
-
-    def conclude(self, history: Any, conclusion: Any) -> None:
-        self._called("conclude")
+    def show(self, objects: Any) -> None:
+        self._called("show")
 
 
-@pytest.mark.parametrize("broken", ["made", "begin", "follow", "conclude"])
+@pytest.mark.parametrize("broken", ["made", "begin", "show"])
 @pytest.mark.parametrize("error", [ZeroDivisionError("no axis"), MemoryError(), OSError(errno.ENOSPC, "disk full")])
 def test_a_drawing_error_never_fails_a_trial(
     broken: str,
@@ -166,7 +164,7 @@ def test_a_drawing_error_never_fails_a_trial(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    study = begin(sqlite_store, program, base={"budget": {"scenes": 300}}, pruner={"name": "none"})
+    study = begin(sqlite_store, base={"budget": {"scenes": 300}}, pruner={"name": "none"})
     figures = BrokenFigures(broken, error)
     assert attempt(sqlite_store, study, program, tmp_path, figures=figures.made).state == "complete"
     assert figures.calls[-1] == broken  # nothing is drawn after it
@@ -177,8 +175,8 @@ def test_a_drawing_error_never_fails_a_trial(
 def test_an_error_of_the_store_while_drawing_is_the_trials_own(
     sqlite_store: Store, program: Program, tmp_path: Path
 ) -> None:
-    study = begin(sqlite_store, program)
-    figures = BrokenFigures("follow", StoreError("the store has not answered"))
+    study = begin(sqlite_store)
+    figures = BrokenFigures("show", StoreError("the store has not answered"))
     with pytest.raises(StoreError):
         attempt(sqlite_store, study, program, tmp_path, figures=figures.made)
     assert study.get_trials()[0].state == TrialState.RUNNING  # for whoever finds it
@@ -223,7 +221,7 @@ def test_an_end_whose_acknowledgement_is_lost_is_the_owners(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    study = begin(sqlite_store, program, pruner={"name": "none"}, **changes)
+    study = begin(sqlite_store, pruner={"name": "none"}, **changes)
     claimed = sqlite_store.claim(id_of(sqlite_store, study), str(elsewhere()))
     assert claimed is not None
     lost = lose_acknowledgement(monkeypatch, sqlite_store, call)
@@ -246,7 +244,7 @@ def test_an_end_whose_acknowledgement_is_lost_is_the_owners(
 def test_an_end_of_a_trial_that_was_declared_lost_is_not(
     fault: str, sqlite_store: Store, program: Program, tmp_path: Path
 ) -> None:
-    study = begin(sqlite_store, program, base={"fault": fault}, pruner={"name": "none"})
+    study = begin(sqlite_store, base={"fault": fault}, pruner={"name": "none"})
 
     def declared_lost(event: object) -> None:
         if isinstance(event, Scoring if fault == "none" else Started):
@@ -275,7 +273,7 @@ def hours(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_the_time_of_every_end_counts(
     fault: str, hours: list[float], sqlite_store: Store, program: Program, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    study = begin(sqlite_store, program, base={"fault": fault}, pruner={"name": "none"})
+    study = begin(sqlite_store, base={"fault": fault}, pruner={"name": "none"})
     hours[0] = 50.0
 
     def later(event: object) -> None:
@@ -295,12 +293,10 @@ def test_the_time_of_every_end_counts(
     assert status(sqlite_store, "unit").device_hours == pytest.approx(expected)
 
 
-def test_a_heartbeat_says_what_the_trial_has_cost_until_then(
-    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_heartbeat_says_what_the_trial_has_cost_until_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a worker that is killed spent is known up to its last beat, by its own clock."""
     store = open_store(str(tmp_path / "studies.db"), heartbeat=10)
-    study = begin(store, program, 2)
+    study = begin(store, 2)
     for pid in (1, 2):
         store.claim(id_of(store, study), str(elsewhere(pid)))
     spent = iter([10.5, 20.5, 30.5])
@@ -336,13 +332,13 @@ def test_a_heartbeat_says_what_the_trial_has_cost_until_then(
 
 
 def test_status_lists_each_failed_trial_with_its_cause(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
-    study = begin(sqlite_store, program, 3, base={"fault": "memory"}, retries={"out_of_memory": 1})
+    study = begin(sqlite_store, 3, base={"fault": "memory"}, retries={"out_of_memory": 1})
     for pid in (1, 2):
         attempt(sqlite_store, study, program, tmp_path, pid=pid, device="cuda:3")
     sqlite_store.claim(id_of(sqlite_store, study), str(elsewhere(7)))
     lost = study.get_trials(states=[TrialState.RUNNING])[0]
     declare_lost(sqlite_store, study, lost)
-    fill_budget(sqlite_store, study, 2, program=program)  # withdraws what still waits: no failure
+    fill_budget(sqlite_store, study, 2)  # withdraws what still waits: no failure
     sqlite_store.claim(id_of(sqlite_store, study), str(elsewhere(8)))
     found = status(sqlite_store, "unit").as_dict()
     rows = [(row["number"], row["cause"], row["host"], row["device"], row["retried"]) for row in found["failed"]]
@@ -363,7 +359,7 @@ def test_status_lists_each_failed_trial_with_its_cause(sqlite_store: Store, prog
 def test_what_copies_and_damages_leave_behind_is_removed_at_the_end(
     sqlite_store: Store, program: Program, tmp_path: Path
 ) -> None:
-    study = begin(sqlite_store, program, 2, pruner={"name": "none"})
+    study = begin(sqlite_store, 2, pruner={"name": "none"})
     sqlite_store.claim(id_of(sqlite_store, study), str(elsewhere()))
     (lost,) = study.get_trials(states=[TrialState.RUNNING])
     declare_lost(sqlite_store, study, lost)
@@ -377,7 +373,7 @@ def test_what_copies_and_damages_leave_behind_is_removed_at_the_end(
 
 
 def test_a_trial_that_goes_on_keeps_what_was_set_aside(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
-    study = begin(sqlite_store, program, pruner={"name": "none"})
+    study = begin(sqlite_store, pruner={"name": "none"})
     (tmp_path / "0").mkdir()
     (tmp_path / "0" / "checkpoint.json").write_text("{")
     reports = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,19 +29,19 @@ from ris_hpo.store.cache import Store
 from ris_hpo.store.open import open_store
 from ris_hpo.store.owner import Owner, this_process
 from ris_hpo.store.tickets import TicketStorage
-from ris_hpo.trials.run import Report, TrialEnvironment, run_trial
+from ris_hpo.trials.context import Report, TrialEnvironment
+from ris_hpo.trials.run import run_trial
 from ris_hpo.workers import lost as lost_module
 from ris_hpo.workers.events import Reason
 from ris_hpo.workers.lost import LostTrials
 from ris_hpo.workers.worker import WorkerJob, WorkerReport, run_worker
 
 from .conftest import elsewhere, id_of, make_spec
-from .double import FLOOR, PIPELINE_FLOOR
 
 
-def begin(store: Store, spec: StudySpec, program: Program, n_trials: int, **options: Any) -> Study:
+def begin(store: Store, spec: StudySpec, n_trials: int, **options: Any) -> Study:
     study = create_or_resume_study(store, spec, score_version=1, **options)
-    fill_budget(store, study, n_trials, program=program)
+    fill_budget(store, study, n_trials)
     return study
 
 
@@ -70,23 +71,23 @@ class CountedStop:
         return self.left < 0
 
 
-def test_a_study_ends_with_exactly_its_trials_and_once(store: Store, program: Program, tmp_path: Path) -> None:
-    study = begin(store, make_spec(), program, 12)
+def test_a_study_ends_with_exactly_its_trials_and_once(store: Store, tmp_path: Path) -> None:
+    study = begin(store, make_spec(), 12)
     report = work(store, study, tmp_path)
     assert (report.ended, report.reason) == (12, "done")
     counts = counting.tally(study.get_trials())
     assert counts.ended == 12
     assert counts.open == 0
     assert counts.pruned >= 4
-    assert fill_budget(store, study, 12, program=program) == 0
+    assert fill_budget(store, study, 12) == 0
     assert work(store, study, tmp_path).ended == 0
-    assert fill_budget(store, study, 14, program=program) == 2
+    assert fill_budget(store, study, 14) == 2
     assert work(store, study, tmp_path).ended == 2
     assert len(study.get_trials()) == 14
 
 
-def test_the_base_configuration_is_first(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
-    study = begin(sqlite_store, make_spec(), program, 1)
+def test_the_base_configuration_is_first(sqlite_store: Store, tmp_path: Path) -> None:
+    study = begin(sqlite_store, make_spec(), 1)
     work(sqlite_store, study, tmp_path)
     (trial,) = study.get_trials()
     assert trial.params == {"shape.x": 0.5, "shape.y": 3, "shape.kind": "plain"}
@@ -96,11 +97,11 @@ def test_the_base_configuration_is_first(sqlite_store: Store, program: Program, 
 @pytest.mark.parametrize(
     "sampler", ["tpe", "random", "qmc", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gp", "cmaes"))]
 )
-def test_one_worker_repeats_bit_for_bit(sampler: str, program: Program, tmp_path: Path) -> None:
+def test_one_worker_repeats_bit_for_bit(sampler: str, tmp_path: Path) -> None:
     tables = []
     for run in ("a", "b"):
         store = open_store(str(tmp_path / f"{run}.db"))
-        study = begin(store, make_spec(sampler={"name": sampler, "startup": 3}), program, 9)
+        study = begin(store, make_spec(sampler={"name": sampler, "startup": 3}), 9)
         work(store, study, tmp_path / run)
         tables.append(table(store, study))
         store.close()
@@ -112,12 +113,12 @@ def test_one_worker_repeats_bit_for_bit(sampler: str, program: Program, tmp_path
 @pytest.mark.parametrize(
     "pruner", ["asha", *(pytest.param(name, marks=pytest.mark.slow) for name in ("hyperband", "median"))]
 )
-def test_an_interrupted_study_has_the_undisturbed_table(pruner: str, program: Program, tmp_path: Path) -> None:
+def test_an_interrupted_study_has_the_undisturbed_table(pruner: str, tmp_path: Path) -> None:
     spec = make_spec(sampler={"name": "tpe", "startup": 3}, pruner={"name": pruner, "startup": 2})
     tables = []
     for run in ("whole", "broken"):
         store = open_store(str(tmp_path / f"{run}.db"))
-        study = begin(store, spec, program, 8)
+        study = begin(store, spec, 8)
         if run == "broken":
             requeued = 0
             for questions in range(1, 160, 13):
@@ -131,9 +132,9 @@ def test_an_interrupted_study_has_the_undisturbed_table(pruner: str, program: Pr
 
 
 def test_a_lost_trial_continues_from_its_checkpoint(store: Store, program: Program, tmp_path: Path) -> None:
-    undisturbed = begin(store, make_spec("whole"), program, 6)
+    undisturbed = begin(store, make_spec("whole"), 6)
     work(store, undisturbed, tmp_path / "whole")
-    study = begin(store, make_spec("broken"), program, 6)
+    study = begin(store, make_spec("broken"), 6)
 
     # a worker that dies in its third validation of trial 0: the checkpoint is there, the last report is not
     spec = stored_spec(study)
@@ -172,8 +173,8 @@ def test_a_lost_trial_continues_from_its_checkpoint(store: Store, program: Progr
     assert successor.value == whole[0].value
 
 
-def test_rungs_of_a_retried_trial_count_once(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
-    study = begin(sqlite_store, make_spec(), program, 3)
+def test_rungs_of_a_retried_trial_count_once(sqlite_store: Store, tmp_path: Path) -> None:
+    study = begin(sqlite_store, make_spec(), 3)
     work(sqlite_store, study, tmp_path, max_trials=1)
     trials = sqlite_store.get_all_trials(id_of(sqlite_store, study))
     rungs = [key for trial in trials for key in trial.system_attrs if key.startswith("completed_rung")]
@@ -185,12 +186,10 @@ def test_rungs_of_a_retried_trial_count_once(sqlite_store: Store, program: Progr
     assert successor.params == trials[0].params
 
 
-def test_a_trial_lost_before_its_parameters_draws_the_same_ones(
-    sqlite_store: Store, program: Program, tmp_path: Path
-) -> None:
-    undisturbed = begin(sqlite_store, make_spec("whole"), program, 4)
+def test_a_trial_lost_before_its_parameters_draws_the_same_ones(sqlite_store: Store, tmp_path: Path) -> None:
+    undisturbed = begin(sqlite_store, make_spec("whole"), 4)
     work(sqlite_store, undisturbed, tmp_path / "whole")
-    study = begin(sqlite_store, make_spec("broken"), program, 4)
+    study = begin(sqlite_store, make_spec("broken"), 4)
     for _ in range(2):  # trial 0 (the base configuration) and trial 1 (the sampler's) die with nothing done
         sqlite_store.claim(id_of(sqlite_store, study), str(elsewhere()))
         (running,) = study.get_trials(states=[TrialState.RUNNING])
@@ -206,10 +205,8 @@ def test_a_trial_lost_before_its_parameters_draws_the_same_ones(
     assert by_root == whole
 
 
-def test_a_successor_that_is_lost_at_once_hands_everything_on(
-    sqlite_store: Store, program: Program, tmp_path: Path
-) -> None:
-    study = begin(sqlite_store, make_spec(pruner={"name": "none"}), program, 3)
+def test_a_successor_that_is_lost_at_once_hands_everything_on(sqlite_store: Store, tmp_path: Path) -> None:
+    study = begin(sqlite_store, make_spec(pruner={"name": "none"}), 3)
     assert work(sqlite_store, study, tmp_path, stop=CountedStop(14)).requeued == 1
     (begun,) = [trial for trial in study.get_trials() if trial.params and trial.state == TrialState.WAITING]
     for _ in range(3):  # claimed, lost before anything else, three times over
@@ -223,11 +220,11 @@ def test_a_successor_that_is_lost_at_once_hands_everything_on(
     last = study.get_trials()[-1]
     assert (last.state, last.params) == (TrialState.COMPLETE, begun.params)
     assert last.user_attrs[names.LINEAGE] == begun.number
-    assert replay(sqlite_store, "unit", last.number, program=program).identical
+    assert replay(sqlite_store, "unit", last.number).identical
 
 
-def test_a_line_ends_when_its_retries_are_spent(store: Store, program: Program, tmp_path: Path) -> None:
-    study = begin(store, make_spec(retries={"lost_worker": 2}), program, 1)
+def test_a_line_ends_when_its_retries_are_spent(store: Store, tmp_path: Path) -> None:
+    study = begin(store, make_spec(retries={"lost_worker": 2}), 1)
     for _ in range(3):
         store.claim(id_of(store, study), str(elsewhere()))
         (running,) = study.get_trials(states=[TrialState.RUNNING])
@@ -238,7 +235,7 @@ def test_a_line_ends_when_its_retries_are_spent(store: Store, program: Program, 
 
 
 def test_a_late_owner_is_fenced_off(store: Store, program: Program, tmp_path: Path) -> None:
-    study = begin(store, make_spec(), program, 1)
+    study = begin(store, make_spec(), 1)
     spec = stored_spec(study)
     study_id = id_of(store, study)
     late = elsewhere()
@@ -276,10 +273,8 @@ def test_a_worker_that_waits_does_not_lock_the_store(
 # -- causes ----------------------------------------------------------------------------------------------------------
 
 
-def test_divergence_is_a_complete_trial_at_the_worst_score(
-    sqlite_store: Store, program: Program, tmp_path: Path
-) -> None:
-    study = begin(sqlite_store, make_spec(base={"fault": "diverge"}), program, 2)
+def test_divergence_is_a_complete_trial_at_the_worst_score(sqlite_store: Store, tmp_path: Path) -> None:
+    study = begin(sqlite_store, make_spec(base={"fault": "diverge"}), 2)
     work(sqlite_store, study, tmp_path)
     for trial in study.get_trials():
         assert (trial.state, trial.value) == (TrialState.COMPLETE, WORST_K_LOC)
@@ -292,9 +287,9 @@ def test_divergence_is_a_complete_trial_at_the_worst_score(
     ("fault", "cause"), [("none", None), ("diverge", None), ("memory", Cause.OUT_OF_MEMORY), ("bug", Cause.BUG)]
 )
 def test_seconds_before_a_trial_was_put_back_count(
-    fault: str, cause: Cause | None, sqlite_store: Store, program: Program, tmp_path: Path
+    fault: str, cause: Cause | None, sqlite_store: Store, tmp_path: Path
 ) -> None:
-    study = begin(sqlite_store, make_spec(base={"fault": fault}), program, 1)
+    study = begin(sqlite_store, make_spec(base={"fault": fault}), 1)
     (waiting,) = study.get_trials()
     sqlite_store.mark(id_of(sqlite_store, study), waiting.number, {names.SECONDS: 1000.0})
     work(sqlite_store, study, tmp_path)
@@ -303,8 +298,8 @@ def test_seconds_before_a_trial_was_put_back_count(
     assert 1000 < trial.user_attrs[names.SECONDS] < 1300
 
 
-def test_a_score_that_is_not_finite_counts_as_the_worst(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
-    study = begin(sqlite_store, make_spec(base={"fault": "nan"}, pruner={"name": "none"}), program, 1)
+def test_a_score_that_is_not_finite_counts_as_the_worst(sqlite_store: Store, tmp_path: Path) -> None:
+    study = begin(sqlite_store, make_spec(base={"fault": "nan"}, pruner={"name": "none"}), 1)
     work(sqlite_store, study, tmp_path)
     (trial,) = study.get_trials()
     values = [trial.intermediate_values[step] for step in sorted(trial.intermediate_values)]
@@ -312,10 +307,8 @@ def test_a_score_that_is_not_finite_counts_as_the_worst(sqlite_store: Store, pro
     assert all(math.isfinite(value) for value in values)
 
 
-def test_out_of_memory_is_retried_once_in_a_fresh_process(
-    sqlite_store: Store, program: Program, tmp_path: Path
-) -> None:
-    study = begin(sqlite_store, make_spec(base={"fault": "memory"}), program, 1)
+def test_out_of_memory_is_retried_once_in_a_fresh_process(sqlite_store: Store, tmp_path: Path) -> None:
+    study = begin(sqlite_store, make_spec(base={"fault": "memory"}), 1)
     assert work(sqlite_store, study, tmp_path).reason == "out_of_memory"
     assert work(sqlite_store, study, tmp_path).reason == "out_of_memory"
     assert work(sqlite_store, study, tmp_path).reason == "done"
@@ -324,30 +317,28 @@ def test_out_of_memory_is_retried_once_in_a_fresh_process(
     assert counting.tally(trials).fail == 1
 
 
-def test_a_damaged_checkpoint_leads_to_the_same_curve_from_the_start(
-    sqlite_store: Store, program: Program, tmp_path: Path
-) -> None:
-    study = begin(sqlite_store, make_spec(), program, 1)
+def test_a_damaged_checkpoint_leads_to_the_same_curve_from_the_start(sqlite_store: Store, tmp_path: Path) -> None:
+    study = begin(sqlite_store, make_spec(), 1)
     assert work(sqlite_store, study, tmp_path, stop=CountedStop(8)).requeued == 1
     checkpoint = tmp_path / "trials" / "0" / "checkpoint.json"
     checkpoint.write_bytes(checkpoint.read_bytes()[:-40])
     work(sqlite_store, study, tmp_path)
     (trial,) = study.get_trials()
     assert trial.state == TrialState.COMPLETE
-    assert replay(sqlite_store, "unit", 0, program=program).identical
+    assert replay(sqlite_store, "unit", 0).identical
     assert [path.name for path in (tmp_path / "trials").iterdir()] == ["0"]  # what was damaged is cleaned up by then
 
 
 def test_a_full_disk_puts_the_trial_back(
     sqlite_store: Store, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study = begin(sqlite_store, make_spec(), program, 2)
+    study = begin(sqlite_store, make_spec(), 2)
 
     def full(self: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(program.trainer, "_save", full)
+        patch.setattr(sys.modules["double"].Trainer, "_save", full)
         with pytest.raises(WorkerError, match=r"trial 0 was put back: OSError: .*No space left"):
             work(sqlite_store, study, tmp_path)
     assert counting.tally(study.get_trials()).waiting == 2
@@ -355,8 +346,8 @@ def test_a_full_disk_puts_the_trial_back(
     assert counting.tally(study.get_trials()).ended == 2
 
 
-def test_a_bug_is_written_down_and_ends_the_worker(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
-    study = begin(sqlite_store, make_spec(base={"fault": "bug"}), program, 10)
+def test_a_bug_is_written_down_and_ends_the_worker(sqlite_store: Store, tmp_path: Path) -> None:
+    study = begin(sqlite_store, make_spec(base={"fault": "bug"}), 10)
     report = work(sqlite_store, study, tmp_path)
     assert (report.reason, report.error) == (Reason.BUG, "ZeroDivisionError: a bug on order")
     (trial,) = study.get_trials(states=[TrialState.FAIL])
@@ -369,27 +360,27 @@ def test_a_bug_is_written_down_and_ends_the_worker(sqlite_store: Store, program:
 # -- budgets, forks, warm starts -------------------------------------------------------------------------------------
 
 
-def test_a_smaller_budget_withdraws_waiting_tickets(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
-    study = begin(sqlite_store, make_spec(), program, 10)
+def test_a_smaller_budget_withdraws_waiting_tickets(sqlite_store: Store, tmp_path: Path) -> None:
+    study = begin(sqlite_store, make_spec(), 10)
     work(sqlite_store, study, tmp_path, max_trials=2)
-    assert fill_budget(sqlite_store, study, 4, program=program) == 0
+    assert fill_budget(sqlite_store, study, 4) == 0
     work(sqlite_store, study, tmp_path)
     counts = counting.tally(study.get_trials())
     assert (counts.ended, counts.open, counts.fail) == (4, 0, 0)
-    assert fill_budget(sqlite_store, study, 5, program=program) == 1
+    assert fill_budget(sqlite_store, study, 5) == 1
     work(sqlite_store, study, tmp_path)
     assert counting.tally(study.get_trials()).ended == 5
 
 
-def test_another_space_is_refused_and_a_fork_offered(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
-    first = begin(sqlite_store, make_spec(), program, 6)
+def test_another_space_is_refused_and_a_fork_offered(sqlite_store: Store, tmp_path: Path) -> None:
+    first = begin(sqlite_store, make_spec(), 6)
     work(sqlite_store, first, tmp_path)
     other = make_spec(space={"shape.y": {"low": 1, "high": 5}})
     with pytest.raises(SpaceError, match=r"'space.shape.y' differs.*--fork unit-2"):
         create_or_resume_study(sqlite_store, other, score_version=1)
     with pytest.raises(SpaceError, match="version 1 of k_loc, this program has 2"):
         create_or_resume_study(sqlite_store, make_spec(), score_version=2)
-    fork = begin(sqlite_store, other, program, 8, fork="unit-2")
+    fork = begin(sqlite_store, other, 8, fork="unit-2")
     origins = [trial.user_attrs.get(names.ORIGIN) for trial in fork.get_trials()]
     assert origins[0] == "base"
     assert origins[1].startswith("warm-start unit#")
@@ -400,9 +391,9 @@ def test_another_space_is_refused_and_a_fork_offered(sqlite_store: Store, progra
         create_or_resume_study(sqlite_store, other, score_version=1, fork="unit-2")
 
 
-def test_a_study_keeps_what_it_was_made_with(sqlite_store: Store, program: Program) -> None:
+def test_a_study_keeps_what_it_was_made_with(sqlite_store: Store) -> None:
     notes: list[str] = []
-    first = begin(sqlite_store, make_spec(study={"seed": 5}, stop={"target": 1.5}), program, 2)
+    first = begin(sqlite_store, make_spec(study={"seed": 5}, stop={"target": 1.5}), 2)
     other = make_spec(study={"seed": 6}, sampler={"name": "random"}, pruner={"reduction": 4})
     study = create_or_resume_study(sqlite_store, other, score_version=1, note=notes.append)
     assert stored_spec(study) == stored_spec(first)
@@ -414,8 +405,8 @@ def test_a_study_keeps_what_it_was_made_with(sqlite_store: Store, program: Progr
     ]
 
 
-def test_a_resume_changes_what_is_named_and_records_it(sqlite_store: Store, program: Program) -> None:
-    begin(sqlite_store, make_spec(), program, 2)
+def test_a_resume_changes_what_is_named_and_records_it(sqlite_store: Store) -> None:
+    begin(sqlite_store, make_spec(), 2)
     notes: list[str] = []
     named = {"sampler.name": "random", "stop.target": 1.5, "seed": 7}  # 7 is the seed that it has
     for _ in range(2):  # a second time there is nothing left to change
@@ -432,8 +423,8 @@ def test_a_resume_changes_what_is_named_and_records_it(sqlite_store: Store, prog
     ]
 
 
-def test_a_resume_takes_the_file_when_asked_to(sqlite_store: Store, program: Program) -> None:
-    begin(sqlite_store, make_spec(), program, 2)
+def test_a_resume_takes_the_file_when_asked_to(sqlite_store: Store) -> None:
+    begin(sqlite_store, make_spec(), 2)
     edited = make_spec(
         study={"seed": 6},
         sampler={"startup": 9},
@@ -446,8 +437,8 @@ def test_a_resume_takes_the_file_when_asked_to(sqlite_store: Store, program: Pro
     assert (spec.seed, spec.budget.n_trials) == (7, 20)  # these have options of their own
 
 
-def test_a_sampler_with_another_number_of_objectives_is_refused(sqlite_store: Store, program: Program) -> None:
-    study = begin(sqlite_store, make_spec(), program, 2)
+def test_a_sampler_with_another_number_of_objectives_is_refused(sqlite_store: Store) -> None:
+    study = begin(sqlite_store, make_spec(), 2)
     before = study.user_attrs
     with pytest.raises(SpaceError, match=r"minimises k_loc, the sampler nsga2 k_loc and parameters; add --fork"):
         create_or_resume_study(
@@ -456,7 +447,7 @@ def test_a_sampler_with_another_number_of_objectives_is_refused(sqlite_store: St
     assert get_study(sqlite_store, "unit").user_attrs == before
 
 
-def test_joining_withdraws_nothing(sqlite_store: Store, program: Program) -> None:
+def test_joining_withdraws_nothing(sqlite_store: Store) -> None:
     spec = make_spec(budget={"n_trials": 4})
     study = create_or_resume_study(sqlite_store, spec, changes={"budget.n_trials": 8}, score_version=1)
     assert fill_budget(sqlite_store, study, 8) == 8
@@ -468,10 +459,8 @@ def test_joining_withdraws_nothing(sqlite_store: Store, program: Program) -> Non
     assert counting.tally(joined.get_trials()).waiting == 8
 
 
-def test_a_trial_keeps_its_seed_when_the_study_gets_another(
-    sqlite_store: Store, program: Program, tmp_path: Path
-) -> None:
-    study = begin(sqlite_store, make_spec(), program, 3)
+def test_a_trial_keeps_its_seed_when_the_study_gets_another(sqlite_store: Store, tmp_path: Path) -> None:
+    study = begin(sqlite_store, make_spec(), 3)
     work(sqlite_store, study, tmp_path, max_trials=1)
     work(sqlite_store, study, tmp_path, stop=CountedStop(4))  # the second one goes back half-way
     create_or_resume_study(sqlite_store, make_spec(), changes={"seed": 8}, score_version=1)
@@ -483,7 +472,7 @@ def test_a_trial_keeps_its_seed_when_the_study_gets_another(
     seeds = [trial.user_attrs[names.SEED] for trial in study.get_trials()]
     assert seeds == [derived_seed(7, 0, "run"), derived_seed(7, 1, "run"), derived_seed(8, 2, "run")]
     for number in range(3):
-        report = replay(sqlite_store, "unit", number, program=program)
+        report = replay(sqlite_store, "unit", number)
         assert report.identical
         assert report.fingerprint_agrees
 
@@ -492,7 +481,7 @@ def test_a_base_that_a_new_default_would_change_is_refused(
     sqlite_store: Store, program: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """As after an upgrade: the study goes on as it was made, and a file that would mean something else is not taken."""
-    study = begin(sqlite_store, make_spec(), program, 2)
+    study = begin(sqlite_store, make_spec(), 2)
     fields = program.config.model_fields
     shape = fields["shape"].default.replaced({"depth": 3})
     monkeypatch.setattr(fields["shape"], "default", shape)
@@ -515,16 +504,16 @@ def test_a_base_that_a_new_default_would_change_is_refused(
         assert spec.ran(trial.user_attrs[names.CONFIG_FINGERPRINT], trial.params, trial.number)
 
 
-def test_unknown_studies_are_named_with_a_suggestion(sqlite_store: Store, program: Program) -> None:
+def test_unknown_studies_are_named_with_a_suggestion(sqlite_store: Store) -> None:
     with pytest.raises(StudyError, match="the store has none yet"):
         get_study(sqlite_store, "wide")
-    begin(sqlite_store, make_spec("wide"), program, 1)
+    begin(sqlite_store, make_spec("wide"), 1)
     with pytest.raises(StudyError, match="did you mean 'wide'"):
         get_study(sqlite_store, "wyde")
     with pytest.raises(StudyError, match="no study 'none' to start from"):
         create_or_resume_study(sqlite_store, make_spec("other"), score_version=1, warm_start="none")
     with pytest.raises(StudyError, match="not above 0"):
-        fill_budget(sqlite_store, get_study(sqlite_store, "wide"), 0, program=program)
+        fill_budget(sqlite_store, get_study(sqlite_store, "wide"), 0)
 
 
 @pytest.mark.parametrize(
@@ -536,8 +525,8 @@ def test_unknown_studies_are_named_with_a_suggestion(sqlite_store: Store, progra
         (StopSpec(timeout_s=3), "timeout"),
     ],
 )
-def test_stop_rules(rules: StopSpec, reason: str, sqlite_store: Store, program: Program, tmp_path: Path) -> None:
-    study = begin(sqlite_store, make_spec(), program, 30)
+def test_stop_rules(rules: StopSpec, reason: str, sqlite_store: Store, tmp_path: Path) -> None:
+    study = begin(sqlite_store, make_spec(), 30)
     ended = 0
     while (found := counting.stop_reason(rules, study.get_trials(), seconds=ended)) is None:
         work(sqlite_store, study, tmp_path, max_trials=1)
@@ -555,7 +544,7 @@ def test_stop_rules(rules: StopSpec, reason: str, sqlite_store: Store, program: 
 
 
 @pytest.mark.parametrize("name", ["../up", "/tmp/x", "a/b", "..", ".hidden", "two words", "x" * 65, "line\n"])
-def test_a_name_that_leads_elsewhere_is_refused(name: str, sqlite_store: Store, program: Program) -> None:
+def test_a_name_that_leads_elsewhere_is_refused(name: str, sqlite_store: Store) -> None:
     with pytest.raises(StudyError, match="folders are called by it"):
         create_or_resume_study(sqlite_store, make_spec(), name=name, score_version=1)
     sqlite_store.create_new_study([optuna.study.StudyDirection.MINIMIZE], name)  # made by somebody else
@@ -563,26 +552,9 @@ def test_a_name_that_leads_elsewhere_is_refused(name: str, sqlite_store: Store, 
         stored_spec(get_study(sqlite_store, name))
 
 
-@pytest.mark.parametrize("objective", ["network", "pipeline"])
-def test_value_floor_and_efficiency_stand_on_the_same_scenes(
-    objective: str, sqlite_store: Store, program: Program, tmp_path: Path
-) -> None:
-    study = begin(sqlite_store, make_spec(study={"objective": objective}, pruner={"name": "none"}), program, 1)
-    work(sqlite_store, study, tmp_path)
-    [trial] = study.get_trials()
-    marks = trial.user_attrs
-    network, pipeline = marks[names.COMPONENTS]["k_loc"], marks[names.PIPELINE]["k_loc"]
-    assert pipeline == pytest.approx(network - 0.3)
-    value, floor = (network, FLOOR.k_loc) if objective == "network" else (pipeline, PIPELINE_FLOOR.k_loc)
-    assert trial.value == value
-    assert marks[names.FLOOR] == floor
-    assert marks[names.EFFICIENCY] == pytest.approx((7 - value) / (7 - floor))
-    assert marks[names.PIPELINE_FLOOR] == PIPELINE_FLOOR.k_loc
-
-
-def test_two_objectives_under_nsga2(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
+def test_two_objectives_under_nsga2(sqlite_store: Store, tmp_path: Path) -> None:
     spec = make_spec(sampler={"name": "nsga2", "population": 4}, pruner={"name": "none"})
-    study = begin(sqlite_store, spec, program, 6)
+    study = begin(sqlite_store, spec, 6)
     work(sqlite_store, study, tmp_path)
     trials = study.get_trials()
     assert all(trial.state == TrialState.COMPLETE for trial in trials)
@@ -594,10 +566,8 @@ def test_two_objectives_under_nsga2(sqlite_store: Store, program: Program, tmp_p
 # -- lost trials, replay ---------------------------------------------------------------------------------------------
 
 
-def test_lost_trials_are_found_by_owner_and_by_heartbeat(
-    store: Store, program: Program, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    study = begin(store, make_spec(), program, 4)
+def test_lost_trials_are_found_by_owner_and_by_heartbeat(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = begin(store, make_spec(), 4)
     study_id = id_of(store, study)
     here = this_process()
     store.claim(study_id, str(Owner(here, 0)))  # this process: alive
@@ -623,21 +593,21 @@ def test_lost_trials_are_found_by_owner_and_by_heartbeat(
     assert [trial.user_attrs.get(names.PREDECESSOR) for trial in store.get_all_trials(study_id)][4:] == [1, 2]
 
 
-def test_replay_compares_step_by_step(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
-    study = begin(sqlite_store, make_spec(), program, 5)
+def test_replay_compares_step_by_step(sqlite_store: Store, tmp_path: Path) -> None:
+    study = begin(sqlite_store, make_spec(), 5)
     work(sqlite_store, study, tmp_path)
     pruned = next(trial for trial in study.get_trials() if trial.state == TrialState.PRUNED)
     for number in (0, pruned.number):
-        report = replay(sqlite_store, "unit", number, program=program)
+        report = replay(sqlite_store, "unit", number)
         assert report.identical
         assert report.fingerprint_agrees
         assert len(report.steps) == len(study.get_trials()[number].intermediate_values)
     with pytest.raises(StudyError, match="has no trial 99"):
-        replay(sqlite_store, "unit", 99, program=program)
+        replay(sqlite_store, "unit", 99)
 
 
-def test_status_is_one_summary(sqlite_store: Store, program: Program, tmp_path: Path) -> None:
-    study = begin(sqlite_store, make_spec(), program, 6)
+def test_status_is_one_summary(sqlite_store: Store, tmp_path: Path) -> None:
+    study = begin(sqlite_store, make_spec(), 6)
     work(sqlite_store, study, tmp_path, max_trials=5)
     found = status(sqlite_store, "unit").as_dict()
     states = Counter(trial.state.name.lower() for trial in study.get_trials())

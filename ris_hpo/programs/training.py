@@ -1,0 +1,89 @@
+"""The program of ``training`` studies: one run of the trainer, scored by the network's or the refined estimates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, Literal, Protocol
+
+from ris_hpo.errors import GateError
+from ris_hpo.programs.program import Program, TrialContext
+from ris_hpo.scoring.k_loc import efficiency, finite_score
+from ris_hpo.training.config import RunConfig
+from ris_hpo.training.results import Conclusion, Validation
+from ris_hpo.training.trainer import Trainer
+
+Objective = Literal["network", "pipeline"]
+
+
+class _Run(Protocol):
+    history: list[Validation]
+    finished: bool
+    scenes_seen: int
+
+    def run(self, stop: Any) -> Iterator[Validation]: ...
+
+    def conclude(self) -> Conclusion: ...
+
+
+def train(trial: TrialContext, *, objective: Objective) -> float | None:
+    """Train one configuration and return the ``k_loc`` of its best weights.
+
+    Args:
+        trial: settings of a ``RunConfig``.
+        objective: whose ``k_loc``: the network's own estimates, or the refined ones.
+    """
+    config = RunConfig.parse(trial.config)
+    trial.plan(config.budget.validate_every, config.budget.scenes)
+    return follow(trial, Trainer(config, trial.directory, device=trial.device), objective)
+
+
+def follow(trial: TrialContext, run: _Run, objective: Objective) -> float | None:
+    """Run something that validates like a trainer to its end, and report it; see ``train``."""
+    try:
+        if _is_pruned(trial, run):
+            best = min(run.history, key=lambda validation: finite_score(validation.network.k_loc))
+            trial.show(history=run.history, conclusion=None)
+            trial.record(components=best.network.as_dict())
+            return None
+        if not run.finished:
+            trial.requeue()
+    except GateError as error:  # the curriculum stopped, and what it reached until then is the trial's score
+        trial.record(gate=str(error))
+    trial.concluding()
+    conclusion = run.conclude()
+    trial.show(history=run.history, conclusion=conclusion)
+    if objective == "network":
+        score, floor = conclusion.network, conclusion.floor
+    else:  # on fewer scenes, which have a floor of their own
+        score, floor = conclusion.pipeline, conclusion.pipeline_floor
+    value = finite_score(score.k_loc)
+    trial.record(
+        components=conclusion.network.as_dict(),
+        pipeline=conclusion.pipeline.as_dict(),
+        pipeline_floor=conclusion.pipeline_floor.k_loc,
+        parameters=sum(conclusion.parameters.values()),
+        floor=floor.k_loc,
+        efficiency=efficiency(value, floor.k_loc),
+    )
+    return value
+
+
+def _is_pruned(trial: TrialContext, run: _Run) -> bool:
+    resumed_at = run.scenes_seen
+
+    def validations() -> Iterator[Validation]:
+        yield from list(run.history)  # what a worker that was lost may not have reported any more
+        yield from run.run(trial.should_stop)
+
+    for validation in validations():
+        pruned = trial.report(validation.scenes_seen, validation.network.k_loc, floor=validation.floor.k_loc)
+        if validation.scenes_seen >= resumed_at:
+            trial.show(history=run.history)
+        if pruned:
+            return True
+    return False
+
+
+NETWORK = Program(partial(train, objective="network"), RunConfig)
+PIPELINE = Program(partial(train, objective="pipeline"), RunConfig)
