@@ -221,7 +221,6 @@ def test_fresh_score_is_repeatable_resumable_and_on_scenes_of_its_own(searched, 
 
 
 def test_an_inference_study_exports_the_network_with_its_settings(searched, tmp_path):
-    from ris_hpo.programs.inference import RunConfig as InferenceConfig
     from ris_hpo.results.winner import fresh_score
     from ris_hpo.training.trainer import load_network
 
@@ -230,7 +229,7 @@ def test_an_inference_study_exports_the_network_with_its_settings(searched, tmp_
     spec = load_study("inference").with_base(small)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
     trial = study.ask()
-    config = spec.config(spec.suggest(trial), trial.number, InferenceConfig)
+    config = spec.config(spec.suggest(trial), trial.number)
     trial.set_user_attr(names.CONFIG_FINGERPRINT, config.fingerprint())
     study.tell(trial, 2.0)
     found = exported(study, spec)

@@ -15,7 +15,6 @@ from ris_hpo.results import winner
 from ris_hpo.results.winner import confirm, judge
 from ris_hpo.search.spec import StudySpec, derived_seed
 from ris_hpo.store import attributes as names
-from ris_hpo.training import proof
 
 
 class Knobs(Spec):
@@ -192,7 +191,7 @@ def test_a_kept_score_is_not_used_for_another_question(tmp_path, monkeypatch, wh
         return noisy(0.4)(config, directory)
 
     def confirmed():
-        return confirm(study, SPEC, counted, tmp_path, config_type=Knobs, top=1, seeds=2)
+        return confirm(study, SPEC, counted, tmp_path, top=1, seeds=2)
 
     verdict = confirmed()
     assert len(seen) == 4
@@ -203,6 +202,6 @@ def test_a_kept_score_is_not_used_for_another_question(tmp_path, monkeypatch, wh
     elif what == "fresh scenes":
         monkeypatch.setattr(winner, "FRESH_SHARE", winner.FRESH_SHARE + 1)
     else:
-        monkeypatch.setattr(proof, "code_fingerprint", lambda rooms=(): "of tomorrow")
+        monkeypatch.setattr(winner, "_code_of", lambda spec: "of tomorrow")
     assert confirmed() == verdict
     assert len(set(seen)) == 8

@@ -260,9 +260,9 @@ def test_a_late_owner_is_fenced_off(store: Store, program: Program, tmp_path: Pa
 
 
 def test_a_worker_that_waits_does_not_lock_the_store(
-    sqlite_store: Store, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sqlite_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study = begin(sqlite_store, make_spec(), program, 1)
+    study = begin(sqlite_store, make_spec(), 1)
     sqlite_store.claim(id_of(sqlite_store, study), str(elsewhere()))  # it runs somewhere, and may come back
     claims: list[tuple[object, ...]] = []
     monkeypatch.setattr(TicketStorage, "claim", lambda self, *claim: claims.append(claim))
