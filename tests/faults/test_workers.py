@@ -13,7 +13,6 @@ import pytest
 from optuna.study import Study
 from optuna.trial import TrialState
 
-from ris_hpo.programs.program import Program
 from ris_hpo.results.replay import replay
 from ris_hpo.search import counting
 from ris_hpo.search.files import load_study
@@ -60,21 +59,21 @@ def check_campaign(store: Store, study: Study, n_trials: int, kills: int, journa
     same_curves(store, study)
 
 
-def test_killed_workers_lose_nothing(store: Store, program: Program, tmp_path: Path) -> None:
+def test_killed_workers_lose_nothing(store: Store, tmp_path: Path) -> None:
     study = begin(store, 8, base=slow_base(1600, 0.06), pruner={"name": "median", "startup": 3})
     done = kill_some(supervisor_of(store, study, tmp_path, 2), 3, random.Random(5), tmp_path / "journal")
     assert done == 3
-    check_campaign(store, study, program, 8, done, tmp_path / "journal")
+    check_campaign(store, study, 8, done, tmp_path / "journal")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_a_campaign_of_kills(seed: int, store: Store, program: Program, tmp_path: Path) -> None:
+def test_a_campaign_of_kills(seed: int, store: Store, tmp_path: Path) -> None:
     pruner = {"name": "median", "startup": 10}
     study = begin(store, 40, base=slow_base(1600, 0.12), pruner=pruner, retries={"lost_worker": 10})
     done = kill_some(supervisor_of(store, study, tmp_path, 4), 15, random.Random(seed), tmp_path / "journal")
     assert done >= 10
-    check_campaign(store, study, program, 40, done, tmp_path / "journal")
+    check_campaign(store, study, 40, done, tmp_path / "journal")
 
 
 @pytest.mark.slow
