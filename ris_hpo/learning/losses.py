@@ -26,6 +26,9 @@ from ris_hpo.scoring.matching import assignment, distances, match
 SUBSPACE_LOADING = 3e-4
 
 
+NMSE_PARTS = ("diagonal", "off_diagonal")  # weights within the two NMSEs, no terms of their own
+
+
 class LossSpec(Spec):
     """Weights of the loss terms; names in earlier reports in brackets. A term of weight 0 is not computed."""
 
@@ -49,7 +52,7 @@ class LossSpec(Spec):
 
     def only(self, **weights: float) -> LossSpec:
         """All terms off but the named ones; the relative NMSE weights return to 1."""
-        off = dict.fromkeys(TERMS, 0.0) | {"diagonal": 1.0, "off_diagonal": 1.0}
+        off = dict.fromkeys(TERMS, 0.0) | dict.fromkeys(NMSE_PARTS, 1.0)
         return LossSpec(**(off | weights))
 
     def active(self, *, noise_known: bool) -> list[str]:
@@ -57,21 +60,8 @@ class LossSpec(Spec):
         return [name for name in TERMS if getattr(self, name) > 0 and not (noise_known and name == "disturbance")]
 
 
-TERMS = (
-    "covariance",
-    "covariance_pred",
-    "detection",
-    "offset",
-    "count",
-    "auxiliary",
-    "disturbance",
-    "orthogonality",
-    "cross",
-    "gap",
-    "peak",
-    "subspace_alignment",
-    "peak_contrast",
-)
+TERMS = tuple(name for name in LossSpec.model_fields if name not in NMSE_PARTS)
+"""Names of the loss terms, in their order."""
 
 
 def label_factor(truth: Sources, geometry: Geometry) -> Tensor:
