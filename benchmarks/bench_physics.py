@@ -11,6 +11,7 @@ OMP_NUM_THREADS=1 python benchmarks/bench_physics.py rough
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
 
@@ -48,7 +49,7 @@ def speed(arguments: argparse.Namespace) -> None:
     print(f"stochastic bound: {rate(lambda: stochastic_crb(scenes), 256)}")
     part = scenes[:64]
     for name in ("ml", "spectrum-maxima", "music", "mvdr", "modified-music"):
-        print(f"{name}, blind, 64 scenes: {rate(lambda name=name: estimate(name, part), 64, 2)}")
+        print(f"{name}, blind, 64 scenes: {rate(functools.partial(estimate, name, part), 64, 2)}")
     start = part.require_truth()
     print(f"refine from the truth, 10 steps: {rate(lambda: refine(part, start, 10), 64)}")
 
@@ -102,6 +103,7 @@ def efficiency(arguments: argparse.Namespace) -> None:
             difference = (polar - true).double()[found.mask]
             covariance = bound[rows, index][found.mask]
             ratio = difference.square() / covariance.diagonal(dim1=-2, dim2=-1)
+            assert found.covariance_m2 is not None
             own = found.covariance_m2.double()[found.mask]
             e = error[found.mask].unsqueeze(-1)
             nees = (e.mT @ torch.linalg.solve(own, e)).flatten()

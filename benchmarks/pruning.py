@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 import optuna
+from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
 from ris_hpo.search.files import load_study
@@ -72,10 +73,11 @@ def _write(trials: list[optuna.trial.FrozenTrial]) -> None:
 def once(curves: list[list[float]], steps: list[int], pruner: dict[str, object]) -> tuple[float, float]:
     """Replay curves in the order given; return the share of scenes saved and the regret."""
     spec = load_study("wide").replaced({f"pruner.{key}": value for key, value in pruner.items()})
-    study = optuna.create_study()
+    storage = InMemoryStorage()
+    study = optuna.create_study(storage=storage)
     spent, best = 0, float("inf")
     for curve in curves:
-        study.pruner = build_pruner(spec, first_scenes=steps[0], max_scenes=steps[-1])
+        study.pruner = build_pruner(spec, storage, first_scenes=steps[0], max_scenes=steps[-1])
         trial = study.ask()
         for step, value in zip(steps, curve, strict=True):
             trial.report(value, step)

