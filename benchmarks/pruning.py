@@ -77,7 +77,7 @@ def once(curves: list[list[float]], steps: list[int], pruner: dict[str, object])
     study = optuna.create_study(storage=storage)
     spent, best = 0, float("inf")
     for curve in curves:
-        study.pruner = build_pruner(spec, storage, first_scenes=steps[0], max_scenes=steps[-1])
+        study.pruner = build_pruner(spec, storage, first_step=steps[0], last_step=steps[-1])
         trial = study.ask()
         for step, value in zip(steps, curve, strict=True):
             trial.report(value, step)
