@@ -8,7 +8,7 @@ import torch
 import ris_hpo
 from ris_hpo.learning.inference import localize
 from ris_hpo.physics.scene import SceneSpec, simulate
-from ris_hpo.training.checkpoint import load_network
+from ris_hpo.training.finished import load_network
 
 
 @pytest.mark.parametrize("name", ["default", "imperfect"])

@@ -16,7 +16,7 @@ import ris_hpo
 from ris_hpo.learning.inference import localize, network_sources, predict
 from ris_hpo.learning.network import Network, NetworkSpec
 from ris_hpo.physics.scene import SceneSpec, simulate
-from ris_hpo.training.checkpoint import load_network
+from ris_hpo.training.finished import load_network
 
 RECORDED = json.loads((Path(__file__).parent / "data" / "recorded.json").read_text())
 
