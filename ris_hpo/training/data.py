@@ -49,7 +49,7 @@ class OwnScenes:
     fingerprint: str
 
     @classmethod
-    def divide(cls, config: RunConfig, scenes: Scenes, validation: Scenes | None = None) -> OwnScenes:
+    def divide(cls, config: RunConfig, scenes: Scenes | None, validation: Scenes | None = None) -> OwnScenes:
         """Check a user's scenes against a configuration, and divide them.
 
         Args:
@@ -65,6 +65,8 @@ class OwnScenes:
         budget, fits = config.budget, config.network.count_head == "evidence"
         if budget.fixed_scenes:
             raise ConfigError("budget.fixed_scenes is for simulated scenes; set it to 0 to train on your own")
+        if scenes is None:
+            raise ConfigError("scenes to validate on are given without scenes to train on; give both, or none")
         mark = fingerprint(*(batch for batch in (scenes, validation) if batch is not None))
         scenes = checked(config, scenes, "training")
         count, share = len(scenes), len(scenes) // HELD_OUT
@@ -120,7 +122,8 @@ def fingerprint(*batches: Scenes) -> str:
                 value = getattr(owner, field.name)
                 if isinstance(value, Tensor):
                     digest.update(f"{field.name} {value.dtype} {tuple(value.shape)}".encode())
-                    digest.update(value.detach().cpu().resolve_conj().contiguous().numpy().data)
+                    for part in value.split(1024):  # one channel for all scenes is not copied for each of them at once
+                        digest.update(part.detach().cpu().resolve_conj().contiguous().numpy().data)
     return digest.hexdigest()[:16]
 
 

@@ -79,7 +79,8 @@ class Trainer:
         self._telemetry_offset = 0
         self._first_bad_term: str | None = None
 
-        own = OwnScenes.divide(config, scenes, validation) if scenes is not None else None
+        simulated = scenes is None and validation is None
+        own = None if simulated else OwnScenes.divide(config, scenes, validation)
         self.learner = Learner(config, self.device)
         self.data = RunData(config, self.learner.network, self.device, own)
         last = self.directory / LAST

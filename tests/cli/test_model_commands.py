@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ris_hpo.errors import CheckpointError, ConfigError, DeviceError, OutputError, ProofError, SceneFileError
+from ris_hpo.errors import CheckpointError, ConfigError, DeviceError, GateError, OutputError, ProofError, SceneFileError
 from ris_hpo.physics.files import load_estimates
 from tests.waiting import until
 
@@ -65,6 +65,41 @@ def test_a_curriculum_tells_the_evidence_of_each_gate(cli, tmp_path: Path) -> No
     for name in ("first", "second"):
         assert outcome.err.count(f"phase '{name}': k_acc should go up by -1: ") == 1
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_gate_that_fails_has_an_exit_code_of_its_own_each_time(cli, tmp_path: Path) -> None:
+    gate = "patience = 1\ngates = [{ metric = 'k_loc', direction = 'down', margin = 9.0 }]"
+    phases = f"[[phases]]\nname = 'first'\nshare = 0.5\n{gate}\n[[phases]]\nname = 'second'\nshare = 0.5\n"
+    (tmp_path / "phased.toml").write_text(SMALL + phases)
+    for attempt in range(2):
+        outcome = cli("train", "--config", "phased.toml", "--out", "run")
+        assert outcome.code == GateError.exit_code
+        last = outcome.err.splitlines()[-1]
+        assert "phase 'first' failed its gate: k_loc should go down by 9: " in last
+        assert last.endswith("; phases not run: second")
+        assert outcome.err.count("not passed") == (2, 0)[attempt]
+        assert ("phase 'first' is extended; the run now takes 96 scenes" in outcome.err) == (attempt == 0)
+        assert "phases, in scenes seen: 'first' to " in outcome.err
+
+
+def test_own_scenes_are_divided_and_kept_apart(cli, workshop: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 2)):
+        assert cli("simulate", "--num-scenes", 20, "--seed", seed, "--out", f"{name}.npz").code == 0
+    run = ["train", "--config", workshop / "small.toml", "--out", "run", "--scenes"]
+    first = cli(*run, "a.npz", "--json")
+    assert first.code == 0, first.err
+    assert "own scenes: 16 to train on, 4 to validate on (held out by budget.validation_seed = 7001)" in first.err
+    assert first.json["network"]["num_scenes"] == 4
+    assert len(first.json["data_fingerprint"]) == 16
+    other = cli(*run, "b.npz")
+    assert other.code == CheckpointError.exit_code
+    assert f"was trained on scenes with fingerprint {first.json['data_fingerprint']}, this run is given" in other.err
+    assert other.err.count("\n") == 1
+    apart = cli(
+        "train", "--config", workshop / "small.toml", "--out", "apart", "--scenes", "a.npz", "--validation", "b.npz"
+    )
+    assert "own scenes: 20 to train on, 16 to validate on\n" in apart.err
+    assert cli("train", "--out", "none", "--validation", "b.npz").code == 2
 
 
 def test_training_tells_programs_the_same(cli, workshop: Path) -> None:

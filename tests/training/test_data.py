@@ -132,6 +132,11 @@ def test_fixed_simulated_scenes_exclude_own_ones(tiny, scenes, tmp_path):
         Trainer(tiny.replaced({"budget.fixed_scenes": 8}), tmp_path, scenes=scenes)
 
 
+def test_validation_scenes_alone_are_refused(tiny, scenes, tmp_path):
+    with pytest.raises(ConfigError, match="without scenes to train on"):
+        Trainer(tiny, tmp_path, validation=scenes)
+
+
 def test_own_scenes_are_trained_validated_and_scored_on(tiny, scenes, tmp_path):
     trainer = Trainer(tiny.replaced({"budget.pipeline_scenes": 4}), tmp_path, scenes=scenes)
     assert sorted(trainer.data.epoch(0).tolist()) == list(range(32))
