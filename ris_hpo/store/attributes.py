@@ -1,4 +1,4 @@
-"""Names of everything the service writes beside a trial's parameters and curve: the one place that spells them.
+"""Names of the attributes of trials and studies: what is stored beside a trial's parameters and curve.
 
 Trial attributes stay small, since the dashboard loads all of them on each request; curves are intermediate values,
 figures are artifacts. Study attributes hold what a worker on another host needs to join: the specification itself.
@@ -30,7 +30,7 @@ METRICS: Final = "metrics"
 
 # -- what a trial was ------------------------------------------------------------------------------------------------
 CONFIG_FINGERPRINT: Final = "config_fingerprint"
-"""Fingerprint of the frozen run configuration; written once all parameters stand."""
+"""Fingerprint of the run configuration; written when all parameters are drawn."""
 SEED: Final = "seed"
 """Seed of the trial's run configuration, derived from the study's seed and the lineage root."""
 SCENES: Final = "scenes"
@@ -47,11 +47,11 @@ DEVICE: Final = "device"
 THREADS: Final = "threads"
 """Torch threads of the worker; a curve repeats bit for bit only under the same number."""
 
-# -- who holds a trial, and how it ended badly -----------------------------------------------------------------------
+# -- the owner of a trial, and failures ------------------------------------------------------------------------------
 OWNER: Final = "owner"
 """Text of the ``Owner`` that claimed the trial, written in the transaction that claims it."""
 CAUSE: Final = "cause"
-"""A ``Cause``; it means something on a FAIL trial only."""
+"""A ``Cause``; of a FAIL trial only."""
 ERROR: Final = "error"
 """One line: exception and message, or how the worker was lost."""
 TRACEBACK: Final = "traceback"
@@ -60,9 +60,8 @@ LAST_STEP: Final = "last_step"
 """Scenes seen at the last report before a failure."""
 PREEMPTIONS: Final = "preemptions"
 """How often the trial was checkpointed, put back and taken up again."""
-
 RELEASED_BY: Final = "released_by"
-"""Owner that put the trial back last; it may ask again whether it did."""
+"""Owner that put the trial back last, so that it can repeat the call when the acknowledgement was lost."""
 FIGURES_MISSING: Final = "figures_missing"
 """Figures that could not be drawn or written, as ``{file name: error}``."""
 
@@ -77,19 +76,19 @@ ORIGIN: Final = "origin"
 """``base`` for the base configuration, ``warm-start STUDY#NUMBER`` for one taken from another study."""
 
 RETRIES: Final = "retries"
-"""How often each cause struck this line of trials, as ``{cause: count}``; a loss after progress starts over at 1."""
+"""Failures of this line of trials by cause; the count of losses starts over after progress."""
 INHERITED_STEP: Final = "inherited_step"
 """Scenes seen at the last report of the line when this successor was queued."""
 
 # -- study attributes ------------------------------------------------------------------------------------------------
 IDENTITY: Final = "identity"
-"""Random word that tells the study from any other of any store; its folder is found by it."""
+"""Random text that no other study of any store has; the study's folder is found by it."""
 SPEC: Final = "spec"
 """``StudySpec.stored()``, its base stated whole: all that a worker needs besides the store's address."""
 SPACE_FINGERPRINT: Final = "space_fingerprint"
 SCORE_VERSION: Final = "score_version"
 PROOF: Final = "proof"
-"""Fingerprint of the phase-0 certificate the study stands on, or ``no-proof``."""
+"""Fingerprint of the study's phase-0 certificate, or ``no-proof``."""
 COMMAND: Final = "command"
 """The command line that made the study, with credentials redacted."""
 VERSIONS: Final = "versions"
@@ -113,11 +112,11 @@ class Cause(StrEnum):
     DIVERGED = "diverged"
     """Training that cannot go on, in a study without a worst score; another try would end the same way."""
     WITHDRAWN = "withdrawn"
-    """A ticket taken out of the queue by a smaller ``--n-trials``; it never ran and is counted nowhere."""
+    """Taken out of the queue by a smaller ``--n-trials``; it never ran and is counted nowhere."""
 
 
 RETRIED_CAUSES: Final = frozenset({Cause.LOST_WORKER, Cause.TIMEOUT, Cause.OUT_OF_MEMORY})
-"""The surroundings' faults: a successor continues the trial. A bug would only happen again."""
+"""Failures that are not the trial's fault: a successor continues it. A bug would only happen again."""
 
 OF_THE_SERVICE: Final = frozenset(
     {CONFIG_FINGERPRINT, SEED, SCENES, SECONDS, SCENES_PER_SECOND, PEAK_MEMORY, HOST, DEVICE, THREADS}

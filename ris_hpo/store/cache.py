@@ -1,4 +1,4 @@
-"""The storage that is handed to Optuna: patient with a server that is away, and reading no trial twice in vain."""
+"""The storage that is handed to Optuna: it repeats calls while the server does not answer, and keeps what it read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ris_hpo.errors import StudyGoneError
 from ris_hpo.store import attributes as names
 from ris_hpo.store import folders
 from ris_hpo.store.credentials import redact
-from ris_hpo.store.patience import patiently
+from ris_hpo.store.retry import retried
 from ris_hpo.store.tickets import GONE, Claim, Seen, TicketStorage
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -26,13 +26,13 @@ _ONE_BY_ONE = 16
 """Trials that are read one at a time; more than that, and all of the study are read at once."""
 
 
-def _patient(method: Method) -> Method:
-    """Return a method that makes the same call of ``TicketStorage``, patiently."""
+def _retrying(method: Method) -> Method:
+    """Return a method that makes the same call of ``TicketStorage``, again and again while the server is away."""
 
     @functools.wraps(method, updated=())  # without the mark of an abstract method
     def call(self: Store, *args: Any, **kwargs: Any) -> Any:
         try:
-            return patiently(getattr(self.tickets, method.__name__))(*args, **kwargs)
+            return retried(getattr(self.tickets, method.__name__))(*args, **kwargs)
         except KeyError as error:
             raise StudyGoneError(GONE) from error
 
@@ -97,18 +97,18 @@ class Store(BaseStorage):
 
     # -- Optuna's calls: all of them may be repeated after a lost acknowledgement, but for ``create_new_trial`` --------
 
-    set_study_user_attr = _patient(BaseStorage.set_study_user_attr)
-    set_study_system_attr = _patient(BaseStorage.set_study_system_attr)
-    get_study_id_from_name = _patient(BaseStorage.get_study_id_from_name)
-    get_study_name_from_id = _patient(BaseStorage.get_study_name_from_id)
-    get_study_directions = _patient(BaseStorage.get_study_directions)
-    get_study_user_attrs = _patient(BaseStorage.get_study_user_attrs)
-    get_study_system_attrs = _patient(BaseStorage.get_study_system_attrs)
-    get_all_studies = _patient(BaseStorage.get_all_studies)
-    set_trial_param = _patient(BaseStorage.set_trial_param)
-    set_trial_intermediate_value = _patient(BaseStorage.set_trial_intermediate_value)
-    set_trial_user_attr = _patient(BaseStorage.set_trial_user_attr)
-    set_trial_system_attr = _patient(BaseStorage.set_trial_system_attr)
+    set_study_user_attr = _retrying(BaseStorage.set_study_user_attr)
+    set_study_system_attr = _retrying(BaseStorage.set_study_system_attr)
+    get_study_id_from_name = _retrying(BaseStorage.get_study_id_from_name)
+    get_study_name_from_id = _retrying(BaseStorage.get_study_name_from_id)
+    get_study_directions = _retrying(BaseStorage.get_study_directions)
+    get_study_user_attrs = _retrying(BaseStorage.get_study_user_attrs)
+    get_study_system_attrs = _retrying(BaseStorage.get_study_system_attrs)
+    get_all_studies = _retrying(BaseStorage.get_all_studies)
+    set_trial_param = _retrying(BaseStorage.set_trial_param)
+    set_trial_intermediate_value = _retrying(BaseStorage.set_trial_intermediate_value)
+    set_trial_user_attr = _retrying(BaseStorage.set_trial_user_attr)
+    set_trial_system_attr = _retrying(BaseStorage.set_trial_system_attr)
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
         """See ``RDBStorage.create_new_trial``; tickets are made by ``fill``, which can be repeated."""
@@ -118,13 +118,13 @@ class Store(BaseStorage):
         """See ``RDBStorage.set_trial_state_values``; the end of a trial that this process claimed may be repeated."""
         owner = self._owners.get(trial_id)
         try:
-            return bool(patiently(self.tickets.set_trial_state_values)(trial_id, state, values, owner=owner))
+            return bool(retried(self.tickets.set_trial_state_values)(trial_id, state, values, owner=owner))
         except KeyError as error:
             raise StudyGoneError(GONE) from error
 
     def create_new_study(self, directions: Sequence[StudyDirection], study_name: str | None = None) -> int:
         """See ``RDBStorage.create_new_study``; repeated, it finds its own study: ``DuplicatedStudyError``."""
-        study_id = int(patiently(self.tickets.create_new_study)(directions, study_name))
+        study_id = int(retried(self.tickets.create_new_study)(directions, study_name))
         with self._lock:
             self._forget(study_id)  # a study that is deleted by now may have had the same id
         return study_id
@@ -132,7 +132,7 @@ class Store(BaseStorage):
     def delete_study(self, study_id: int) -> None:
         """See ``RDBStorage.delete_study``; the study's folder is removed with it."""
         identity = self.get_study_user_attrs(study_id).get(names.IDENTITY)
-        patiently(self.tickets.delete_study)(study_id)
+        retried(self.tickets.delete_study)(study_id)
         with self._lock:
             self._forget(study_id)
         if identity is not None:
@@ -145,7 +145,7 @@ class Store(BaseStorage):
 
     def identity(self, study_id: int, replaces: str | None = None) -> str:
         """See ``TicketStorage.identity``; from now on another study under the same id is a ``StudyGoneError``."""
-        identity = str(patiently(self.tickets.identity)(study_id, replaces))
+        identity = str(retried(self.tickets.identity)(study_id, replaces))
         with self._lock:
             known = self._studies.setdefault(study_id, _Known())
             if known.identity not in (None, identity):
@@ -156,12 +156,12 @@ class Store(BaseStorage):
     @functools.cached_property
     def database(self) -> tuple[str, int]:
         """See ``TicketStorage.database``."""
-        name, number = patiently(self.tickets.database)()
+        name, number = retried(self.tickets.database)()
         return str(name), int(number)
 
     def record_heartbeat(self, trial_id: int) -> None:
         """See ``RDBStorage.record_heartbeat``."""
-        patiently(self.tickets.record_heartbeat)(trial_id)
+        retried(self.tickets.record_heartbeat)(trial_id)
 
     def get_heartbeat_interval(self) -> int | None:
         """Seconds between heartbeats of a running trial; None where there are none."""
@@ -175,7 +175,7 @@ class Store(BaseStorage):
         if known is not None and trial_number in known.seen:
             return known.seen[trial_number].trial_id
         try:
-            return int(patiently(self.tickets.get_trial_id_from_study_id_trial_number)(study_id, trial_number))
+            return int(retried(self.tickets.get_trial_id_from_study_id_trial_number)(study_id, trial_number))
         except KeyError as error:
             raise StudyGoneError(GONE) from error
 
@@ -185,7 +185,7 @@ class Store(BaseStorage):
         if kept is not None:
             return kept
         try:
-            trial: FrozenTrial = patiently(self.tickets.get_trial)(trial_id)
+            trial: FrozenTrial = retried(self.tickets.get_trial)(trial_id)
         except KeyError as error:
             raise StudyGoneError(GONE) from error
         return trial
@@ -196,7 +196,7 @@ class Store(BaseStorage):
         """See ``RDBStorage.get_all_trials``; the trials of a study by number."""
         with self._lock:
             try:
-                patiently(self._refresh)(study_id)
+                retried(self._refresh)(study_id)
             except KeyError as error:
                 raise StudyGoneError(GONE) from error
             known = self._studies[study_id]
@@ -246,13 +246,13 @@ class Store(BaseStorage):
 
     def fill(self, study_id: int, tickets: Callable[[list[FrozenTrial]], list[FrozenTrial]]) -> int:
         """See ``TicketStorage.fill``."""
-        return int(patiently(self.tickets.fill)(study_id, tickets))
+        return int(retried(self.tickets.fill)(study_id, tickets))
 
     def claim(self, study_id: int, owner: str) -> int | None:
         """See ``TicketStorage.claim``; the number of the trial."""
         known = self._studies.get(study_id)
         identity = known.identity if known is not None and known.in_use else None
-        claim: Claim | None = patiently(self.tickets.claim)(study_id, owner, identity)
+        claim: Claim | None = retried(self.tickets.claim)(study_id, owner, identity)
         if claim is None:
             return None
         self._owners = {claim.trial_id: owner}  # a worker has one trial at a time
@@ -260,7 +260,7 @@ class Store(BaseStorage):
 
     def release(self, study_id: int, number: int, owner: str | None, marks: Mapping[str, Any]) -> bool:
         """See ``TicketStorage.release``."""
-        return bool(patiently(self.tickets.release)(study_id, number, owner, marks))
+        return bool(retried(self.tickets.release)(study_id, number, owner, marks))
 
     def retire(
         self,
@@ -271,20 +271,20 @@ class Store(BaseStorage):
         successor: Callable[[FrozenTrial], FrozenTrial | None],
     ) -> bool:
         """See ``TicketStorage.retire``."""
-        return bool(patiently(self.tickets.retire)(study_id, number, owner, marks, successor))
+        return bool(retried(self.tickets.retire)(study_id, number, owner, marks, successor))
 
     def heartbeats(self, study_id: int) -> dict[int, datetime]:
         """See ``TicketStorage.heartbeats``."""
-        beats: dict[int, datetime] = patiently(self.tickets.heartbeats)(study_id)
+        beats: dict[int, datetime] = retried(self.tickets.heartbeats)(study_id)
         return beats
 
     def withdraw(self, study_id: int, numbers: Sequence[int]) -> None:
         """See ``TicketStorage.withdraw``."""
-        patiently(self.tickets.withdraw)(study_id, numbers)
+        retried(self.tickets.withdraw)(study_id, numbers)
 
     def mark(self, study_id: int, number: int, marks: Mapping[str, Any]) -> None:
         """See ``TicketStorage.mark``."""
-        patiently(self.tickets.mark)(study_id, number, marks)
+        retried(self.tickets.mark)(study_id, number, marks)
 
 
 def ticket(params: Mapping[str, Any] | None = None, marks: Mapping[str, Any] | None = None) -> FrozenTrial:

@@ -23,7 +23,7 @@ def redact(text: str) -> str:
     return re.sub(r"((?:password|passwd|pgpassword)\s*=\s*)[^\s&'\"]+", r"\1***", text, flags=re.IGNORECASE)
 
 
-def password_from_surroundings() -> str | None:
+def password_from_environment() -> str | None:
     """Return the password of ``$RIS_HPO_STORAGE_PASSWORD`` or of the file ``$RIS_HPO_STORAGE_PASSWORD_FILE`` names.
 
     Raises:
@@ -43,14 +43,14 @@ def password_from_surroundings() -> str | None:
 
 
 def with_password(address: str) -> str:
-    """Return a store's address with the password that this process's surroundings hold, for a process without them.
+    """Return a store's address with the password of this environment, for a process in another one.
 
     An address with a password of its own, and one of an SQLite file, come back as they are.
     """
     import sqlalchemy  # imported late: messages of every command go through ``redact``
 
     url = sqlalchemy.make_url(address)
-    password = password_from_surroundings()
+    password = password_from_environment()
     if url.get_backend_name() == "sqlite" or url.password or password is None:
         return address
     return url.set(password=password).render_as_string(hide_password=False)

@@ -22,8 +22,8 @@ from ris_hpo.atomic import replacing
 from ris_hpo.errors import StoreError
 from ris_hpo.process import storage_directory
 from ris_hpo.store.cache import Store
-from ris_hpo.store.credentials import password_from_surroundings, redact
-from ris_hpo.store.patience import Wait, is_connection_loss, reason
+from ris_hpo.store.credentials import password_from_environment, redact
+from ris_hpo.store.retry import Wait, is_connection_loss, reason
 from ris_hpo.store.tickets import TicketStorage
 
 URL_VARIABLE: Final = "RIS_HPO_STORAGE_URL"
@@ -54,7 +54,7 @@ def open_store(
     create: bool = True,
     write: bool | None = None,
     heartbeat: int | None = HEARTBEAT_S,
-    patience_s: float = 0.0,
+    retry_s: float = 0.0,
 ) -> Store:
     """Open a trial store.
 
@@ -66,7 +66,7 @@ def open_store(
         write: whether the store must be writable; None for what ``create`` says. An SQLite file that need not be is
             opened for reading where it can only be read.
         heartbeat: seconds between heartbeats of running trials; None for none.
-        patience_s: how long a server that does not answer is tried again; a person wants to know at once, a worker
+        retry_s: how long a server that does not answer is tried again; a person wants to know at once, a worker
             that starts during a restart of the server does not.
 
     Raises:
@@ -85,7 +85,7 @@ def open_store(
         # not quoted further: who can say where the password ends in what is no address
         raise StoreError(f"'{scheme}://...' is no store address; use sqlite:///FILE or postgresql://...") from None
     if parsed.get_backend_name() in ("postgresql", "postgres"):
-        return _open_postgres(parsed, address, create, heartbeat, patience_s)
+        return _open_postgres(parsed, address, create, heartbeat, retry_s)
     raise StoreError(f"no store of kind '{parsed.get_backend_name()}'; use sqlite:///FILE or postgresql://...")
 
 
@@ -229,12 +229,12 @@ def backup(address: str | None, out: Path) -> None:
 # -- PostgreSQL ------------------------------------------------------------------------------------------------------
 
 
-def _open_postgres(url: sqlalchemy.URL, address: str, create: bool, heartbeat: int | None, patience_s: float) -> Store:
+def _open_postgres(url: sqlalchemy.URL, address: str, create: bool, heartbeat: int | None, retry_s: float) -> Store:
     try:
         import psycopg  # noqa: F401
     except ImportError:
         raise StoreError("PostgreSQL needs the driver psycopg; install ris-hpo[postgres]") from None
-    password = str(url.password) if url.password else password_from_surroundings()
+    password = str(url.password) if url.password else password_from_environment()
     # a pooler may give each transaction another session: nothing here counts on one, no lock and no prepared statement
     connect: dict[str, Any] = {"connect_timeout": 5, "application_name": "ris-hpo", "keepalives_idle": 30}
     connect["prepare_threshold"] = None
@@ -243,7 +243,7 @@ def _open_postgres(url: sqlalchemy.URL, address: str, create: bool, heartbeat: i
     text = url.set(drivername="postgresql+psycopg", password=None).render_as_string(hide_password=False)
     # one for the trial, and one more while a heartbeat is written
     kwargs = {"pool_size": 1, "max_overflow": 1, "pool_pre_ping": True, "pool_recycle": 1800, "connect_args": connect}
-    wait = Wait(redact(address), patience_s)
+    wait = Wait(redact(address), retry_s)
     for _ in range(_RACES):
         try:
             return Store(_reached(wait, _verbatim(text), kwargs, heartbeat=heartbeat, create=False), address)
@@ -263,10 +263,11 @@ def _open_postgres(url: sqlalchemy.URL, address: str, create: bool, heartbeat: i
 
 
 def _reached(wait: Wait, url: str, kwargs: dict[str, Any], *, heartbeat: int | None, create: bool) -> TicketStorage:
-    """Connect, patiently; other errors of the database are the caller's."""
+    """Connect, again and again while there is no connection; other errors of the database are the caller's."""
     while True:
         try:
-            return TicketStorage(url, kwargs, heartbeat=heartbeat, create=create)
+            with wait.attempt():
+                return TicketStorage(url, kwargs, heartbeat=heartbeat, create=create)
         except StoreError as error:
             raise StoreError(f"{wait.what}: {error}") from None
         except (StorageInternalError, sql_errors.SQLAlchemyError) as error:

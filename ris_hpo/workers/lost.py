@@ -14,7 +14,7 @@ from ris_hpo.store import attributes as names
 from ris_hpo.store.attributes import Cause
 from ris_hpo.store.cache import Store
 from ris_hpo.store.owner import Owner
-from ris_hpo.store.patience import LONGEST_PAUSE_S
+from ris_hpo.store.retry import LONGEST_PAUSE_S
 
 
 class LostTrials:

@@ -36,7 +36,7 @@ from ris_hpo.store.cache import Store
 from ris_hpo.store.folders import study_folder
 from ris_hpo.store.open import HEARTBEAT_S, open_store
 from ris_hpo.store.owner import Owner, this_process
-from ris_hpo.store.patience import PATIENCE_S
+from ris_hpo.store.retry import RETRY_S
 from ris_hpo.trials.context import TrialEnvironment
 from ris_hpo.trials.drawing import Figures
 from ris_hpo.trials.run import UnfitHostError, run_trial
@@ -138,7 +138,7 @@ def run_worker(
         UnfitHostError: this machine cannot run trials now; the trial at hand was put back.
     """
     _limit_threads(job.threads)
-    store = open_store(job.address, create=False, write=True, heartbeat=job.heartbeat, patience_s=PATIENCE_S)
+    store = open_store(job.address, create=False, write=True, heartbeat=job.heartbeat, retry_s=RETRY_S)
     try:
         study = get_study(store, job.study)
         study_id = store.get_study_id_from_name(job.study)

@@ -15,7 +15,7 @@ from ris_hpo.errors import StoreError
 from ris_hpo.programs.program import Program
 from ris_hpo.search import counting
 from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget
-from ris_hpo.store import patience
+from ris_hpo.store import retry
 from ris_hpo.store.open import open_store
 from tests.postgres import Postgres
 from tests.service.conftest import id_of, make_spec
@@ -78,7 +78,7 @@ def test_many_outages_do_not_show(own_server: Postgres, program: Program, tmp_pa
 
 def test_a_server_that_stays_away_is_one_line(own_server: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
     store, study = begin(own_server, 1)
-    monkeypatch.setattr(patience, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(retry, "RETRY_S", 0.5)
     own_server.server.stop()
     with pytest.raises(StoreError, match="has not answered for 0 s") as caught:
         store.claim(id_of(store, study), "here:1:0:0")

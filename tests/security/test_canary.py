@@ -21,7 +21,7 @@ from ris_hpo.dashboard.server import Dashboard
 from ris_hpo.errors import StoreError, StudyError, WorkerError
 from ris_hpo.store import credentials
 from ris_hpo.store.open import URL_VARIABLE, open_store
-from ris_hpo.store.patience import reason
+from ris_hpo.store.retry import reason
 from ris_hpo.workers.supervisor import PoolSnapshot
 from tests.postgres import Postgres
 

@@ -127,7 +127,7 @@ def test_what_a_worker_waits_for_reaches_its_supervisor(
     sqlite_store: Store, program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def waits(*arguments: Any, **options: Any) -> WorkerReport:
-        logging.getLogger("ris_hpo.store.patience").warning("too many connections; trying again")
+        logging.getLogger("ris_hpo.store.retry").warning("too many connections; trying again")
         return WorkerReport(0, 0, Reason.DONE)
 
     monkeypatch.setattr(worker, "run_worker", waits)

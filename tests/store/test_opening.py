@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 import sqlite3
+import struct
 import subprocess
 import sys
 import threading
-from contextlib import closing
+import time
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,7 @@ from optuna.trial import TrialState
 
 from ris_hpo.errors import OutputError, StoreError
 from ris_hpo.process import STORAGE_VARIABLE
-from ris_hpo.store import credentials, patience
+from ris_hpo.store import credentials, retry
 from ris_hpo.store import open as module
 from ris_hpo.store.cache import Store, ticket
 from ris_hpo.store.credentials import redact
@@ -318,10 +321,11 @@ def test_too_many_connections_are_named_at_once(scarce: str) -> None:
 def test_whoever_waits_for_a_connection_says_so_and_goes_on(
     scarce: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert patience.QUIET_S + patience.LONGEST_PAUSE_S < 10
-    monkeypatch.setattr(patience, "QUIET_S", 0.0)
+    assert retry.QUIET_S + retry.LONGEST_PAUSE_S < 10
     first = open_store(scarce)
     first.get_all_studies()
+    monkeypatch.setattr(retry, "QUIET_S", 0.0)
+    monkeypatch.setattr(retry.Wait, "attempt", lambda self: nullcontext())
     told = threading.Event()
 
     class Notice(logging.Handler):
@@ -337,13 +341,43 @@ def test_whoever_waits_for_a_connection_says_so_and_goes_on(
 
     thread = threading.Thread(target=leave)
     thread.start()
-    second = open_store(scarce, patience_s=120)
+    second = open_store(scarce, retry_s=120)
     thread.join()
     logging.getLogger("ris_hpo").removeHandler(handler)
-    (record,) = [record for record in caplog.records if record.name == "ris_hpo.store.patience"]
+    (record,) = [record for record in caplog.records if record.name == "ris_hpo.store.retry"]
     assert "too many connections for role" in record.getMessage()
     assert "trying again for 120 s" in record.getMessage()
     second.close()
+
+
+def test_a_pooler_that_lets_its_clients_wait_is_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It accepts the connection, and answers no query until one of its own connections is free: here, never."""
+    assert 2 * retry.QUIET_S < 10
+    monkeypatch.setattr(retry, "QUIET_S", 0.05)
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def message(kind: bytes, body: bytes) -> bytes:
+        return kind + struct.pack("!i", 4 + len(body)) + body
+
+    def serve() -> None:
+        client, _ = listener.accept()
+        with client:
+            while struct.unpack("!ii", client.recv(8, socket.MSG_WAITALL))[1] == 80877103:  # asks for TLS
+                client.sendall(b"N")
+            client.recv(4096)
+            version = message(b"S", b"server_version\x0016.0\x00")
+            client.sendall(message(b"R", bytes(4)) + version + message(b"Z", b"I"))
+            while "all its connections may be in use" not in caplog.text:
+                time.sleep(0.01)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    with pytest.raises(StoreError, match="cannot be reached"):
+        open_store(f"postgresql://me@127.0.0.1:{listener.getsockname()[1]}/db")
+    thread.join()
+    listener.close()
 
 
 @pytest.mark.postgres
@@ -367,7 +401,7 @@ def test_an_empty_database_is_opened_by_many_at_once(postgres: Postgres) -> None
 
     def open_one() -> None:
         barrier.wait()
-        opened.append(open_store(url, patience_s=60))
+        opened.append(open_store(url, retry_s=60))
 
     threads = [threading.Thread(target=open_one) for _ in range(4)]
     for thread in threads:

@@ -1,12 +1,14 @@
-"""Calls of the store that outlive a server that is away for a while, and say so."""
+"""Repeating calls of the store while its server does not answer, and saying so."""
 
 from __future__ import annotations
 
 import functools
 import logging
 import sqlite3
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 from optuna.exceptions import StorageInternalError
@@ -15,7 +17,7 @@ from sqlalchemy import exc as sql_errors
 from ris_hpo.errors import StoreError
 from ris_hpo.store.credentials import redact
 
-PATIENCE_S: Final = 300.0  # how long a server may be away (restart, fail-over) before a worker gives up
+RETRY_S: Final = 300.0  # how long a server may be away (restart, fail-over) before a worker gives up
 LONGEST_PAUSE_S: Final = 5.0  # between two attempts to reach a server
 QUIET_S: Final = 3.0  # how long a wait may take before it is logged
 
@@ -24,16 +26,18 @@ log = logging.getLogger(__name__)
 _CROWDED = ("too many clients", "too many connections", "remaining connection slots", "no more connections allowed")
 
 
-def patiently(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``call``, repeated while the server is away; it must be safe to repeat after a lost acknowledgement.
+def retried(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``call``, repeated while the server does not answer.
+
+    It must be safe to repeat when it was done and the acknowledgement was lost.
 
     Raises:
-        StoreError: the store refused, or stayed away for ``PATIENCE_S``.
+        StoreError: the store refused, or has not answered for ``RETRY_S``.
     """
 
     @functools.wraps(call)
     def repeated(*args: Any, **kwargs: Any) -> Any:
-        wait = Wait("the store", PATIENCE_S)
+        wait = Wait("the store", RETRY_S)
         while True:
             try:
                 return call(*args, **kwargs)
@@ -42,15 +46,15 @@ def patiently(call: Callable[..., Any]) -> Callable[..., Any]:
                     raise StoreError(f"the store refused: {reason(error)}") from error
                 if not wait.again(reason(error)):
                     raise StoreError(
-                        f"the store has not answered for {PATIENCE_S:.0f} s ({reason(error)}); "
-                        "nothing acknowledged is lost, run the same command again when it is back"
+                        f"the store has not answered for {RETRY_S:.0f} s ({reason(error)}); "
+                        "finished trials are safe; run the same command again when it is back"
                     ) from error
 
     return repeated
 
 
 class Wait:
-    """Pauses between attempts, of growing length; one that takes longer than a moment is logged, once.
+    """Pauses of growing length between attempts; a wait of more than ``QUIET_S`` is logged, once.
 
     Args:
         what: what is waited for, as the log names it.
@@ -65,20 +69,35 @@ class Wait:
         self._logged = False
 
     def again(self, found: str) -> bool:
-        """Pause, and say whether to try again."""
+        """Pause, and return whether to try again."""
         waited = time.monotonic() - self._begun
         if waited + self._pause > self._limit:
             return False
-        if waited + self._pause > QUIET_S and not self._logged:
-            self._logged = True
-            log.warning("%s does not answer (%s); trying again for %.0f s", self.what, found, self._limit)
+        if waited + self._pause > QUIET_S:
+            self._log(f"{found}; trying again for {self._limit:.0f} s")
         time.sleep(self._pause)
         self._pause = min(2 * self._pause, LONGEST_PAUSE_S)
         return True
 
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Log an attempt that gets no answer: a pooler lets clients wait when all its connections are in use."""
+        timer = threading.Timer(2 * QUIET_S, self._log, ["all its connections may be in use; still waiting"])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _log(self, why: str) -> None:
+        if not self._logged:
+            self._logged = True
+            log.warning("%s does not answer: %s", self.what, why)
+
 
 def is_connection_loss(error: BaseException) -> bool:
-    """Say whether an error means that the server is away, so that the same call may succeed later."""
+    """Return whether an error means that the server does not answer now, so that the same call may succeed later."""
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
     if isinstance(cause, sql_errors.DBAPIError) and cause.connection_invalidated:
         return True
