@@ -334,7 +334,7 @@ class WorkerPool:
             place.failures = self._failures = 0
         if outcome.cause is Cause.BUG:
             self._bugs.append(error)
-        if outcome.state == "failed":
+        if outcome.state == "failed" and outcome.cause is not Cause.DIVERGED:  # which the machine is not to blame for
             self._count_failure(place, f"trial {outcome.number}: {error}")
 
     def _handle_end(self, place: Place, end: Left) -> None:

@@ -6,6 +6,7 @@ it computes is noted in ``$DOUBLE_JOURNAL``, which shows what ran twice.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
@@ -109,6 +110,8 @@ class Trainer:
         self.finished = True
 
     def _fault(self) -> None:
+        if "DOUBLE_FULL_DISK" in os.environ:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         match self.config.fault:
             case "bug":
                 raise ZeroDivisionError("a bug on order")

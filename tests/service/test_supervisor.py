@@ -219,6 +219,15 @@ def test_a_trial_that_ends_well_clears_the_count(sqlite_store: Store) -> None:
     assert len(executor.workers) == 9
 
 
+def test_trials_that_diverge_are_not_the_machines_fault(sqlite_store: Store) -> None:
+    study = begin(sqlite_store, 12)
+    diverged = [event for number in range(9) for event in failed(number, Cause.DIVERGED)[:2]]
+    pool = pool_of(sqlite_store, study, ScriptedExecutor([diverged]))
+    turn(pool)
+    assert pool.places[0].ended == 9
+    assert not pool.places[0].has_given_up
+
+
 def test_one_bad_device_is_given_up_and_the_others_go_on(sqlite_store: Store) -> None:
     study = begin(sqlite_store, 40)
     good = [[*succeeded(), Left(Reason.OUT_OF_MEMORY)] for _ in range(20)]
