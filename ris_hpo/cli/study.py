@@ -108,7 +108,6 @@ def run(
 
     A study keeps what it was made with; run again, it changes only what the options name.
     """
-    from ris_hpo.process import storage_directory
     from ris_hpo.report.study_page import kept_current
     from ris_hpo.search.files import checked, load_study
     from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget, find_spec, stored_spec
@@ -176,7 +175,9 @@ def run(
     else:
         executor = LocalProcesses(slots, Path(job.directory))
     supervisor = Supervisor(store, made, executor, job)
-    live.follow(kept_current(made, store, supervisor.run(), storage_directory() / "artifacts"))
+    assert job.artifacts is not None
+    page = kept_current(made, store, supervisor.run(), Path(job.artifacts), Path(job.directory))
+    live.follow(page)
     standing.show_outcome(store, name, json_=json_)
     standing.end_of_run(supervisor, store, name)
 

@@ -70,6 +70,7 @@ class Artifacts:
                 mimetype=MIMETYPES[file.suffix],
             )
         if self._listing is not None:
+            make_folder(self._listing.parent)
             with self._listing.open("a", encoding="utf-8") as listing:
                 listing.write(f"{self.identifiers[name]}\n")
 

@@ -17,6 +17,7 @@ from optuna_dashboard import get_note, save_note
 
 from ris_hpo.report.artifacts import Artifacts
 from ris_hpo.report.collect import Report, choices, collect
+from ris_hpo.store.folders import ARTIFACTS
 
 EVERY_S: Final = 15.0
 FIGURES: Final = {
@@ -33,7 +34,12 @@ Snapshot = TypeVar("Snapshot")
 
 
 def kept_current(
-    study: optuna.Study, storage: BaseStorage, snapshots: Iterable[Snapshot], artifacts: Path, every_s: float = EVERY_S
+    study: optuna.Study,
+    storage: BaseStorage,
+    snapshots: Iterable[Snapshot],
+    artifacts: Path,
+    folder: Path | None = None,
+    every_s: float = EVERY_S,
 ) -> Iterator[Snapshot]:
     """Pass a pool's snapshots on, and bring the study's page up to date before, between and after them.
 
@@ -44,26 +50,28 @@ def kept_current(
         storage: where it is stored, which knows its number.
         snapshots: of its pool.
         artifacts: folder of the artifact store, as given to the dashboard.
+        folder: of the study's files, where its figures are listed, so that they go when it goes.
         every_s: seconds between two updates.
     """
-    write_page(study, storage, artifacts)
+    write_page(study, storage, artifacts, folder)
     due = time.monotonic() + every_s
     for snapshot in snapshots:
         if time.monotonic() >= due:
-            write_page(study, storage, artifacts)
+            write_page(study, storage, artifacts, folder)
             due = time.monotonic() + every_s
         yield snapshot
-    write_page(study, storage, artifacts)
+    write_page(study, storage, artifacts, folder)
 
 
-def write_page(study: optuna.Study, storage: BaseStorage, artifacts: Path) -> bool:
+def write_page(study: optuna.Study, storage: BaseStorage, artifacts: Path, folder: Path | None = None) -> bool:
     """Write the note and the figures if anything has changed; returns whether it had."""
     report = collect(study, with_importances=False)
     text = note(report)
     if get_note(study).partition(_HEADING)[0] == text:
         return False
     study_id = storage.get_study_id_from_name(study.study_name)
-    shown = _study_figures(study, study_id, report, artifacts)
+    listing = None if folder is None else folder / "page" / ARTIFACTS
+    shown = _study_figures(study_id, report, Artifacts(study, artifacts, listing))
     if report.best is not None:
         trial = study.get_trials(deepcopy=False)[report.best.number]
         trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
@@ -111,7 +119,7 @@ def note(report: Report) -> str:
     return "\n".join(lines).strip() + "\n"
 
 
-def _study_figures(study: optuna.Study, study_id: int, report: Report, folder: Path) -> list[str]:
+def _study_figures(study_id: int, report: Report, files: Artifacts) -> list[str]:
     """Draw the study's own figures; returns them as Markdown."""
     scored = [trial for trial in report.trials if trial.ranks]
     if len(scored) < MIN_SCORED:
@@ -121,7 +129,6 @@ def _study_figures(study: optuna.Study, study_id: int, report: Report, folder: P
     wanted: dict[str, tuple[str, Callable[[Report], str]]] = {"cost.svg": ("score against cost", study_figures.cost)}
     if any(trial.pipeline.get("k_loc") is not None for trial in scored):
         wanted["paths.svg"] = ("pipeline against network", study_figures.paths)
-    files = Artifacts(study, folder)
     for name, (_, draw) in wanted.items():
         files.put(name, lambda draw=draw: draw(report))  # type: ignore[misc]
     return [

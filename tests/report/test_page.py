@@ -11,6 +11,7 @@ from ris_hpo.report.study_page import kept_current, note, write_page
 from ris_hpo.scoring.metrics import floor_scores
 from ris_hpo.search.files import load_study
 from ris_hpo.store import attributes as names
+from ris_hpo.store.folders import ARTIFACTS
 from tests.report.synthetic import fill, make_study
 
 CANARY = "canary-Pa55word"
@@ -55,6 +56,17 @@ def test_it_is_written_only_when_it_has_news(tmp_path):
     after = figures(study, tmp_path)  # redrawn in place
     assert set(after) == set(before)
     assert after["cost.svg"] != before["cost.svg"]
+
+
+def test_its_figures_are_listed_in_the_studys_folder(tmp_path):
+    study = make_study()
+    folder = tmp_path / "trials" / "wide"
+    for _ in range(2):
+        write_page(study, study._storage, tmp_path / "artifacts", folder)
+        fill(study, trials=2, seed=3)
+    [listing] = folder.glob(f"*/{ARTIFACTS}")  # as the removal of a study looks for them
+    assert set(listing.read_text().split()) == {path.name for path in (tmp_path / "artifacts").iterdir()}
+    assert len(listing.read_text().split()) == 2
 
 
 def test_a_full_disk_costs_the_figures_and_not_the_run(tmp_path):
