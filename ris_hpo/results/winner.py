@@ -12,6 +12,8 @@ With k candidates looked at, each interval is widened (Bonferroni), so that all 
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import inspect
 import itertools
 import json
 import math
@@ -323,9 +325,10 @@ def _sentence(verdict: Verdict, leader: Comparison, metric: str, direction: Dire
 
 
 def _code_of(spec: StudySpec) -> str:
-    """Fingerprint of the code that a study's scores depend on; of a program of one's own it is not known."""
+    """Fingerprint of the code that a study's scores depend on; of a program of one's own that is its module."""
     if spec.program is not None:
-        return spec.program
+        module = importlib.import_module(spec.program.partition(":")[0])
+        return fingerprint(inspect.getsource(module))
     from ris_hpo.training.proof import LEARNING_CODE, code_fingerprint
 
     return code_fingerprint((*LEARNING_CODE, "programs"))

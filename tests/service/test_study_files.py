@@ -10,12 +10,11 @@ import optuna
 import pytest
 
 from ris_hpo.errors import StudyGoneError
-from ris_hpo.programs.program import Program
 from ris_hpo.store import attributes as names
 from ris_hpo.store.cache import Store
 from ris_hpo.store.folders import find_folder
 from ris_hpo.store.open import open_store
-from ris_hpo.trials.run import Report
+from ris_hpo.trials.context import Report
 from ris_hpo.workers import worker
 from ris_hpo.workers.events import Event, Left, Note, Reason
 from ris_hpo.workers.worker import WorkerReport, job_for, run_worker
@@ -26,7 +25,7 @@ from .pools import begin, slow_base, supervisor_of, table
 
 def work(store: Store, **options: Any) -> WorkerReport:
     """As a worker of this machine does, in the study's own folder."""
-    study = begin(store, options.pop("program"), options.pop("n_trials"), **options.pop("changes", {}))
+    study = begin(store, options.pop("n_trials"), **options.pop("changes", {}))
     return run_worker(job_for(store, study), **options)
 
 
@@ -38,58 +37,56 @@ def delete_elsewhere(store: Store) -> None:
 
 
 def test_two_stores_side_by_side_score_as_they_do_alone(
-    store: Store, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = [{"study": {"seed": seed}, "pruner": {"name": "none"}, "base": slow_base(400, 0)} for seed in (1, 2)]
     alone = []
     for each in changes:
         monkeypatch.setenv("RIS_HPO_STORAGE_DIR", str(tmp_path / f"alone{len(alone)}"))
         single = open_store(str(tmp_path / f"alone{len(alone)}.db"))
-        work(single, program=program, n_trials=2, changes=each)
+        work(single, n_trials=2, changes=each)
         alone.append(table(single))
         single.close()
     monkeypatch.setenv("RIS_HPO_STORAGE_DIR", str(tmp_path / "shared"))
     other = open_store(str(tmp_path / "other.db"))
     asked = iter([False] * 4 + [True] * 99)
-    assert work(store, program=program, n_trials=2, changes=changes[0], stop=lambda: next(asked)).requeued == 1
-    work(other, program=program, n_trials=2, changes=changes[1])
-    work(store, program=program, n_trials=2, changes=changes[0])
+    assert work(store, n_trials=2, changes=changes[0], stop=lambda: next(asked)).requeued == 1
+    work(other, n_trials=2, changes=changes[1])
+    work(store, n_trials=2, changes=changes[0])
     assert [table(store), table(other)] == alone
     assert sorted(path.name for path in (tmp_path / "shared" / "trials").iterdir()) == [".lock", "unit", "unit-2"]
     other.close()
 
 
-def test_a_study_made_anew_is_trained_anew(
-    store: Store, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_study_made_anew_is_trained_anew(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DOUBLE_JOURNAL", str(tmp_path / "journal"))
     changes = {"pruner": {"name": "none"}}
-    work(store, program=program, n_trials=1, changes=changes)
+    work(store, n_trials=1, changes=changes)
     first = (tmp_path / "journal").read_text()
     delete_elsewhere(store)
     again = open_store(store.address)
-    work(again, program=program, n_trials=1, changes=changes)
+    work(again, n_trials=1, changes=changes)
     assert (tmp_path / "journal").read_text() == first + first
     again.close()
 
 
-def test_a_study_deleted_under_its_worker_is_one_line_and_no_bug(store: Store, program: Program, storage: Path) -> None:
+def test_a_study_deleted_under_its_worker_is_one_line_and_no_bug(store: Store, storage: Path) -> None:
     def notify(event: Event) -> None:
         if isinstance(event, Report) and event.step == 300:
             delete_elsewhere(store)
 
     with pytest.raises(StudyGoneError, match="deleted or renamed while it was in use") as caught:
-        work(store, program=program, n_trials=2, notify=notify)
+        work(store, n_trials=2, notify=notify)
     assert "\n" not in str(caught.value)
-    begin(store, program, 1)
+    begin(store, 1)
     assert [trial.state.name for trial in store.get_all_trials(store.get_study_id_from_name("unit"))] == ["WAITING"]
 
 
 def test_a_study_deleted_under_its_run_ends_the_run(
-    store: Store, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", IMPORTABLE)
-    study = begin(store, program, 4, base=slow_base(pause_s=2.0), pruner={"name": "none"})
+    study = begin(store, 4, base=slow_base(pause_s=2.0), pruner={"name": "none"})
     supervisor = supervisor_of(store, study, tmp_path, 1)
 
     def run() -> None:
@@ -103,11 +100,11 @@ def test_a_study_deleted_under_its_run_ends_the_run(
 
 
 def test_a_renamed_study_goes_on_from_its_checkpoints(
-    store: Store, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DOUBLE_JOURNAL", str(tmp_path / "journal"))
     asked = iter([False] * 5 + [True] * 99)
-    work(store, program=program, n_trials=1, stop=lambda: next(asked))
+    work(store, n_trials=1, stop=lambda: next(asked))
     half = (tmp_path / "journal").read_text().splitlines()
     assert 0 < len(half) < 8
     optuna.copy_study(from_study_name="unit", from_storage=store, to_storage=store, to_study_name="new")
@@ -123,16 +120,14 @@ def test_a_renamed_study_goes_on_from_its_checkpoints(
     assert study.user_attrs[names.IDENTITY] == store.identity(id_of(store, study))
 
 
-def test_what_a_worker_waits_for_reaches_its_supervisor(
-    sqlite_store: Store, program: Program, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_worker_waits_for_reaches_its_supervisor(sqlite_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def waits(*arguments: Any, **options: Any) -> WorkerReport:
         logging.getLogger("ris_hpo.store.retry").warning("too many connections; trying again")
         return WorkerReport(0, 0, Reason.DONE)
 
     monkeypatch.setattr(worker, "run_worker", waits)
     events: list[Event] = []
-    job = job_for(sqlite_store, begin(sqlite_store, program, 1))
+    job = job_for(sqlite_store, begin(sqlite_store, 1))
     for _ in range(2):  # nothing is left behind by the first
         worker.work(job, lambda: False, events.append)
     assert events == [Note("too many connections; trying again"), Left(Reason.DONE)] * 2
