@@ -163,8 +163,10 @@ def migrated(tree: Mapping[str, Any], settings: str | None, source: str, *, to: 
         to: the version wanted; this program's by default.
 
     Raises:
-        ConfigError: written by a newer version of this program.
+        ConfigError: written by a newer version of this program, or not the settings of any.
     """
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"{source}: expected a table of settings (found {type(tree).__name__})")
     version = tree.get(SCHEMA_KEY, 0)
     if not isinstance(version, int) or isinstance(version, bool) or version < 0:
         raise ConfigError(f"{source}: {SCHEMA_KEY} must be a whole number from 0 to {SCHEMA} (found {version!r})")
@@ -176,9 +178,12 @@ def migrated(tree: Mapping[str, Any], settings: str | None, source: str, *, to: 
     current = {name: value for name, value in tree.items() if name != SCHEMA_KEY}
     if settings is None or version >= wanted:
         return current
-    current = copy.deepcopy(filled(current, stored_defaults(version, settings)))
-    for step in STEPS[version:wanted]:
-        step(settings, current)
+    try:
+        current = copy.deepcopy(filled(current, stored_defaults(version, settings)))
+        for step in STEPS[version:wanted]:
+            step(settings, current)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ConfigError(f"{source}: not settings of schema version {version} ({error!r})") from error
     return current
 
 

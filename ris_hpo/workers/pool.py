@@ -346,8 +346,9 @@ class WorkerPool:
             cause, reason = Cause.TIMEOUT, place.killed_for
         else:
             cause, reason = Cause.LOST_WORKER, f"worker {place.slot.index} ended: {end.error or end.reason}"
+        place.worker = None  # first, since the store may refuse
         self._take_back_trials(place, cause, reason)
-        place.worker = place.running = None
+        place.running = None
         if end.reason in (Reason.DONE, Reason.LIMIT):
             place.is_done, place.state = True, "gone"
             return

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ from ris_hpo.physics.files import load_estimates, load_scenes, save_estimates, s
 from ris_hpo.physics.scene import SceneSpec, simulate
 from ris_hpo.report import reference
 from ris_hpo.results import winner
+from ris_hpo.search.counting import Tally
 from ris_hpo.search.files import parse_study
 from ris_hpo.search.lifecycle import create_or_resume_study
 from ris_hpo.store import attributes
@@ -37,8 +39,7 @@ from ris_hpo.training import proof
 from ris_hpo.training.config import RunConfig
 from ris_hpo.training.files import Exported, write_config
 from ris_hpo.training.trainer import Trainer
-from ris_hpo.workers import local as pool
-from ris_hpo.workers import worker as workers
+from ris_hpo.workers.supervisor import PoolSnapshot, Supervisor
 from tests.training.conftest import TINY
 
 from .fuzzing import fuzz, outcome
@@ -171,9 +172,9 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cut_short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    def finished(self: pool.LocalPool) -> Iterator[pool.PoolSnapshot]:
+    def finished(self: Supervisor) -> Iterator[PoolSnapshot]:
         self.ending = "finished"
-        yield self.snapshot()
+        yield PoolSnapshot("made", 0, Tally(), None, [], 0.0, [])
 
     def refused(error: RisHpoError) -> Any:
         def refuse(*_: object, **__: object) -> None:
@@ -181,8 +182,7 @@ def cut_short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
         return refuse
 
-    monkeypatch.setattr(pool.LocalPool, "run", finished)
-    monkeypatch.setattr(workers, "run_worker", lambda *_, **__: workers.WorkerReport(0, 0, 0, "done"))
+    monkeypatch.setattr(Supervisor, "run", finished)
     monkeypatch.setattr(dashboard.Dashboard, "run", lambda self: None)
     monkeypatch.setattr(winner, "fresh_score", lambda config, folder, device: 2.0 + config.seed % 7)
     monkeypatch.setattr(proof, "prove", refused(ProofError("cut short")))
@@ -222,7 +222,7 @@ def test_any_command_line(
             assert err.splitlines()[-1].startswith("error: "), err
         if code == 0 and "--json" in line and "--help" not in line and "-h" not in line:
             json.loads(out)
-        assert not [path for path in folder.rglob("*") if path.name.startswith(".") or path.name.endswith(".npz.lock")]
+        assert not list(folder.rglob(f".*.{os.getpid()}-*")), "half a file is left"
         made = folder / "out.npz"
         if made.exists() and line[0] in ("simulate", "localize"):
             assert outcome(lambda: load_scenes(made)) or outcome(lambda: load_estimates(made))

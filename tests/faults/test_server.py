@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from ris_hpo.errors import StoreError
-from ris_hpo.programs.program import Program
 from ris_hpo.search import counting
 from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget
 from ris_hpo.store import retry
@@ -67,13 +66,13 @@ def run_through(server: Postgres, folder: Path, n_trials: int, workers: int, out
     store.close()
 
 
-def test_a_restart_and_cut_connections_do_not_show(own_server: Postgres, program: Program, tmp_path: Path) -> None:
-    run_through(own_server, program, tmp_path, 7, 2, ["cut", "restart", "cut"])
+def test_a_restart_and_cut_connections_do_not_show(own_server: Postgres, tmp_path: Path) -> None:
+    run_through(own_server, tmp_path, 7, 2, ["cut", "restart", "cut"])
 
 
 @pytest.mark.slow
-def test_many_outages_do_not_show(own_server: Postgres, program: Program, tmp_path: Path) -> None:
-    run_through(own_server, program, tmp_path, 40, 4, ["cut", "cut", "restart"] * 5)
+def test_many_outages_do_not_show(own_server: Postgres, tmp_path: Path) -> None:
+    run_through(own_server, tmp_path, 40, 4, ["cut", "cut", "restart"] * 5)
 
 
 def test_a_server_that_stays_away_is_one_line(own_server: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ris_hpo.errors import WorkerError
+from ris_hpo.errors import StudyError, WorkerError
 from ris_hpo.search import counting
 from ris_hpo.search.lifecycle import fill_budget
 from ris_hpo.store import attributes as names
@@ -88,8 +88,16 @@ def test_a_trial_has_a_wall_clock(sqlite_store: Store, tmp_path: Path) -> None:
 
 def test_workers_that_die_at_once_break_the_loop(sqlite_store: Store, tmp_path: Path) -> None:
     study = begin(sqlite_store, 4)
+    pool = supervisor_of(sqlite_store, study, tmp_path, 1, environment={"PYTHONHOME": "/nowhere"})
+    with pytest.raises(WorkerError, match=r"gave up after 5 failures in a row.*exit code 1"):
+        drain(pool)
+    assert counting.tally(study.get_trials()).waiting == 4
+
+
+def test_a_program_that_workers_cannot_import_ends_the_run(sqlite_store: Store, tmp_path: Path) -> None:
+    study = begin(sqlite_store, 4)
     pool = supervisor_of(sqlite_store, study, tmp_path, 1, environment={"PYTHONPATH": ""})
-    with pytest.raises(WorkerError, match=r"gave up after 5 failures in a row.*No module named 'double'"):
+    with pytest.raises(StudyError, match="program 'double:PROGRAM' cannot be imported"):
         drain(pool)
     assert counting.tally(study.get_trials()).waiting == 4
 
