@@ -133,9 +133,12 @@ class Trainer:
             case "gate":
                 while not os.path.exists(os.environ["DOUBLE_GATE"]):
                     time.sleep(0.01)
-            case "hang" if self.scenes_seen >= 200 and not (self.directory / "hung").exists():
+            case "hang" if self.scenes_seen >= 200 and not self._has_hung():
                 (self.directory / "hung").touch()
                 time.sleep(3600)
+
+    def _has_hung(self) -> bool:
+        return "DOUBLE_STEADY" in os.environ or (self.directory / "hung").exists()
 
     def _save(self) -> None:
         state = {

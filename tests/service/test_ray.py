@@ -151,6 +151,7 @@ def test_clocks_are_kept_and_the_password_reaches_the_actors_and_no_log(
     failed = study.get_trials(states=[TrialState.FAIL])
     assert {trial.user_attrs[names.CAUSE] for trial in failed} == {Cause.TIMEOUT}
     assert len(failed) == 2  # each hung once, was killed, and went on from its checkpoint
+    monkeypatch.setenv("DOUBLE_STEADY", "1")
     same_curves(store, study)
     store.close()
     assert CANARY not in repr(snapshots)
@@ -159,18 +160,23 @@ def test_clocks_are_kept_and_the_password_reaches_the_actors_and_no_log(
     assert [path for path in logs if CANARY.encode() in path.read_bytes()] == []
 
 
-def test_one_nodes_full_disk_does_not_end_the_run(postgres: Postgres, cluster: RayCluster, tmp_path: Path) -> None:
+def test_one_nodes_full_disk_does_not_end_the_run(
+    postgres: Postgres, cluster: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     node = cluster.add(num_cpus=1, env_vars={"DOUBLE_FULL_DISK": "1"})
     store = open_store(postgres.url())
     study = begin(store, 8, base={"fault": "gate"}, pruner={"name": "none"})
     gate = tmp_path / "gate"  # the good node waits there for the bad one
-    supervisor = supervisor_of(store, study, cluster, tmp_path, workers=3, environment={"DOUBLE_GATE": str(gate)})
+    supervisor = supervisor_of(
+        store, study, cluster, tmp_path, gpus=False, workers=3, environment={"DOUBLE_GATE": str(gate)}
+    )
     failed = 0
     for snapshot in supervisor.run(interval=0.1):
         failed += sum("No space left" in message for message in snapshot.messages)
         if failed >= 2:
             gate.touch()
     cluster.remove(node)
+    monkeypatch.setenv("DOUBLE_GATE", str(gate))  # for the replay
     assert (snapshot.tally.complete, snapshot.tally.open, snapshot.tally.fail) == (8, 0, 0)
     assert snapshot.tally.retried == 0  # put back, which costs no retry
     same_curves(store, study)
