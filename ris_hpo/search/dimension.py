@@ -7,9 +7,10 @@ import math
 import random
 from collections.abc import Mapping
 from decimal import Decimal
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import Trial
 from pydantic import Field, model_validator
 
 from ris_hpo.config import Spec
@@ -113,6 +114,18 @@ class Dimension(Spec):
             return distribution.low + distribution.step * round((value - distribution.low) / distribution.step)
         assert self.choices is not None
         return generator.choice(self.choices)
+
+    def suggest(self, trial: Trial, path: str) -> Value:
+        """Ask the study's sampler for a value, under the name ``path``."""
+        match self.distribution():
+            case CategoricalDistribution(choices=choices):
+                return cast(Value, trial.suggest_categorical(path, list(choices)))
+            case IntDistribution(low=lowest, high=highest, step=step, log=log):
+                return trial.suggest_int(path, lowest, highest, step=step, log=log)
+            case FloatDistribution(low=low, high=high, step=distance, log=log):
+                return trial.suggest_float(path, low, high, step=distance, log=log)
+            case other:
+                raise AssertionError(other)
 
     def active(self, params: Mapping[str, Value]) -> bool:
         """Say whether the conditions of this dimension hold under ``params``."""

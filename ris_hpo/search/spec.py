@@ -11,9 +11,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import Trial
 from pydantic import Field, model_validator
 
@@ -204,7 +203,7 @@ class StudySpec(Spec):
             defaults = stored_defaults(self.base_schema, self.kind)
         else:
             defaults = defaults_of(self.config_type())
-        base = differing(self._nested(self.base), defaults)
+        base = differing(_nested(self.base), defaults)
         space = {path: dimension.fingerprint() for path, dimension in self.space.items()}
         return fingerprint({**tree, "base": base, "space": space, "metrics": self.metric_names})
 
@@ -232,20 +231,8 @@ class StudySpec(Spec):
         """Ask the study's sampler for every active dimension, parents first."""
         params: dict[str, Value] = {}
         for path, dimension in self.space.items():
-            if not dimension.active(params):
-                continue
-            distribution = dimension.distribution()
-            if isinstance(distribution, CategoricalDistribution):
-                params[path] = cast(Value, trial.suggest_categorical(path, list(distribution.choices)))
-            elif isinstance(distribution, IntDistribution):
-                params[path] = trial.suggest_int(
-                    path, distribution.low, distribution.high, step=distribution.step, log=distribution.log
-                )
-            else:
-                assert isinstance(distribution, FloatDistribution)
-                params[path] = trial.suggest_float(
-                    path, distribution.low, distribution.high, step=distribution.step, log=distribution.log
-                )
+            if dimension.active(params):
+                params[path] = dimension.suggest(trial, path)
         return params
 
     def program_name(self) -> str:
@@ -274,7 +261,7 @@ class StudySpec(Spec):
         kind, source = self.config_type(), f"study '{self.name}'"
         values = self._values(kind, params, root, seed)
         if kind is AnySettings:
-            return kind.parse(self._nested(values), source)
+            return kind.parse(_nested(values), source)
         if self.base_schema == SCHEMA:
             return kind.parse({}).replaced(values)
         return kind.from_stored(self._stored_config(values), source)
@@ -309,24 +296,11 @@ class StudySpec(Spec):
         kind, config = self.config_type(), self.config({})  # refuses what this version cannot run
         if self.base_schema == SCHEMA or kind.settings is None:
             return dict(config.model_dump(mode="json"))
-        return filled(self._nested(self.base), stored_defaults(self.base_schema, kind.settings))
+        return filled(_nested(self.base), stored_defaults(self.base_schema, kind.settings))
 
     def _stored_config(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """A run configuration as it is stored, in the study's own schema version."""
-        return {SCHEMA_KEY: self.base_schema, **self._nested(values)}
-
-    @staticmethod
-    def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
-        tree: dict[str, Any] = {}
-        for path, value in values.items():
-            *parents, leaf = path.split(".")
-            node = tree
-            for part in parents:
-                node = node.setdefault(part, {})
-                if not isinstance(node, dict):
-                    raise ConfigError(f"'{path}' and '{part}' cannot both have a value")
-            node[leaf] = value
-        return tree
+        return {SCHEMA_KEY: self.base_schema, **_nested(values)}
 
     def config_type(self) -> type[Spec]:
         """Return the class of the trials' run configurations."""
@@ -383,3 +357,16 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in values.items():
+        *parents, leaf = path.split(".")
+        node = tree
+        for part in parents:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"'{path}' and '{part}' cannot both have a value")
+        node[leaf] = value
+    return tree

@@ -224,8 +224,7 @@ class WorkerPool:
 
     def views(self) -> list[WorkerView]:
         """Return the workers as the live view shows them."""
-        now = time.monotonic()
-        return [place.view(now) for place in self.places]
+        return [place.view(time.monotonic()) for place in self.places]
 
     def trials(self) -> list[FrozenTrial]:
         """Return all trials of the study."""
