@@ -41,9 +41,7 @@ class OptimizerSpec(Spec):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="of the learned part; auto is bf16 where the device computes it natively, else fp32"
     )
-    ema_decay: float = Field(
-        0.995, ge=0, lt=1, description="share of averaged weights that a step keeps; 0: no average"
-    )
+    ema_decay: float = Field(0.995, ge=0, lt=1, description="share of averaged weights kept in a step; 0: no average")
     swa_start: float = Field(
         1.0, ge=0, le=1, description="share of the run after which weights are averaged evenly; 1 averages none"
     )
