@@ -118,7 +118,7 @@ def _learned(checkpoint: Path, name: str, pairs: Sequence[str] | None, device: s
     from typing import cast
 
     from ris_hpo.learning.bundle import is_bundle, load_bundle
-    from ris_hpo.learning.inference import localize, network_sources, predict
+    from ris_hpo.learning.inference import explained, localize, network_sources, predict
     from ris_hpo.learning.network import Network
     from ris_hpo.training.finished import load_network
 
@@ -132,7 +132,8 @@ def _learned(checkpoint: Path, name: str, pairs: Sequence[str] | None, device: s
 
     def located(scenes: Scenes, counts: Tensor | None) -> Sources:
         if path == "network":
-            return network_sources(predict(network, scenes), spec, counts)
+            outputs = predict(network, scenes)
+            return explained(network, scenes, outputs, network_sources(outputs, spec, counts))
         return localize(network, scenes, spec, num_sources=counts)
 
     return Method(f"{name} ({path})", located, 64, scene.geometry, scene)

@@ -16,6 +16,7 @@ from ris_hpo.text import duration, file_size
 
 if TYPE_CHECKING:
     from ris_hpo.cli.methods import Method
+    from ris_hpo.physics.grid import Region
     from ris_hpo.physics.scene import Scenes
     from ris_hpo.physics.sources import Sources
     from ris_hpo.scoring.evaluate import Evaluation, Row
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 PANEL = "Scenes and networks"
 CHUNK = 512
+SAMPLE = 200  # own scenes that are checked against the model before training
 
 Checkpoint = Annotated[Path | None, typer.Option(help="Folder of a trained network or of a bundle, or a weights file.")]
 Weights = Annotated[
@@ -135,6 +137,8 @@ def train(
         spec = with_curriculum(spec)
     own, held = (load_scenes(path, spec.scene.geometry) if path else None for path in (scenes, validation))
     trainer = Trainer(spec, out, device=device, scenes=own, validation=held)
+    if own is not None and spec.network.noise_known:
+        _warn_of_data(own, spec.network.grid.region)
     for line in _outline(trainer):
         display.print_note(line)
     if trainer.scenes_seen:
@@ -276,6 +280,8 @@ def evaluate(
         name = method.name
         found, seconds = _located(method, batch, num_sources, device)
     evaluation = table_of(found, batch)
+    if scenes is not None:
+        _warn_of_misfit(found)
     rate = None if seconds is None else len(batch) / seconds
     if plot is not None:
         from ris_hpo.cli import plots
@@ -283,11 +289,35 @@ def evaluate(
         plots.error_against_snr(evaluation, name, plot)
     if json_:
         head = {"method": name, "scenes": len(batch), "seconds": seconds, "scenes_per_second": rate}
+        head["scenes_that_do_not_fit"] = _unfit(found)
         display.print_json({**head, "num_sources": num_sources, **evaluation.as_dict()})
         return
     _show_evaluation(evaluation, name, rate)
     if plot is not None:
         display.print_note(f"drawn: {plot}")
+
+
+def _warn_of_misfit(found: Sources) -> None:
+    from ris_hpo.estimators.goodness import misfit
+
+    line = misfit(found)
+    if line is not None:
+        display.print_note(f"warning: {line}")
+
+
+def _unfit(found: Sources) -> int | None:
+    """Number of scenes that the model does not fit; None where the method does not say."""
+    return None if found.fits is None else int((~found.fits).sum())
+
+
+def _warn_of_data(scenes: Scenes, region: Region) -> None:
+    """Say so where the model does not fit own scenes at their truth, on a sample of them."""
+    from ris_hpo.estimators.refinement import with_goodness_of_fit
+
+    if scenes.truth is None:
+        return
+    sample = scenes[:: -(-len(scenes) // SAMPLE)]
+    _warn_of_misfit(with_goodness_of_fit(sample, sample.require_truth(), region=region))
 
 
 def _located(method: Method, batch: Scenes, num_sources: str | None, device: str) -> tuple[Sources, float]:
@@ -426,11 +456,13 @@ def localize(
     batch = load_scenes(scenes, method.geometry, truth=num_sources == "truth" or method.needs_truth)
     found, seconds = _located(method, batch, num_sources, device)
     save_estimates(target, found)
+    _warn_of_misfit(found)
     result = {
         "file": str(target),
         "method": method.name,
         "scenes": len(batch),
         "sources": int(found.num_sources.sum()),
+        "scenes_that_do_not_fit": _unfit(found),
         "seconds": round(seconds, 3),
         "scenes_per_second": round(len(batch) / seconds, 2),
     }

@@ -15,6 +15,9 @@ from torch import Tensor
 from ris_hpo.physics.array import Cosines, Geometry, cosine_steering, cosine_steering_jacobian
 from ris_hpo.physics.grid import GridSpec, Region, local_maxima
 
+COINCIDING = 0.995
+"""Correlation |a_i^H a_j| of two array responses above which they are taken for one source: 1/20 of a beam width."""
+
 
 def limits(region: Region, device: torch.device) -> tuple[Tensor, Tensor]:
     """Lowest and highest u = (sin az, sin el, 1/r) of a region, each float64 [3]."""
@@ -80,6 +83,17 @@ def box_steering_jacobian(geometry: Geometry, u: Tensor) -> tuple[Tensor, Tensor
     along_v, along_w, along_rho = da.unbind(-2)
     along_w = along_w - along_v * (t * w / cos_el).unsqueeze(-1)
     return a, torch.stack([along_v * cos_el.unsqueeze(-1), along_w, along_rho], dim=-2)
+
+
+def coinciding(geometry: Geometry, u: Tensor) -> Tensor:
+    """Which of the sources at u, float64 [B, k, 3], coincide with an earlier one: bool [B, k]."""
+    return (correlations(geometry, u) > COINCIDING).tril(-1).any(-1)
+
+
+def correlations(geometry: Geometry, u: Tensor) -> Tensor:
+    """|a_i^H a_j| of the array responses at u, float64 [B, k, 3]: float64 [B, k, k]."""
+    a = box_steering(geometry, u)
+    return (a.conj() @ a.mT).abs()
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,10 @@ from ris_hpo.estimators.covariance import (
     source_covariance,
     trace_normalised,
 )
-from ris_hpo.estimators.maximum_likelihood import LikelihoodSpec, deterministic_ml, ols, spectrum_maxima
+from ris_hpo.estimators.maximum_likelihood import deterministic_ml, ols, spectrum_maxima
 from ris_hpo.estimators.observation import known_count, require_finite
+from ris_hpo.estimators.refinement import with_goodness_of_fit
+from ris_hpo.estimators.spec import LikelihoodSpec
 from ris_hpo.estimators.spectrum import localize_covariance
 from ris_hpo.physics.scene import Scenes
 from ris_hpo.physics.sources import Sources
@@ -109,7 +111,8 @@ def _from_covariance(
         refinement_steps=spec.refinement_steps,
     )
     scale = power_unit * total / scenes.geometry.num_elements  # the covariances above have trace N
-    return dataclasses.replace(found, power=(found.power * scale.unsqueeze(-1)).float())
+    found = dataclasses.replace(found, power=(found.power * scale.unsqueeze(-1)).float())
+    return with_goodness_of_fit(scenes, found, region=settings.grid.region, channel_error_db=settings.channel_error_db)
 
 
 def _among_maxima(scenes: Scenes, spec: EstimatorSpec, num_sources: Tensor | int | None) -> Sources:

@@ -9,53 +9,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from ris_hpo.config import Spec
+from ris_hpo.estimators.answer import answer
 from ris_hpo.estimators.box import GridPoints, box_steering, clipped, from_cosine_coordinates, to_cosine_coordinates
-from ris_hpo.estimators.counting import CountWeights, EvidenceSpec, chosen_order, order_scores, posterior_of_orders
+from ris_hpo.estimators.counting import CountWeights, chosen_order, order_scores, posterior_of_orders
 from ris_hpo.estimators.fit import Fit
-from ris_hpo.estimators.moments import position_moments
 from ris_hpo.estimators.observation import Observation, known_count, require_candidates, require_finite
 from ris_hpo.estimators.search import (
     Atoms,
-    SearchSpec,
     gains,
-    refined,
-    removal_costs,
     search_orders,
     swept,
 )
+from ris_hpo.estimators.spec import LikelihoodSpec
 from ris_hpo.physics.array import Cosines
 from ris_hpo.physics.cholesky import cholesky
-from ris_hpo.physics.grid import GridSpec, spectrum
+from ris_hpo.physics.grid import spectrum
 from ris_hpo.physics.scene import Scenes
 from ris_hpo.physics.sources import Sources
-
-
-class LikelihoodSpec(Spec):
-    """Settings of ``ml`` and of the search among candidates."""
-
-    grid: GridSpec = GridSpec()
-    search: SearchSpec = SearchSpec()
-    evidence: EvidenceSpec = EvidenceSpec()
-    num_sources: tuple[int, int] = Field((0, 5), description="fewest and most sources that can be the answer")
-    max_sources: int = Field(5, ge=1, le=8)
-    range_estimate: Literal["mean", "mode"] = "mean"
-    channel_error_db: float | None = Field(None, ge=-100, le=20, description="stated error of the known channel")
-    double: bool = Field(True, description="products with the sensing matrices in complex128 for the chosen order")
-    batch: int = Field(16, ge=1, le=4096)
-
-    @model_validator(mode="after")
-    def _check(self) -> LikelihoodSpec:
-        low, high = self.num_sources
-        if not 0 <= low <= high <= self.max_sources:
-            raise ValueError(f"num_sources: {self.num_sources} must lie within 0..max_sources={self.max_sources}")
-        return self
 
 
 def deterministic_ml(
@@ -206,7 +180,8 @@ def _in_batches(
     order, parts = [], []
     for rows, most in _alike(highest, spec.batch):
         observation = Observation.of(scenes[rows], channel_error_db=spec.channel_error_db)
-        orders = _all_orders(observation, atoms_of(observation, rows), spec, lowest[rows], most)
+        atoms = atoms_of(observation, rows)
+        orders = _all_orders(observation, atoms, spec, lowest[rows], most)
         if count is None:
             scores, chances = order_scores(
                 observation, orders, spec.grid.region, spec.evidence, noise_known=noise_known
@@ -220,7 +195,8 @@ def _in_batches(
         else:
             chosen = count[rows]
             at_least = (torch.arange(most + 1, device=chosen.device) <= chosen.unsqueeze(-1)).double()
-        parts.append(_chosen(observation, orders, chosen, at_least, spec))
+        known = {"count_known": count is not None, "noise_known": noise_known}
+        parts.append(answer(observation, atoms, orders, chosen, at_least, spec, **known))
         order.append(rows)
     return Sources.cat(parts)[torch.argsort(torch.cat(order))]
 
@@ -268,33 +244,3 @@ def _all_orders(
         for _ in range(spec.search.sweeps):
             orders = [swept(observation, few, fit, region, spec.search, spec.search.greedy_steps) for fit in orders]
     return orders
-
-
-def _chosen(
-    observation: Observation, orders: list[Fit], count: Tensor, at_least: Tensor, spec: LikelihoodSpec
-) -> Sources:
-    """The chosen order of every scene, refined in float64, with moments; sources by falling significance."""
-    batch, width, device = len(observation), spec.max_sources, count.device
-    mask = torch.arange(width, device=device) < count.unsqueeze(-1)
-    polar = torch.zeros(batch, width, 3, dtype=torch.float64, device=device)
-    polar[..., 2] = 1
-    power = torch.zeros(batch, width, dtype=torch.float64, device=device)
-    covariance = torch.zeros(batch, width, 3, 3, dtype=torch.float64, device=device)
-    existence = torch.zeros(batch, width, dtype=torch.float64, device=device)
-    for k in sorted(set(count.tolist()) - {0}):
-        rows = torch.nonzero(count == k).squeeze(-1)
-        part = observation[rows]
-        if spec.double:
-            part = part.double()
-        fit = orders[k - 1].rows(rows)
-        steps, tolerance = spec.search.final_steps, spec.search.final_tolerance
-        fit = refined(part, fit.u, fit.log_power, spec.grid.region, spec.search, steps, tolerance)
-        order = removal_costs(part, fit).argsort(dim=-1, descending=True)
-        moments = position_moments(part, fit, spec.grid.region, mean=spec.range_estimate == "mean")
-        where = (rows.unsqueeze(-1), torch.arange(k, device=device))
-        polar[where] = moments[0].gather(1, order.unsqueeze(-1).expand(-1, -1, 3))
-        covariance[where] = moments[1].gather(1, order[..., None, None].expand(-1, -1, 3, 3))
-        power[where] = (fit.log_power.exp() * part.power_unit.unsqueeze(-1)).gather(1, order)
-        existence[where] = at_least[rows, 1 : k + 1]
-    azimuth, elevation, range_m = (value.float() for value in polar.unbind(-1))
-    return Sources(azimuth, elevation, range_m, power.float(), mask, existence.float(), covariance.float())

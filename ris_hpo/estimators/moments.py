@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,10 +18,23 @@ from ris_hpo.physics.grid import Region
 _RANGE_POINTS = 128  # of the grid on which the moments of the range are summed
 
 
-def position_moments(
-    observation: Observation, fit: Fit, region: Region, *, mean: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Position estimate and its covariance.
+class Moments(NamedTuple):
+    """What the likelihood says of k positions in each of B scenes.
+
+    Attributes:
+        position: (azimuth, elevation, range), float64 [B, k, 3] in rad, rad, m.
+        covariance: of the Cartesian position, float64 [B, k, 3, 3] in m^2.
+        beyond: how many standard deviations the best position without the region's limits lies outside them, along the
+            worst of the three box coordinates, float64 [B, k]; negative inside.
+    """
+
+    position: Tensor
+    covariance: Tensor
+    beyond: Tensor
+
+
+def position_moments(observation: Observation, fit: Fit, region: Region, *, mean: bool = False) -> Moments:
+    """Position estimates, their covariances, and how far beyond the region the snapshots would have them.
 
     The likelihood is close to Gaussian in the box coordinates but not in range, and the box cuts it off. So the
     posterior of 1/r is the Gaussian of the Fisher matrix around the unconstrained Newton point, times a prior uniform
@@ -31,10 +46,6 @@ def position_moments(
         fit: k sources in each.
         region: allowed positions.
         mean: estimate the range by the posterior's mean instead of its mode; the covariance is about the estimate.
-
-    Returns:
-        (azimuth, elevation, range) float64 [B, k, 3] in rad, rad, m, and the Cartesian covariance float64
-        [B, k, 3, 3] in m^2.
 
     Raises:
         NumericalError: a position, power or snapshot that is not finite.
@@ -79,4 +90,7 @@ def position_moments(
     slopes = polar_slopes(fit.u)
     diagonal = torch.stack([slopes[..., 0], slopes[..., 1], torch.ones_like(about)], dim=-1)
     jacobian = position_jacobian(azimuth, elevation, about) * diagonal.unsqueeze(-2)
-    return torch.stack([azimuth, elevation, about], dim=-1), jacobian @ joint @ jacobian.mT
+    places = newton[:, : 3 * k].unflatten(-1, (k, 3))
+    sigma = blocks.diagonal(dim1=-2, dim2=-1).sqrt()
+    beyond = (torch.maximum(places - high, low - places) / sigma).amax(-1)
+    return Moments(torch.stack([azimuth, elevation, about], dim=-1), jacobian @ joint @ jacobian.mT, beyond)

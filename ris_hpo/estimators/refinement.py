@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from ris_hpo.estimators.box import to_box_coordinates
 from ris_hpo.estimators.cost import least_squares_log_power, power_statistics
 from ris_hpo.estimators.fit import deterministic_fit, fitted_powers, stochastic_fit
+from ris_hpo.estimators.goodness import BEYOND_BORDER, residual_power, residual_range
 from ris_hpo.estimators.moments import position_moments
 from ris_hpo.estimators.observation import Observation, as_sources, require_candidates
 from ris_hpo.physics.grid import Region
@@ -66,8 +69,60 @@ def refine(
             result.azimuth[where], result.elevation[where] = found.azimuth, found.elevation
             result.range_m[where], result.power[where] = found.range_m, found.power
             if blocks is not None:
-                blocks[where] = position_moments(observation, fit, region)[1].float()
+                blocks[where] = position_moments(observation, fit, region).covariance.float()
     return Sources(result.azimuth, result.elevation, result.range_m, result.power, init.mask, init.existence, blocks)
+
+
+def with_goodness_of_fit(
+    scenes: Scenes,
+    sources: Sources,
+    *,
+    region: Region | None = None,
+    steps: int = 5,
+    channel_error_db: float | None = None,
+    noise_known: bool = True,
+) -> Sources:
+    """Given sources (a truth, say) with what they leave of the snapshots, see :mod:`ris_hpo.estimators.goodness`.
+
+    Args:
+        scenes: what was received.
+        sources: positions; the mask says how many sources each scene has.
+        region: allowed positions (default: those of the default scenes).
+        steps: Levenberg-Marquardt steps that the positions may take first, so that rounded coordinates do not count.
+        channel_error_db: stated error of the known channel.
+        noise_known: False where the noise power is an estimate, which widens the range of the residual.
+
+    Returns:
+        The same sources with ``residual``, ``residual_range`` and ``on_border``.
+
+    Raises:
+        ConfigError: sources of another batch size.
+        NumericalError: scenes or sources that are not finite.
+    """
+    require_candidates(scenes, sources.azimuth, sources.elevation, sources.range_m)
+    region = region or Region()
+    batch, width = sources.mask.shape
+    on_border = torch.zeros_like(sources.mask)
+    residual = torch.ones(batch, dtype=torch.float64, device=scenes.device)
+    expected = torch.zeros(batch, 2, dtype=torch.float64, device=scenes.device)
+    snapshots, antennas = scenes.y.shape[1:]
+    count = sources.num_sources
+    for k in sorted(set(count.tolist())):
+        expected[count == k] = expected.new_tensor(
+            residual_range(snapshots, antennas, k, width, noise_known=noise_known)
+        )
+        for part in torch.nonzero(count == k).squeeze(-1).split(_CHUNK):
+            observation = Observation.of(scenes[part], channel_error_db=channel_error_db)
+            slots = torch.argsort(sources.mask[part].to(torch.int8), dim=-1, descending=True, stable=True)[:, :k]
+            given = sources[part].take(slots)
+            u = to_box_coordinates(given.azimuth, given.elevation, given.range_m)
+            if k:
+                u = deterministic_fit(observation, u, region, steps)
+                fit = stochastic_fit(observation, u, None, region, 0, positions=False)
+                beyond = position_moments(observation, fit, region).beyond
+                on_border[part.unsqueeze(-1), slots] = beyond > BEYOND_BORDER
+            residual[part] = residual_power(observation, u)
+    return dataclasses.replace(sources, on_border=on_border, residual=residual.float(), residual_range=expected.float())
 
 
 def evidence(scenes: Scenes, candidates: Sources, *, channel_error_db: float | None = None) -> Tensor:

@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 from ris_hpo.errors import ConfigError, NumericalError
-from ris_hpo.estimators.box import GridPoints, box_steering, box_steering_jacobian, clipped, limits, to_polar
+from ris_hpo.estimators.box import (
+    GridPoints,
+    box_steering,
+    box_steering_jacobian,
+    clipped,
+    coinciding,
+    limits,
+    to_polar,
+)
 from ris_hpo.estimators.cost import Evaluation
 from ris_hpo.estimators.covariance import signal_subspace, trace_normalised
 from ris_hpo.estimators.descent import descend
@@ -31,6 +39,7 @@ from ris_hpo.physics.grid import GridSpec, Region, local_maxima
 from ris_hpo.physics.sources import Sources
 
 _LOADING = 1e-3  # of the mean diagonal, for MVDR
+_SPARE = 4  # further peaks that are looked at where two of the first have become one
 _STRIDE = (0.05, 0.05, 0.3)
 
 
@@ -113,15 +122,14 @@ def localize_covariance(
         refinement_steps: Gauss-Newton steps after the grid; 0 for the grid alone.
 
     Returns:
-        Sources [B, max_sources], by falling spectrum, with powers fitted to the covariance by least squares, in its
-        units.
+        Sources [B, max_sources], by falling spectrum, no two of them at one place where there are more peaks, with
+        powers fitted to the covariance by least squares, in its units.
 
     Raises:
         ConfigError: a count outside 0..max_sources or a covariance of another shape.
         NumericalError: the covariance is not finite.
     """
     grid = grid or GridSpec()
-    region = grid.region
     n = geometry.num_elements
     if covariance.shape[-2:] != (n, n):
         raise ConfigError(f"covariance has shape {tuple(covariance.shape)}, expected [B, {n}, {n}]")
@@ -138,18 +146,30 @@ def localize_covariance(
         whole = covariance[rows].to(torch.complex128)
         part = trace_normalised(whole)
         form = mvdr_form(geometry, part) if method == "mvdr" else music_form(geometry, part, k)
-        if method == "modified-music":
-            u = anti_diagonal_angles(geometry, part, form, k, region)
-        else:
-            u = peak_angles(form, k, grid)
-        u = with_best_range(form, u, region)
-        if refinement_steps:
-            u = refined_peaks(form, u, region, refinement_steps)
+        u = _peaks(method, part, form, (k, k), grid, refinement_steps)
+        again = coinciding(geometry, u).any(-1)
+        if bool(again.any()):
+            more = _peaks(method, part[again], form[again], (k, k + _SPARE), grid, refinement_steps)
+            last = coinciding(geometry, more).to(torch.int8).argsort(dim=-1, stable=True)[:, :k]
+            u[again] = more.gather(1, last.unsqueeze(-1).expand(-1, -1, 3))
         polar[rows, :k] = torch.stack(to_polar(u), dim=-1)
         power[rows, :k] = _fitted_powers(geometry, whole, u)
     mask = torch.arange(max_sources, device=device) < num_sources.to(device).unsqueeze(-1)
     azimuth, elevation, range_m = (value.float() for value in polar.unbind(-1))
     return Sources(azimuth, elevation, range_m, power.float(), mask)
+
+
+def _peaks(
+    method: str, covariance: Tensor, form: QuadraticForm, counts: tuple[int, int], grid: GridSpec, steps: int
+) -> Tensor:
+    """Refined peaks u [B, counts[1], 3] of the form of ``counts[0]`` signals."""
+    region = grid.region
+    if method == "modified-music":
+        u = anti_diagonal_angles(covariance, form, counts, region)
+    else:
+        u = peak_angles(form, counts[1], grid)
+    u = with_best_range(form, u, region)
+    return refined_peaks(form, u, region, steps) if steps else clipped(u, region)
 
 
 def peak_angles(form: QuadraticForm, k: int, grid: GridSpec) -> Tensor:
@@ -189,8 +209,8 @@ def refined_peaks(form: QuadraticForm, u: Tensor, region: Region, steps: int) ->
     return torch.stack(peaks, dim=1)
 
 
-def anti_diagonal_angles(geometry: Geometry, covariance: Tensor, form: QuadraticForm, k: int, region: Region) -> Tensor:
-    """Angles from the covariance's anti-diagonal, u [B, k, 3] with 1/r in the middle of the box.
+def anti_diagonal_angles(covariance: Tensor, form: QuadraticForm, counts: tuple[int, int], region: Region) -> Tensor:
+    """Angles from the covariance's anti-diagonal, u [B, counts[1], 3] with 1/r in the middle of the box.
 
     The product a_n a_-n^* of an element and its mirror image about the centre loses the wavefront's curvature (all even
     terms in 1/r) and keeps twice its slope: exp(j 2 pi 2 q_n / lambda). The anti-diagonal of R is therefore one
@@ -199,6 +219,7 @@ def anti_diagonal_angles(geometry: Geometry, covariance: Tensor, form: Quadratic
     algorithm for RIS-assisted near-field localization", arXiv 2409.14152). At half-wavelength spacing the doubled array
     has grating lobes, v and v +- 1; the full-aperture form, at its best range, tells which of them is meant.
     """
+    geometry = form.geometry
     rows, columns = geometry.num_vertical, geometry.num_horizontal
     mirrored = covariance.flip(-1).diagonal(dim1=-2, dim2=-1).unflatten(-1, (rows, columns))
     height, width = max(1, -(-2 * rows // 3)), max(1, -(-2 * columns // 3))
@@ -214,7 +235,8 @@ def anti_diagonal_angles(geometry: Geometry, covariance: Tensor, form: Quadratic
             "wave": "planar",
         }
     )
-    angles = music_form(virtual, smoothed, k)
+    signals, k = counts
+    angles = music_form(virtual, smoothed, signals)
     # one period of the doubled array at three points a beam, then each peak in all the periods that meet the box
     period = 1 / (2 * geometry.spacing_wavelengths)
     count = 6 * max(width, height)

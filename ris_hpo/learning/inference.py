@@ -17,16 +17,19 @@ from torch import Tensor
 from ris_hpo.config import Spec
 from ris_hpo.estimators.channel import split_channel
 from ris_hpo.estimators.counting import EvidenceSpec
-from ris_hpo.estimators.maximum_likelihood import LikelihoodSpec, ols
+from ris_hpo.estimators.maximum_likelihood import ols
 from ris_hpo.estimators.observation import require_finite
-from ris_hpo.estimators.refinement import refine
+from ris_hpo.estimators.refinement import refine, with_goodness_of_fit
 from ris_hpo.estimators.search import SearchSpec
+from ris_hpo.estimators.spec import LikelihoodSpec
 from ris_hpo.estimators.spectrum import localize_covariance
 from ris_hpo.learning.hybrid import HybridSpec, covariances
 from ris_hpo.learning.network import Network, Outputs, count_weights, slot_geometry
 from ris_hpo.physics.array import Cosines, steering
 from ris_hpo.physics.scene import Scenes
 from ris_hpo.physics.sources import Sources
+
+_EXPLAINING = 10  # steps of slots or peaks before their residual is taken: cells are coarser than the snapshots
 
 
 class InferenceSpec(Spec):
@@ -125,9 +128,10 @@ def localize(
         effective = covariances(outputs, _with_estimates(network, scenes, outputs), spec.hybrid).effective
         counts = network_sources(outputs, spec, num_sources).num_sources
         form = network.spec
-        return localize_covariance(
+        found = localize_covariance(
             form.geometry, effective, spec.localizer, counts, max_sources=form.max_sources, grid=form.grid
         )
+        return explained(network, scenes, outputs, found)
     observed, candidates, likelihood = refinement(network, scenes, spec, outputs)
     weights = None if outputs.count_mixing is None else count_weights(outputs.count_mixing)
     prior = outputs.log_count
@@ -145,6 +149,17 @@ def localize(
         found,
         power=(found.power * power_unit.unsqueeze(-1)).float(),
         covariance_m2=spec.covariance_scale * found.covariance_m2,
+    )
+
+
+def explained(network: Network, scenes: Scenes, outputs: Outputs, found: Sources) -> Sources:
+    """Sources that were found without a look at the snapshots, with what they leave of them after a few steps."""
+    return with_goodness_of_fit(
+        _with_estimates(network, scenes, outputs),
+        found,
+        region=network.spec.grid.region,
+        steps=_EXPLAINING,
+        noise_known=network.spec.noise_known,
     )
 
 

@@ -7,13 +7,14 @@ that are known, whatever beyond ``num_sources``. ``snr_db`` [B], ``power`` [B, K
 [B, L, K_max], ``true_channel`` complex [B, M, N], ``true_noise_power`` [B] and the surface as JSON in ``geometry_json``
 are optional. Any width, byte order and memory order is read; files are written in single precision. An estimate file
 holds ``num_sources``, ``azimuth``, ``elevation``, ``range_m``, ``existence`` [B, K_max] and, where the method gives
-one, ``covariance_m2`` [B, K_max, 3, 3].
+one, ``covariance_m2`` [B, K_max, 3, 3], ``residual`` [B] with ``residual_range`` [B, 2], and ``on_border`` [B, K_max].
 
 Names, shapes and types are checked when a file is opened, values when they are read. A refusal lists all misfits.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -69,10 +70,14 @@ _LAYOUTS: Final = {
     "true_noise_power": _Layout("B", "real", shared=True),
     "existence": _Layout("B K", "real"),
     "covariance_m2": _Layout("B K 3 3", "real"),
+    "on_border": _Layout("B K", "integer"),
+    "residual": _Layout("B", "real"),
+    "residual_range": _Layout("B 2", "real"),
 }
 UNSTATED_SURFACE: Final = (
     "the file does not say its surface: state it with --surface, or write 'geometry_json' into the file"
 )
+_GOODNESS: Final = ("on_border", "residual", "residual_range")
 _REQUIRED: Final = ("y", "bs_ris_channel", "ris_codes")
 _TYPES: Final = {"complex": np.complex64, "real": np.float32, "integer": np.int64}
 
@@ -267,6 +272,10 @@ def save_estimates(path: Path | str, sources: Sources) -> None:
     if sources.covariance_m2 is not None:
         beyond = ~sources.mask[..., None, None]
         arrays["covariance_m2"] = _numpy(sources.covariance_m2.masked_fill(beyond, torch.nan), np.float32)
+    if sources.residual is not None and sources.residual_range is not None and sources.on_border is not None:
+        arrays["residual"] = _numpy(sources.residual, np.float32)
+        arrays["residual_range"] = _numpy(sources.residual_range, np.float32)
+        arrays["on_border"] = _numpy(sources.on_border & sources.mask, np.uint8)
     write_arrays(Path(path), arrays)
 
 
@@ -279,7 +288,7 @@ def load_estimates(path: Path | str) -> Sources:
     path = Path(path)
     with open_arrays(path) as arrays:
         problems = _Problems(path)
-        optional = [name for name in ("power", "covariance_m2") if name in arrays]
+        optional = [name for name in ("power", "covariance_m2", *_GOODNESS) if name in arrays]
         used = _fitted(arrays, [*_TRUTH, "existence", *optional], {}, problems)
         problems.raise_any()
         values = {name: _values(name, entry, slice(None), problems) for name, entry in used.items()}
@@ -292,15 +301,10 @@ def load_estimates(path: Path | str) -> Sources:
         problems.require("covariance_m2", np.isfinite(found[sources.mask.numpy()]), "values of a source must be finite")
         covariance = torch.from_numpy(np.nan_to_num(found, nan=0.0, posinf=0.0, neginf=0.0))
     problems.raise_any()
-    return Sources(
-        sources.azimuth,
-        sources.elevation,
-        sources.range_m,
-        sources.power,
-        sources.mask,
-        torch.from_numpy(existence),
-        covariance,
-    )
+    goodness = {name: torch.from_numpy(values[name]) for name in _GOODNESS if name in values}
+    if "on_border" in goodness:
+        goodness["on_border"] = goodness["on_border"] != 0
+    return dataclasses.replace(sources, existence=torch.from_numpy(existence), covariance_m2=covariance, **goodness)
 
 
 # -- checks ----------------------------------------------------------------------------------------------------------
@@ -419,7 +423,7 @@ def _values(name: str, entry: _Entry, part: slice, problems: _Problems) -> Array
     else:
         raw = np.asarray(entry.array[part]).reshape(-1, *entry.shape[1:])
     target = np.dtype(_TYPES[entry.layout.kind])
-    if raw.dtype.kind == "c" or name not in ("azimuth", "elevation", "range_m", "covariance_m2"):
+    if raw.dtype.kind == "c" or name not in ("azimuth", "elevation", "range_m", "covariance_m2", "residual_range"):
         problems.require(name, np.isfinite(raw), "every value must be finite")
     with np.errstate(over="ignore", invalid="ignore"):
         cast = raw.astype(target, order="C")

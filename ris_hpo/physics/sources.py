@@ -26,6 +26,10 @@ class Sources:
         mask: [B, K] bool, True where there is a source. Values elsewhere are finite and without meaning.
         existence: [B, K] probability that the source is there, where the method gives one.
         covariance_m2: [B, K, 3, 3] covariance of the Cartesian position in m^2, where the method gives one.
+        on_border: [B, K] bool, True where the snapshots say that the source lies beyond the searched region.
+        residual: [B] what the sources leave of the snapshots over what noise alone would leave, 1 on average where the
+            model is right (:mod:`ris_hpo.estimators.goodness`).
+        residual_range: [B, 2] where the residual lies when the model is right.
     """
 
     azimuth: Tensor
@@ -35,6 +39,9 @@ class Sources:
     mask: Tensor
     existence: Tensor | None = None
     covariance_m2: Tensor | None = None
+    on_border: Tensor | None = None
+    residual: Tensor | None = None
+    residual_range: Tensor | None = None
 
     def __len__(self) -> int:
         return self.mask.shape[0]
@@ -47,6 +54,14 @@ class Sources:
     def num_sources(self) -> Tensor:
         """[B] int64."""
         return self.mask.sum(-1)
+
+    @property
+    def fits(self) -> Tensor | None:
+        """[B] bool: the residual lies in its range and no source on the border; None where the method does not say."""
+        if self.residual is None or self.residual_range is None or self.on_border is None:
+            return None
+        low, high = self.residual_range.unbind(-1)
+        return (self.residual >= low) & (self.residual <= high) & ~(self.on_border & self.mask).any(-1)
 
     @property
     def max_sources(self) -> int:
@@ -76,7 +91,7 @@ class Sources:
             index = order.reshape(order.shape + (1,) * (value.dim() - 2)).expand(*order.shape, *value.shape[2:])
             return value.gather(1, index)
 
-        return self._map(gather)
+        return self._map(gather, slots_only=True)
 
     def padded(self, max_sources: int) -> Sources:
         """The same sources with the padded width raised to ``max_sources``."""
@@ -89,7 +104,7 @@ class Sources:
             tail = (value.shape[0], missing, *value.shape[2:])
             return torch.cat([value, fill(tail, dtype=value.dtype, device=value.device)], dim=1)
 
-        return self._map(pad)
+        return self._map(pad, slots_only=True)
 
     @staticmethod
     def cat(parts: list[Sources]) -> Sources:
@@ -100,7 +115,10 @@ class Sources:
             fields[field.name] = None if any(value is None for value in values) else torch.cat(values)
         return Sources(**fields)
 
-    def _map(self, function: Any) -> Sources:
+    def _map(self, function: Any, *, slots_only: bool = False) -> Sources:
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        changed: dict[str, Any] = {k: None if v is None else function(v) for k, v in values.items()}
-        return Sources(**changed)
+        kept = _OF_A_SCENE if slots_only else ()
+        return Sources(**{k: v if v is None or k in kept else function(v) for k, v in values.items()})
+
+
+_OF_A_SCENE = ("residual", "residual_range")  # fields without an axis of slots

@@ -386,8 +386,8 @@ def test_moments_are_the_inverse_information_where_the_range_is_sharp():
     observation = Observation.of(scenes, dtype=torch.complex128)
     u = to_box_coordinates(truth.azimuth, truth.elevation, truth.range_m)[:, :1]
     fit = stochastic_fit(observation, u, None, Region(), 30, 1e-8)
-    mode, _ = position_moments(observation, fit, Region())
-    mean, covariance = position_moments(observation, fit, Region(), mean=True)
+    mode = position_moments(observation, fit, Region()).position
+    mean, covariance, _ = position_moments(observation, fit, Region(), mean=True)
     torch.testing.assert_close(mean, mode, atol=2e-3, rtol=0)
     torch.testing.assert_close(mode, torch.stack(to_polar(fit.u), -1))
     assert (covariance.diagonal(dim1=-2, dim2=-1) < 0.01).all()
@@ -401,7 +401,7 @@ def test_an_untold_range_has_the_moments_of_its_prior():
         torch.full((2, 1), -12.0, dtype=torch.float64),
         torch.zeros(2, dtype=torch.float64),
     )
-    mean, covariance = position_moments(observation, fit, Region(), mean=True)
+    mean, covariance, _ = position_moments(observation, fit, Region(), mean=True)
     torch.testing.assert_close(mean[..., 2], torch.full((2, 1), 5.25, dtype=torch.float64), rtol=0.02, atol=0)
     torch.testing.assert_close(
         covariance[..., 0, 0], torch.full((2, 1), 9.5**2 / 12, dtype=torch.float64), rtol=0.05, atol=0
