@@ -27,7 +27,9 @@ from torch import Tensor
 
 from ris_hpo.config import Spec
 
-WaveModel = Literal["exact", "fresnel", "planar"]
+WaveModel = Literal["exact", "fresnel", "paraxial", "planar"]
+"""Path difference delta: exact; to second order in rho, rho (P - q^2) / 2 - q (fresnel); the usual Fresnel formula,
+which drops q^2 and so holds near boresight alone, rho P / 2 - q (paraxial); -q (planar)."""
 
 
 class Geometry(Spec):
@@ -172,7 +174,10 @@ def _path_difference(geometry: Geometry, cosines: Cosines) -> tuple[Tensor, Tens
     rho = cosines.rho.unsqueeze(-1)
     if geometry.wave == "planar":
         return -q, -torch.ones_like(q), torch.zeros_like(q), positions
-    if geometry.wave == "fresnel":  # second order in rho, with the -(p.u)^2 term that the usual formula drops
+    if geometry.wave == "paraxial":
+        curvature = (squared / 2).expand_as(q)
+        return rho * curvature - q, -torch.ones_like(q), curvature, positions
+    if geometry.wave == "fresnel":
         curvature = (squared - q * q) / 2
         return rho * curvature - q, -1 - rho * q, curvature, positions
     ratio = torch.sqrt((1 - 2 * rho * q + rho * rho * squared).clamp(min=1e-12))

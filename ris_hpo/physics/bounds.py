@@ -11,6 +11,8 @@ and Cramer-Rao bound", IEEE Trans. ASSP 37(5), 1989) leaves, for a manifold that
 *Stochastic*: y_l ~ CN(0, R_l), R_l = sum_k p_k g_k,l g_k,l^H + sigma^2 I with uncorrelated sources of unknown power and
 unknown noise power; F_ab = sum_l tr(R_l^-1 dR_l/da R_l^-1 dR_l/db) (Slepian-Bangs).
 
+A coordinate that is known beforehand (``Sources.given``) is no parameter: its rows and columns are zero.
+
 Information that is missing altogether (two equal sources, a source without power, range under a planar wave) gives a
 very large finite variance, never NaN: the information matrix is scaled to a unit diagonal and repaired as
 :func:`ris_hpo.physics.cholesky.cholesky` says. With K >= M the symbols take up everything and the deterministic bound
@@ -65,17 +67,23 @@ def stochastic_crb(scenes: Scenes) -> Tensor:
 
 def deterministic_covariance(scenes: Scenes) -> Tensor:
     """The whole deterministic bound, float64 [B, 3K, 3K], source-major; rows and columns beyond the mask are zero."""
-    mask = scenes.require_truth().mask.repeat_interleave(3, dim=-1)
-    return masked_inverse(deterministic_information(scenes), mask, "deterministic information")
+    unknown = unknown_coordinates(scenes.require_truth())
+    return masked_inverse(deterministic_information(scenes), unknown, "deterministic information")
 
 
 def stochastic_covariance(scenes: Scenes) -> Tensor:
     """The whole stochastic bound of the positions, float64 [B, 3K, 3K]; rows and columns beyond the mask are zero."""
     mask = scenes.require_truth().mask
     always = torch.ones_like(mask[:, :1])
-    known = torch.cat([mask.repeat_interleave(3, dim=-1), mask, always], dim=-1)
+    unknown = torch.cat([unknown_coordinates(scenes.require_truth()), mask, always], dim=-1)
     width = 3 * mask.shape[-1]
-    return masked_inverse(stochastic_information(scenes), known, "stochastic information")[:, :width, :width]
+    return masked_inverse(stochastic_information(scenes), unknown, "stochastic information")[:, :width, :width]
+
+
+def unknown_coordinates(truth: Sources) -> Tensor:
+    """Which of (az, el, r) of every source are to be estimated, bool [B, 3K], source-major."""
+    mask = truth.mask.unsqueeze(-1).expand(-1, -1, 3)
+    return (mask if truth.given is None else mask & ~truth.given.unsqueeze(1)).flatten(1)
 
 
 def source_blocks(covariance: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 A scene file holds ``y`` complex [B, L, M], ``bs_ris_channel`` complex [B, M, N], ``ris_codes`` complex [B, L, N] and
 ``noise_power`` [B]. One channel [M, N], one code book [L, N] and one noise power serve all scenes of a file. Where the
 truth is known it holds ``num_sources`` [B] and those of ``azimuth``, ``elevation`` (rad) and ``range_m`` [B, K_max]
-that are known, whatever beyond ``num_sources``. ``snr_db`` [B], ``power`` [B, K_max], ``symbols`` complex
+that are known, whatever beyond ``num_sources``; ``given`` [B, 3] marks which of the three the receiver knows
+beforehand, so that bounds and scores leave them out. ``snr_db`` [B], ``power`` [B, K_max], ``symbols`` complex
 [B, L, K_max], ``true_channel`` complex [B, M, N], ``true_noise_power`` [B] and the surface as JSON in ``geometry_json``
 are optional. Any width, byte order and memory order is read; files are written in single precision. An estimate file
 holds ``num_sources``, ``azimuth``, ``elevation``, ``range_m``, ``existence`` [B, K_max] and, where the method gives
@@ -64,6 +65,7 @@ _LAYOUTS: Final = {
     "elevation": _Layout("B K", "real"),
     "range_m": _Layout("B K", "real"),
     "power": _Layout("B K", "real"),
+    "given": _Layout("B 3", "integer"),
     "snr_db": _Layout("B", "real"),
     "symbols": _Layout("B L K", "complex"),
     "true_channel": _Layout("B M N", "complex", shared=True),
@@ -126,7 +128,7 @@ class SceneFile:
     def _wanted(self, arrays: Arrays) -> list[str]:
         optional = ["noise_power", "snr_db"]
         if self.has_truth:
-            optional += [*_TRUTH[1:], "power", "symbols", "true_channel", "true_noise_power"]
+            optional += [*_TRUTH[1:], "power", "given", "symbols", "true_channel", "true_noise_power"]
         counts = _TRUTH[:1] if self.has_truth else ()
         return [*_REQUIRED, *counts, *(name for name in optional if name in arrays)]
 
@@ -460,6 +462,7 @@ def _truth(values: dict[str, Array], slots: int, problems: _Problems) -> Sources
         torch.from_numpy(np.where(mask, range_m, np.float32(1))),
         torch.from_numpy(power),
         torch.from_numpy(mask),
+        given=torch.from_numpy(values["given"] != 0) if "given" in values else None,
     )
 
 
@@ -493,6 +496,8 @@ def _source_arrays(sources: Sources) -> dict[str, Array]:
         if not bool(value[sources.mask].isnan().any()):  # a coordinate that is not known is not written
             arrays[name] = _numpy(value, np.float32)
     arrays["power"] = _numpy(sources.power.masked_fill(beyond, 0.0), np.float32)
+    if sources.given is not None:
+        arrays["given"] = _numpy(sources.given, np.uint8)
     return arrays
 
 

@@ -25,10 +25,14 @@ from ris_hpo.physics.random import SceneRandom
 from ris_hpo.physics.sources import Sources
 
 Interval = tuple[float, float]
+_ATTEMPTS = 1000  # draws of a direction before the sources are taken to have no room
 
 
 class SceneSpec(Spec):
-    """The distribution that scenes are drawn from; intervals are uniform."""
+    """The distribution that scenes are drawn from; intervals are uniform.
+
+    A coordinate whose interval has no width is known beforehand: bounds and scores leave it out.
+    """
 
     geometry: Geometry = Geometry()
     num_antennas: int = Field(16, ge=1, le=1024)
@@ -39,6 +43,7 @@ class SceneSpec(Spec):
     elevation_deg: Interval = (-30.0, 30.0)
     range_m: Interval = (0.5, 10.0)
     snr_db: Interval = (-5.0, 20.0)
+    min_separation_deg: float = Field(0.0, ge=0, le=90, description="least angle between two sources of a scene")
     power_law: Literal["equal", "path_loss"] = "equal"
     power_spread_db: float = Field(3.0, ge=0, le=30)
     symbols: Literal["independent", "coherent"] = "independent"
@@ -226,7 +231,7 @@ def simulate(
         received with mean |H_mn|^2.
 
     Raises:
-        ConfigError: a source count outside 0..max_sources.
+        ConfigError: a source count outside 0..max_sources, or no room for the sources at their least separation.
     """
     where = torch.device(device)
     if isinstance(index, range):
@@ -242,15 +247,16 @@ def simulate(
         raise ConfigError(f"source counts {num_sources.unique().tolist()} must lie within 0..{k_max}")
     num_sources = num_sources.to(where)
     mask = torch.arange(k_max, device=where) < num_sources.unsqueeze(-1)
-    azimuth = random.between("azimuth", spec.azimuth_deg, k_max).deg2rad()
-    elevation = random.between("elevation", spec.elevation_deg, k_max).deg2rad()
+    azimuth, elevation = _directions(spec, random, mask)
     range_m = random.between("range", spec.range_m, k_max)
     if spec.power_law == "path_loss":
         power = range_m.pow(-2)
     else:
         power = 10 ** (random.between("power", (-spec.power_spread_db, spec.power_spread_db), k_max) / 10)
     power = power * mask
-    truth = Sources(azimuth, elevation, range_m, power, mask)
+    fixed = [low == high for low, high in (spec.azimuth_deg, spec.elevation_deg, spec.range_m)]
+    given = torch.tensor(fixed, device=where).expand(len(mask), -1) if any(fixed) else None
+    truth = Sources(azimuth, elevation, range_m, power, mask, given=given)
 
     symbols = random.complex_normal("symbols", num_snapshots, k_max)
     if spec.symbols == "coherent":
@@ -281,6 +287,29 @@ def simulate(
         true_noise_power = noise_power
         noise_power = noise_power * 10 ** (random.between("noise_power_error", (-bound, bound)) / 10)
     return Scenes(geometry, y, known, codes, noise_power, truth, snr_db, symbols, true_channel, true_noise_power)
+
+
+def _directions(spec: SceneSpec, random: SceneRandom, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Azimuth and elevation [B, K] in rad; a source too near to an earlier one of its scene is drawn again."""
+    least, slots = math.cos(math.radians(spec.min_separation_deg)), mask.shape[1]
+    azimuth = random.between("azimuth", spec.azimuth_deg, slots).deg2rad()
+    elevation = random.between("elevation", spec.elevation_deg, slots).deg2rad()
+    for attempt in range(_ATTEMPTS if spec.min_separation_deg else 0):
+        cos_el = elevation.cos()
+        unit = torch.stack([cos_el * azimuth.cos(), cos_el * azimuth.sin(), elevation.sin()], -1)
+        near = (unit @ unit.mT > least) & mask.unsqueeze(1) & mask.unsqueeze(2)
+        again = near.tril(-1).any(-1)
+        if not bool(again.any()):
+            return azimuth, elevation
+        azimuth = torch.where(again, random.between(f"azimuth {attempt}", spec.azimuth_deg, slots).deg2rad(), azimuth)
+        drawn = random.between(f"elevation {attempt}", spec.elevation_deg, slots).deg2rad()
+        elevation = torch.where(again, drawn, elevation)
+    if spec.min_separation_deg:
+        raise ConfigError(
+            f"min_separation_deg {spec.min_separation_deg:g}: no room for {int(mask.sum(-1).max())} sources in azimuth "
+            f"{spec.azimuth_deg}, elevation {spec.elevation_deg} in {_ATTEMPTS} attempts; ask for fewer or nearer ones"
+        )
+    return azimuth, elevation
 
 
 def grid_of_cells(

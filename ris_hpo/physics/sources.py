@@ -30,6 +30,8 @@ class Sources:
         residual: [B] what the sources leave of the snapshots over what noise alone would leave, 1 on average where the
             model is right (:mod:`ris_hpo.estimators.goodness`).
         residual_range: [B, 2] where the residual lies when the model is right.
+        given: of a truth, [B, 3] bool: which of azimuth, elevation and range are known beforehand (the elevation in
+            front of a row of elements, say); bounds and scores leave them out.
     """
 
     azimuth: Tensor
@@ -42,6 +44,7 @@ class Sources:
     on_border: Tensor | None = None
     residual: Tensor | None = None
     residual_range: Tensor | None = None
+    given: Tensor | None = None
 
     def __len__(self) -> int:
         return self.mask.shape[0]
@@ -121,4 +124,4 @@ class Sources:
         return Sources(**{k: v if v is None or k in kept else function(v) for k, v in values.items()})
 
 
-_OF_A_SCENE = ("residual", "residual_range")  # fields without an axis of slots
+_OF_A_SCENE = ("residual", "residual_range", "given")  # fields without an axis of slots

@@ -5,6 +5,9 @@
 RMSEs run over the max(K, K^) slots of every scene with errors capped at 10 deg, 10 deg and 2 m; a source that is missed
 or estimated in excess counts as a capped error, so the composite is bounded and no scene is dropped.
 
+A coordinate that is known beforehand (``Sources.given``) is left out: its errors are 0, of missed sources too, so that
+the composite lies in -1..5.
+
 A coordinate that the truth does not give is NaN there. Figures that need it are NaN (``null`` in JSON); the others are
 computed from what is known, a hit being a pair within the tolerances of the known coordinates.
 """
@@ -83,6 +86,7 @@ class SceneErrors:
         num_estimated: [B] int64.
         gospa: [B] m.
         known: which of azimuth, elevation and range the truth gives.
+        given: which of them are known beforehand and left out of all figures.
     """
 
     error: Tensor
@@ -92,9 +96,10 @@ class SceneErrors:
     num_estimated: Tensor
     gospa: Tensor
     known: tuple[bool, bool, bool] = (True, True, True)
+    given: tuple[bool, bool, bool] = (False, False, False)
 
     def __getitem__(self, index: Any) -> SceneErrors:
-        names = [field.name for field in dataclasses.fields(self) if field.name != "known"]
+        names = [field.name for field in dataclasses.fields(self) if field.name not in ("known", "given")]
         return dataclasses.replace(self, **{name: getattr(self, name)[index] for name in names})
 
     def __len__(self) -> int:
@@ -102,8 +107,8 @@ class SceneErrors:
 
     def hits(self) -> Tensor:
         """[B, W] bool: paired and within 5 deg, 5 deg, 1 m, as far as these are known."""
-        unknown = ~torch.tensor(self.known, device=self.error.device)
-        return self.paired & ((self.error < self.error.new_tensor(TOLERANCE)) | unknown).all(-1)
+        known, given = (torch.tensor(each, device=self.error.device) for each in (self.known, self.given))
+        return self.paired & ((self.error < self.error.new_tensor(TOLERANCE)) | ~known | given).all(-1)
 
     def success(self) -> Tensor:
         """[B] bool: right count and every source within the tolerance."""
@@ -111,7 +116,7 @@ class SceneErrors:
 
     def scores(self) -> Scores:
         """Pool the scenes into one set of figures."""
-        cap = self.error.new_tensor(CAP)
+        cap = self.error.new_tensor(CAP) * ~torch.tensor(self.given, device=self.error.device)
         capped = torch.minimum(self.error, cap).square() * self.paired.unsqueeze(-1)
         slots = torch.maximum(self.num_true, self.num_estimated)
         unpaired = (slots - self.paired.sum(-1)).sum()
@@ -177,6 +182,7 @@ def scene_errors(estimate: Sources, truth: Sources) -> SceneErrors:
         truth.num_sources,
         matched.num_sources,
         _gospa(matched, truth),
+        given=_given(truth),
     )
 
 
@@ -212,7 +218,8 @@ def floor_errors(scenes: Scenes, draws: int = 8, seed: int = 0) -> SceneErrors:
     )
     distance = (drawn.positions() - repeated.positions()).norm(dim=-1)
     count = repeated.num_sources
-    return SceneErrors(error.abs(), distance, repeated.mask, count, count, _gospa(drawn, repeated))
+    gospa = _gospa(drawn, repeated)
+    return SceneErrors(error.abs(), distance, repeated.mask, count, count, gospa, given=_given(truth))
 
 
 def floor_scores(scenes: Scenes, draws: int = 8) -> Scores:
@@ -254,4 +261,11 @@ def _partial_errors(estimate: Sources, truth: Sources, known: tuple[bool, bool, 
     paired = matched.mask & truth.mask & any(known)
     nothing = torch.full(truth.mask.shape, torch.nan, dtype=torch.float64, device=truth.mask.device)
     counts = truth.num_sources, matched.num_sources
-    return SceneErrors(_coordinate_errors(matched, truth), nothing, paired, *counts, nothing[:, 0], known)
+    errors = _coordinate_errors(matched, truth)
+    return SceneErrors(errors, nothing, paired, *counts, nothing[:, 0], known, _given(truth))
+
+
+def _given(truth: Sources) -> tuple[bool, bool, bool]:
+    """Which coordinates are known beforehand, of all scenes: one set of figures cannot mix both."""
+    azimuth, elevation, range_m = (False,) * 3 if truth.given is None else truth.given.all(0).tolist()
+    return azimuth, elevation, range_m

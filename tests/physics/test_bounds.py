@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -256,3 +257,53 @@ def test_what_is_not_finite_is_a_named_error():
         for noise in (0.0, -1.0, torch.nan):
             with pytest.raises(NumericalError, match="noise power must be positive"):
                 bound(dataclasses.replace(scenes, noise_power=torch.full((1,), noise)))
+
+
+def test_a_coordinate_that_is_known_is_no_parameter_of_the_bound():
+    """A row of elements with elevation known: the whole Fisher matrix of (azimuth, range) and symbols, in numpy."""
+    elevation_deg = 10.0
+    spec = SceneSpec(
+        geometry=Geometry(num_horizontal=16, num_vertical=1),
+        num_antennas=6,
+        num_snapshots=5,
+        elevation_deg=(elevation_deg, elevation_deg),
+        range_m=(0.5, 2.0),
+    )
+    scenes = simulate(spec, 11, range(1), num_sources=torch.tensor([2]), snr_db=torch.tensor([15.0]))
+    truth, elevation = scenes.truth, math.radians(elevation_deg)
+    assert truth.given.tolist() == [[False, True, False]]
+    channel, codes = (value[0].numpy().astype(complex) for value in (scenes.bs_ris_channel, scenes.ris_codes))
+    place = np.stack([np.zeros(16), (np.arange(16) - 7.5) * 0.15, np.zeros(16)], -1)
+    theta = np.array([[truth.azimuth[0, k].item(), truth.range_m[0, k].item()] for k in range(2)])
+
+    def seen(theta):
+        columns = []
+        for azimuth, r in theta:
+            cos_el = math.cos(elevation)
+            at = r * np.array([cos_el * math.cos(azimuth), cos_el * math.sin(azimuth), math.sin(elevation)])
+            distance = np.linalg.norm(place - at, axis=-1)
+            columns.append(np.exp(-2j * np.pi * (distance - r) / 0.3) / 4)
+        return np.stack([channel @ (code[:, None] * np.stack(columns, -1)) for code in codes])  # [L, M, K]
+
+    symbols, step, slopes = scenes.symbols[0, :, :2].numpy().astype(complex), 1e-6, []
+    for i in range(4):
+        moved = np.zeros(4)
+        moved[i] = step
+        moved = moved.reshape(2, 2)
+        change = (seen(theta + moved) - seen(theta - moved)) / (2 * step)
+        slopes.append(np.einsum("lmk,lk->lm", change, symbols).ravel())
+    for snapshot in range(5):
+        for k in range(2):
+            unit = np.zeros((5, 2), complex)
+            unit[snapshot, k] = 1
+            slopes += [factor * np.einsum("lmk,lk->lm", seen(theta), unit).ravel() for factor in (1, 1j)]
+    slopes = np.stack(slopes, -1)
+    whole = 2 * (slopes.conj().T @ slopes).real / scenes.noise_power.item()
+    expected = np.linalg.inv(whole)[:4, :4]
+    found = deterministic_covariance(scenes)[0, :6, :6]
+    both = found[[0, 2, 3, 5]][:, [0, 2, 3, 5]].numpy()
+    np.testing.assert_allclose(both, expected, rtol=2e-3, atol=1e-3 * np.abs(expected).max())
+    for bound in (deterministic_crb, stochastic_crb):
+        blocks = bound(scenes)[0, :2]
+        assert (blocks[:, 1] == 0).all()
+        assert (blocks[:, 0, 0] > 0).all()

@@ -72,6 +72,12 @@ def test_a_file_without_truth_or_geometry_is_enough(arrays, tmp_path):
         load_scenes(tmp_path / "bare.npz")
 
 
+def test_what_is_known_beforehand_travels_along(tmp_path):
+    scenes = simulate(SPEC.replaced({"elevation_deg": (0.0, 0.0)}), 1, range(3))
+    save_scenes(tmp_path / "s.mat", scenes)
+    assert torch.equal(load_scenes(tmp_path / "s.mat").truth.given, scenes.truth.given)
+
+
 def test_the_true_channel_travels_along(tmp_path):
     scenes = simulate(SPEC.replaced({"channel_error_db": (-10.0, -10.0)}), 1, range(2))
     save_scenes(tmp_path / "s.npz", scenes)

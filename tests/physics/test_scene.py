@@ -178,3 +178,25 @@ def test_scenes_without_truth_say_so():
     bare = Scenes(scenes.geometry, scenes.y, scenes.bs_ris_channel, scenes.ris_codes, scenes.noise_power)
     with pytest.raises(ConfigError, match="no truth"):
         bare.require_truth()
+
+
+def test_sources_keep_their_least_separation_and_other_draws_stay():
+    spec = SceneSpec(num_sources=(5, 5))
+    apart = spec.replaced({"min_separation_deg": 20.0})
+    plain, scenes = simulate(spec, 21, range(40)), simulate(apart, 21, range(40))
+    place = scenes.truth.positions() / scenes.truth.range_m.unsqueeze(-1)
+    cosine = (place @ place.mT)[:, *torch.triu_indices(5, 5, 1)]
+    assert cosine.max().item() <= math.cos(math.radians(20)) + 1e-6
+    assert torch.equal(plain.truth.range_m, scenes.truth.range_m)
+    assert torch.equal(plain.truth.azimuth[:, 0], scenes.truth.azimuth[:, 0])
+    assert 0.3 < (plain.truth.azimuth == scenes.truth.azimuth).double().mean().item() < 1
+    assert torch.equal(simulate(apart, 21, torch.tensor([17, 3])).truth.azimuth, scenes.truth.azimuth[[17, 3]])
+    with pytest.raises(ConfigError, match="no room for 5 sources"):
+        simulate(apart.replaced({"min_separation_deg": 80.0}), 21, range(2))
+
+
+def test_an_interval_without_width_is_known_beforehand():
+    assert simulate(SceneSpec(), 22, range(3)).truth.given is None
+    scenes = simulate(SceneSpec(elevation_deg=(5.0, 5.0)), 22, range(3))
+    assert scenes[1:].truth.given.tolist() == [[False, True, False]] * 2
+    assert Scenes.cat([scenes, scenes]).truth.given.shape == (6, 3)

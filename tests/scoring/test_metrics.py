@@ -52,6 +52,30 @@ def test_known_composite():
     assert (scores.precision, scores.recall) == (1, 0.5)
 
 
+def test_a_coordinate_that_is_known_beforehand_is_left_out():
+    truth = sources([[0.0, 20.0]], [[2.0, 3.0]], [[True, True]])
+    truth = dataclasses.replace(truth, given=torch.tensor([[False, True, False]]))
+    estimate = sources([[3.0, 0.0]], [[2.5, 1.0]], [[True, False]])
+    estimate = dataclasses.replace(estimate, elevation=torch.full((1, 2), 0.3))
+    scores = score(estimate, truth)
+    rmse_az, rmse_r = math.sqrt((3**2 + 10**2) / 2), math.sqrt((0.5**2 + 2**2) / 2)
+    assert scores.rmse_elevation_deg == 0
+    assert scores.k_loc == pytest.approx(1 + rmse_az / 5 + rmse_r, rel=1e-5)
+    assert scores.recall == 0.5  # within the tolerances of what is not known
+
+
+def test_the_floor_of_a_row_of_elements_does_not_count_a_known_elevation():
+    row = SceneSpec().replaced(
+        {"geometry.num_horizontal": 32, "geometry.num_vertical": 1, "range_m": (0.5, 3.0), "num_sources": (1, 1)}
+    )
+    loud = torch.full((20,), 20.0)
+    known = floor_scores(simulate(row.replaced({"elevation_deg": (0.0, 0.0)}), 77, range(20), snr_db=loud))
+    unknown = floor_scores(simulate(row, 77, range(20), snr_db=loud))
+    assert known.success > 0.95
+    assert known.rmse_elevation_deg == 0
+    assert unknown.rmse_elevation_deg > 4  # a row does not see it
+
+
 def at(azimuth_deg, elevation_deg, range_m) -> Sources:
     """Scenes of sources that are all present; ranges may be rows of different length."""
     azimuth, elevation = (torch.tensor(value, dtype=torch.float32).deg2rad() for value in (azimuth_deg, elevation_deg))

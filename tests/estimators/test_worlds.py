@@ -1,0 +1,71 @@
+"""Waves and arrays other than the default ones: the likelihood finds the sources once they are named."""
+
+import numpy as np
+import torch
+
+from ris_hpo.estimators import LikelihoodSpec, deterministic_ml
+from ris_hpo.estimators.goodness import misfit
+from ris_hpo.physics.array import Geometry
+from ris_hpo.physics.grid import GridSpec, Region
+from ris_hpo.physics.scene import Scenes, SceneSpec, simulate
+from ris_hpo.physics.sources import Sources
+from ris_hpo.scoring.metrics import score
+from tests.estimators.conftest import COARSE
+
+PLACES = ((0.5, 0.2, 1.2), (-0.6, -0.1, 0.8), (0.1, 0.3, 2.0))
+
+
+def by_the_usual_formula(wave: str) -> Scenes:
+    """One source at 20 dB, simulated in numpy with delta = |p|^2 / (2 r) - p.u; the file names ``wave``."""
+    rng = np.random.default_rng(61)
+    index, batch, m, snapshots = np.arange(64), len(PLACES), 8, 12
+    place = np.stack([0 * index, (index % 8 - 3.5) * 0.15, (index // 8 - 3.5) * 0.15], -1)
+
+    def normal(*shape):
+        return (rng.standard_normal(shape) + 1j * rng.standard_normal(shape)) / 2**0.5
+
+    y, h, c = (
+        np.zeros((batch, snapshots, m), complex),
+        normal(batch, m, 64),
+        np.exp(2j * np.pi * rng.random((batch, 12, 64))),
+    )
+    for b, (az, el, r) in enumerate(PLACES):
+        direction = np.array([np.cos(el) * np.cos(az), np.cos(el) * np.sin(az), np.sin(el)])
+        a = np.exp(-2j * np.pi * ((place**2).sum(-1) / (2 * r) - place @ direction) / 0.3) / 8
+        y[b] = (c[b] * a) @ h[b].T * normal(snapshots, 1)
+    noise = (np.abs(y) ** 2).mean((1, 2)) / 100
+    y = y + normal(*y.shape) * noise[:, None, None] ** 0.5
+    azimuth, elevation, range_m = (
+        torch.tensor(value, dtype=torch.float32)[:, None] for value in zip(*PLACES, strict=True)
+    )
+    truth = Sources(azimuth, elevation, range_m, torch.ones_like(range_m), torch.ones_like(range_m, dtype=torch.bool))
+    known = (torch.from_numpy(value).to(torch.complex64) for value in (y, h, c))
+    geometry = Geometry(num_horizontal=8, num_vertical=8, wave=wave)
+    return Scenes(geometry, *known, torch.from_numpy(noise).float(), truth)
+
+
+def test_data_of_the_usual_fresnel_formula_are_met_by_naming_it():
+    spec = LikelihoodSpec(grid=COARSE)
+    scenes = by_the_usual_formula("paraxial")
+    found = deterministic_ml(scenes, spec)
+    assert score(found, scenes.truth).success == 1
+    assert misfit(found) is None
+    assert misfit(deterministic_ml(by_the_usual_formula("fresnel"), spec)) is not None
+
+
+def test_a_row_of_elements_finds_azimuth_and_range_with_its_elevation_known():
+    spec = SceneSpec().replaced(
+        {
+            "geometry.num_horizontal": 32,
+            "geometry.num_vertical": 1,
+            "elevation_deg": (10.0, 10.0),
+            "range_m": (0.5, 3.0),
+            "num_sources": (1, 2),
+        }
+    )
+    scenes = simulate(spec, 62, range(10), snr_db=torch.full((10,), 20.0))
+    region = Region(elevation_deg=(10.0, 10.0), range_m=(0.5, 3.0))
+    found = deterministic_ml(scenes, LikelihoodSpec(grid=GridSpec(num_v=65, num_w=3, num_rho=8, region=region)))
+    assert score(found, scenes.require_truth()).success >= 0.9
+    assert (found.elevation[found.mask].rad2deg() - 10).abs().max().item() < 1e-3
+    assert misfit(found) is None
