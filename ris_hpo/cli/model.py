@@ -52,7 +52,7 @@ def simulate(
     device: options.Device = "cpu",
     json_: options.Json = False,
 ) -> None:
-    """Draw scenes with known truth into a file. Scene i depends on the seed and i alone."""
+    """Draw scenes with known truth into a file. Scene i depends on the scene settings, the seed and i alone."""
     import torch
 
     from ris_hpo.physics.device import find_device
@@ -403,7 +403,7 @@ def prove(
     device: options.Device = "cpu",
     json_: options.Json = False,
 ) -> None:
-    """Test that a kind of network can learn: it must memorise a few scenes. Writes a certificate; studies need one."""
+    """Check that a kind of network can reproduce a few training scenes, and store the result; 'run' makes a small one if it is missing."""
     from ris_hpo.learning.network import large
     from ris_hpo.physics.device import find_device
     from ris_hpo.process import storage_directory
@@ -436,7 +436,7 @@ def prove(
 
 
 def localize(
-    scenes: Annotated[Path, typer.Argument(help="The scene file: npz, MATLAB or HDF5. A truth in it is not read.")],
+    scenes: Annotated[Path, typer.Argument(help="The scene file: npz, MATLAB or HDF5. True positions in it are not used; --num-sources truth uses the true counts.")],
     out: Annotated[Path, typer.Option(help="The estimate file to write, .npz.")],
     checkpoint: Checkpoint = None,
     weights: Weights = None,

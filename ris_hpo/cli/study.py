@@ -1,4 +1,4 @@
-"""Commands around a study: run, worker, status, best, report, export, spaces, dashboard, doctor, replay."""
+"""Commands around a study: run, worker, status, best, report, export, replay, spaces, init."""
 
 from __future__ import annotations
 
@@ -78,12 +78,12 @@ def run(
         str | None, typer.Option(help="asha, hyperband, median, wilcoxon, none.", show_default="the study's")
     ] = None,
     epochs_per_trial: Annotated[
-        int | None, typer.Option(min=1, help="Length of a trial in epochs of a fixed number of scenes.")
+        int | None, typer.Option(min=1, help="Length of a trial in epochs of budget.epoch_scenes scenes.")
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the study.", show_default="the study's")] = None,
     set_: options.Changes = None,
-    timeout: Annotated[float | None, typer.Option(min=0, help="Stop the study after so many seconds.")] = None,
-    gpu_hours: Annotated[float | None, typer.Option(min=0, help="Stop after so many device hours.")] = None,
+    timeout: Annotated[float | None, typer.Option(min=0, help="Stop after so many seconds.")] = None,
+    gpu_hours: Annotated[float | None, typer.Option(min=0, help="Stop when the trials have used so many hours of devices, CPUs included.")] = None,
     target: Annotated[float | None, typer.Option(help="Stop when a trial reaches this k_loc.")] = None,
     patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many trials without a better one.")] = None,
     no_stop: Annotated[bool, typer.Option("--no-stop", help="Drop the stop rules that the study has.")] = False,
@@ -97,14 +97,14 @@ def run(
         str | None, typer.Option(metavar="NEW", help="Go on in a new study of this name, from the old one's best.")
     ] = None,
     warm_start: Annotated[
-        str | None, typer.Option(metavar="STUDY", help="Try another study's best trials first.")
+        str | None, typer.Option(metavar="STUDY", help="Run the 5 best trials of this study first.")
     ] = None,
     no_proof: Annotated[
-        bool, typer.Option("--no-proof", help="Search without a phase-0 certificate; recorded.")
+        bool, typer.Option("--no-proof", help="Skip the proof that such a network can learn; the study records this.")
     ] = False,
     json_: options.Json = False,
 ) -> None:
-    """Run a study: train, prune, keep. The same command resumes it, and adds nothing to a finished one.
+    """Run the trials of a study; resume it if it exists. A finished study gets no more trials.
 
     A study keeps what it was made with; run again, it changes only what the options name.
     """
@@ -187,7 +187,7 @@ def worker(
     storage: Storage = None,
     device: options.Device = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="torch's choice")] = None,
-    max_trials: Annotated[int | None, typer.Option(min=1, help="Leave after so many trials.")] = None,
+    max_trials: Annotated[int | None, typer.Option(min=1, help="Stop after so many trials.")] = None,
     json_: options.Json = False,
 ) -> None:
     """Join a study as one more worker, from any host that reaches its store."""
@@ -235,7 +235,7 @@ def best(
     device: options.Device = "cpu",
     json_: options.Json = False,
 ) -> None:
-    """Name the winner honestly: train the best trials again on fresh seeds, paired with the base configuration."""
+    """Train the best trials and the base configuration again with new seeds, and say whether they differ."""
     from dataclasses import asdict
     from functools import partial
 
@@ -297,7 +297,7 @@ def report(
     ] = False,
     json_: options.Json = False,
 ) -> None:
-    """Write a study as one page that needs nothing else, or print its figures."""
+    """Write a study as one HTML file without external files, or print its figures."""
     from ris_hpo.process import storage_directory
     from ris_hpo.report.collect import collect
     from ris_hpo.report.html import as_json, headline, write_report
@@ -330,7 +330,7 @@ def export(
     out: Annotated[Path, typer.Option(help="The configuration file to write.")],
     study: StudyName = None,
     storage: Storage = None,
-    trial: Annotated[int | None, typer.Option(min=0, help="Number of the trial.", show_default="the best one")] = None,
+    trial: Annotated[int | None, typer.Option(min=0, help="Number of the trial.", show_default="the one with the best score in the search")] = None,
     form: Annotated[
         Literal["toml", "json"] | None, typer.Option("--format", help="Form of the file.", show_default="by its suffix")
     ] = None,
@@ -384,7 +384,7 @@ def replay(
 
 
 def spaces(
-    name: Annotated[str | None, typer.Argument(help="One study, by name or file; all of them without.")] = None,
+    name: Annotated[str | None, typer.Argument(help="One study, by name or file; without it, all study files are listed.")] = None,
     json_: options.Json = False,
 ) -> None:
     """List the studies that can be run, or the search space of one."""
@@ -438,7 +438,7 @@ def init(
 
 
 def _proof(spec: StudySpec) -> str | None:
-    """The phase-0 certificate this study stands on, for the form of its base network; made at small size if missing."""
+    """The proof for the form of this study's base network; made at small size if it is missing."""
     from ris_hpo.process import storage_directory
     from ris_hpo.training.proof import SMALL_SCENES, find_certificate, prove, small_form
 

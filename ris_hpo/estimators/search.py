@@ -186,7 +186,18 @@ def refined(
     steps: int,
     tolerance: float = 1e-2,
 ) -> Fit:
-    """Local optimum from u [B, k, 3]; known powers may belong to the first sources alone."""
+    """Refine the positions of k sources in every scene to the next local optimum of the objective.
+
+    Args:
+        observation: B scenes.
+        u: float64 [B, k, 3] = (sin az, sin el, 1/r in 1/m), where the descent starts.
+        log_power: [B, j <= k], log powers at which the first j sources start; the others start at their mean. None for
+            the least-squares powers.
+        region: allowed positions.
+        spec: objective and its settings.
+        steps: most iterations.
+        tolerance: change of the objective in nats below which a scene is done.
+    """
     if spec.objective == "deterministic":
         u = deterministic_fit(observation, u, region, steps, tolerance)
         return stochastic_fit(observation, u, None, region, 0, tolerance, positions=False)

@@ -133,7 +133,10 @@ def estimated_loading(scenes: Scenes) -> Tensor:
 
 
 def whiten(scenes: Scenes, loading: Tensor) -> tuple[Tensor, Tensor]:
-    """(W^1/2 y, W^1/2 H): the whitening split evenly between signal and atom, one M x M Cholesky factor a scene."""
+    """Return L^-1 y as complex64 [B, L, M] and L^-1 H as [B, M, N], with L L^H = H H^H / h + loading I.
+
+    h is the mean diagonal of H H^H, and ``loading`` [B] the inverse SNR.
+    """
     channel = scenes.bs_ris_channel
     gram, scale = _gram(scenes)
     identity = torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype)

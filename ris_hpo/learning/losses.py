@@ -188,13 +188,13 @@ def peak(outputs: Outputs, truth: Sources) -> Tensor:
 
 
 def orthogonality(factor: Tensor, columns: int) -> Tensor:
-    """Mean squared coherence between the first ``columns`` columns of F."""
+    """Mean squared coherence between the first ``columns`` columns of F [B, N, R]: [B]."""
     gram = _normalised_gram(factor[:, :, :columns])
     return _mean_off_diagonal(gram.abs().square())
 
 
 def cross(outputs: Outputs, geometry: Geometry, slots: int) -> Tensor:
-    """Mean squared difference of the normalised Gram off-diagonals of the slots' angle and range factors.
+    """Mean squared difference of the normalised Gram off-diagonals of the slots' angle and range factors: [B].
 
     The angle factor is the plane wave toward the slot, the range factor what the exact wave has beyond it.
     """

@@ -72,7 +72,15 @@ def deterministic_covariance(scenes: Scenes) -> Tensor:
 
 
 def stochastic_covariance(scenes: Scenes) -> Tensor:
-    """The whole stochastic bound of the positions, float64 [B, 3K, 3K]; rows and columns beyond the mask are zero."""
+    """Stochastic Cramer-Rao bound of the positions, powers and noise power unknown, float64 [B, 3K, 3K].
+
+    Rows and columns are (azimuth in rad, elevation in rad, range in m) of source 1, of source 2, and so on; those of
+    absent sources are zero.
+
+    Raises:
+        ConfigError: the scenes have no complete truth.
+        NumericalError: the information is not finite.
+    """
     mask = scenes.require_truth().mask
     always = torch.ones_like(mask[:, :1])
     unknown = torch.cat([unknown_coordinates(scenes.require_truth()), mask, always], dim=-1)

@@ -54,7 +54,7 @@ class SceneRandom:
         return (self.uniform(name, *shape) * count).to(torch.int64).clamp_(max=count - 1)
 
     def complex_normal(self, name: str, *shape: int) -> Tensor:
-        """[B, *shape] complex64, CN(0, 1): sqrt(-ln u) exp(j phi), one 64-bit word each."""
+        """[B, *shape] complex64, CN(0, 1): sqrt(-ln u) exp(j phi), one 64-bit word each; ``name`` says which stream."""
         words = self.words(name, math.prod(shape))
         magnitude = ((_high24(words) + 1).to(torch.float32) * _UNIT).log_().neg_().sqrt_()
         phase = (words & 0xFFFFFF).to(torch.float32).mul_(2 * math.pi * _UNIT)

@@ -61,8 +61,12 @@ class TrialContext:
     def plan(self, first_step: int, last_step: int) -> None:
         """State at which steps the program reports for the first and for the last time, before it does.
 
-        Pruners place their rungs by it, and prune nothing at the last step. Without it the first step is 1 and no step
-        is the last.
+        Pruners place their rungs (the steps at which trials are compared) by it, and prune nothing at the last step.
+        Without it the first step is 1 and no step is the last.
+
+        Args:
+            first_step: of the first report.
+            last_step: of the last report.
         """
 
     def report(self, step: int, score: float, **metrics: float) -> bool:

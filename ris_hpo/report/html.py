@@ -122,7 +122,7 @@ def headline(report: Report) -> list[str]:
 
 
 def comparison_text(report: Report) -> str:
-    """Say on which trials, and on which scores, the figures of "What mattered" stand."""
+    """Say which trials and scores the figures of "What mattered" use."""
     compared = report.comparison
     kinds = [(compared.complete, "complete"), (compared.pruned, "pruned"), (compared.diverged, "diverged")]
     listed = ", ".join(f"{count} {kind}" for count, kind in kinds if count)

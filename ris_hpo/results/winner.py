@@ -65,7 +65,7 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the table says.
+    """Result of comparing the candidates with the base.
 
     Attributes:
         winner: name of the candidate with the best mean, or of the base where no candidate's mean is better.

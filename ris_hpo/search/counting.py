@@ -1,7 +1,7 @@
 """Exact counting: how many trials a study has, which is the best, when it stops, and who continues a lost trial.
 
-A line of trials is one ticket: the trial that was asked for, and the successors of its infrastructure faults. A study
-of N trials is a study of N lines, and it has ended when each of them is complete, pruned, or failed for good.
+A line is a trial that was asked for with the trials that continue it after faults of machines. A study of N trials has
+N lines, and it has ended when each of them is complete, pruned, or failed for good.
 """
 
 from __future__ import annotations

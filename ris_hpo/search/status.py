@@ -17,7 +17,17 @@ from ris_hpo.store.owner import Owner
 
 @dataclass(frozen=True)
 class BestTrial:
-    """The best trial in a few figures."""
+    """The best trial in a few figures.
+
+    Attributes:
+        number: of the trial in its study.
+        score: the study's objective.
+        floor: the floor of that score on the same scenes.
+        efficiency: how far the score has come from the worst one (0) to the floor (1).
+        pipeline_k_loc: ``k_loc`` of the pipeline on the first validation scenes.
+        params: the searched parameters.
+        scenes: scenes seen in training.
+    """
 
     number: int
     score: float

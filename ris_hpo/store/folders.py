@@ -42,7 +42,7 @@ class Owner:
     Attributes:
         identity: of the study.
         database: the database the study is in, see ``TicketStorage.database``.
-        number: the other half of it.
+        number: of the database: inode of the SQLite file, or oid of the PostgreSQL database.
         study_id: of the study in that database.
         folder: inode of the folder itself, which a copy of it does not have.
     """

@@ -58,7 +58,7 @@ class Worker(Protocol):
 
 
 class Executor(AbstractContextManager[None], Protocol):
-    """Where workers run; entered for the length of a run."""
+    """Where workers run: a context manager that is open during a run."""
 
     def slots(self) -> Sequence[Slot]:
         """Return one slot per worker; asked once, after entering."""
