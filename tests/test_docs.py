@@ -125,7 +125,7 @@ def test_the_map_of_the_code_leads_to_what_is_there() -> None:
 def test_the_map_of_the_code_has_every_folder_in_the_order_of_imports() -> None:
     layers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
     order = {name: place for place, layer in enumerate(layers) for name in layer.split(" | ")}
-    table = (ROOT / "CONTRIBUTING.md").read_text().partition("Three trips")[0]
+    table = (ROOT / "CONTRIBUTING.md").read_text().partition("Three tables")[0]
     rows = re.findall(r"^\| `ris_hpo/(\w+)(?:/|\.py)` \|", table, re.MULTILINE)
     folders = {path.name for path in (ROOT / "ris_hpo").iterdir() if (path / "__init__.py").exists()}
     assert folders <= set(rows)

@@ -403,7 +403,7 @@ def prove(
     device: options.Device = "cpu",
     json_: options.Json = False,
 ) -> None:
-    """Check that a kind of network can reproduce a few training scenes, and store the result; 'run' makes a small one if it is missing."""
+    """Check that a kind of network can reproduce a few training scenes; the result is what 'run' asks for."""
     from ris_hpo.learning.network import large
     from ris_hpo.physics.device import find_device
     from ris_hpo.process import storage_directory
@@ -436,7 +436,10 @@ def prove(
 
 
 def localize(
-    scenes: Annotated[Path, typer.Argument(help="The scene file: npz, MATLAB or HDF5. True positions in it are not used; --num-sources truth uses the true counts.")],
+    scenes: Annotated[
+        Path,
+        typer.Argument(help="The scene file: npz, MATLAB or HDF5. True positions in it are not used."),
+    ],
     out: Annotated[Path, typer.Option(help="The estimate file to write, .npz.")],
     checkpoint: Checkpoint = None,
     weights: Weights = None,

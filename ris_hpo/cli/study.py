@@ -83,7 +83,10 @@ def run(
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the study.", show_default="the study's")] = None,
     set_: options.Changes = None,
     timeout: Annotated[float | None, typer.Option(min=0, help="Stop after so many seconds.")] = None,
-    gpu_hours: Annotated[float | None, typer.Option(min=0, help="Stop when the trials have used so many hours of devices, CPUs included.")] = None,
+    gpu_hours: Annotated[
+        float | None,
+        typer.Option(min=0, help="Stop when the trials have used so many hours of devices, CPUs included."),
+    ] = None,
     target: Annotated[float | None, typer.Option(help="Stop when a trial reaches this k_loc.")] = None,
     patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many trials without a better one.")] = None,
     no_stop: Annotated[bool, typer.Option("--no-stop", help="Drop the stop rules that the study has.")] = False,
@@ -330,7 +333,10 @@ def export(
     out: Annotated[Path, typer.Option(help="The configuration file to write.")],
     study: StudyName = None,
     storage: Storage = None,
-    trial: Annotated[int | None, typer.Option(min=0, help="Number of the trial.", show_default="the one with the best score in the search")] = None,
+    trial: Annotated[
+        int | None,
+        typer.Option(min=0, help="Number of the trial.", show_default="the one with the best score in the search"),
+    ] = None,
     form: Annotated[
         Literal["toml", "json"] | None, typer.Option("--format", help="Form of the file.", show_default="by its suffix")
     ] = None,
@@ -384,7 +390,9 @@ def replay(
 
 
 def spaces(
-    name: Annotated[str | None, typer.Argument(help="One study, by name or file; without it, all study files are listed.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="One study, by name or file; without it, all study files are listed.")
+    ] = None,
     json_: options.Json = False,
 ) -> None:
     """List the studies that can be run, or the search space of one."""

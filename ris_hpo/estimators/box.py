@@ -55,7 +55,7 @@ def from_cosine_coordinates(cosines: Cosines) -> Tensor:
 
 
 def to_polar(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """u [..., 3] = (sin az, sin el, 1/r) to azimuth and elevation in rad and range in m, each [...]."""
+    """U [..., 3] = (sin az, sin el, 1/r) to azimuth and elevation in rad and range in m, each [...]."""
     t, w, rho = u.unbind(-1)
     return torch.asin(t.clamp(-1, 1)), torch.asin(w.clamp(-1, 1)), 1 / rho
 

@@ -41,12 +41,19 @@ class EvidenceSpec(Spec):
     evidence knows one mode of each order only and is too sure of itself below 5 dB, where 3 is the calibrated value.
     """
 
-    kind: Literal["laplace", "penalty"] = "laplace"
-    gamma: float = Field(8.5, ge=0, le=200)
-    penalty: float = Field(0.0, ge=-20, le=200)
-    power_spread_db: float | None = Field(3.0, gt=0, le=60)
-    prior_weight: float = Field(3.0, ge=0, le=1000)
-    temperature: float = Field(3.0, gt=0, le=100)
+    kind: Literal["laplace", "penalty"] = Field(
+        "laplace",
+        description="evidence of an order: Laplace's approximation, or its likelihood with a penalty for each source",
+    )
+    gamma: float = Field(8.5, ge=0, le=200, description="nats for each source; kind = penalty alone")
+    penalty: float = Field(0.0, ge=-20, le=200, description="further nats for each source; kind = laplace alone")
+    power_spread_db: float | None = Field(
+        3.0, gt=0, le=60, description="source powers lie within +- this of a common level; unset: each has any power"
+    )
+    prior_weight: float = Field(3.0, ge=0, le=1000, description="weight of the log prior of a count over its evidence")
+    temperature: float = Field(
+        3.0, gt=0, le=100, description="the scores are divided by it in the posterior of the count"
+    )
     success_weight: float = Field(
         0.0, ge=0, le=100, description="0: the most probable count; else the chance of a success counts so much more"
     )

@@ -39,10 +39,12 @@ class EstimatorSpec(Spec):
     """
 
     likelihood: LikelihoodSpec = LikelihoodSpec()
-    num_candidates: int = Field(64, ge=1, le=100_000)
-    covariance: Literal["least-squares", "refined", "truth"] = "least-squares"
-    count: CountCriterion | Literal["evidence"] = "mdl"
-    refinement_steps: int = Field(25, ge=0, le=200)
+    num_candidates: int = Field(64, ge=1, le=100_000, description="maxima that spectrum-maxima searches among")
+    covariance: Literal["least-squares", "refined", "truth"] = Field(
+        "least-squares", description="what music, mvdr and modified-music work on"
+    )
+    count: CountCriterion | Literal["evidence"] = Field("mdl", description="source-count criterion of these three")
+    refinement_steps: int = Field(25, ge=0, le=200, description="Gauss-Newton steps of their peaks after the grid")
 
 
 def estimate(

@@ -35,17 +35,23 @@ _SHARES = (0.06, 0.3)  # powers that an atom is tried with, as shares of what a 
 class SearchSpec(Spec):
     """How much work the search may do."""
 
-    objective: Literal["stochastic", "deterministic"] = "stochastic"
-    greedy_steps: int = Field(4, ge=0, le=100)
-    final_steps: int = Field(12, ge=0, le=200)
+    objective: Literal["stochastic", "deterministic"] = Field(
+        "stochastic", description="symbols averaged over as Gaussian, or estimated by least squares"
+    )
+    greedy_steps: int = Field(4, ge=0, le=100, description="refinement steps after each source that is added")
+    final_steps: int = Field(12, ge=0, le=200, description="refinement steps of the chosen order, at most")
     final_tolerance: float = Field(1e-5, gt=0, le=1, description="nats; a scene whose last step gained less is done")
-    extra_order: int = Field(1, ge=0, le=3)
+    extra_order: int = Field(
+        1, ge=0, le=3, description="orders that are searched beyond the most sources, then reduced"
+    )
     residual_maxima: int = Field(
         0, ge=0, le=256, description="extra orders choose among so many maxima of the residual's spectrum instead"
     )
-    backward: bool = True
-    sweeps: int = Field(0, ge=0, le=5)
-    sweep_atoms: int = Field(256, ge=1)
+    backward: bool = Field(True, description="orders are improved from the next higher one, without one of its sources")
+    sweeps: int = Field(
+        0, ge=0, le=5, description="times that each source is moved to the best candidate, others fixed"
+    )
+    sweep_atoms: int = Field(256, ge=1, description="candidates that a sweep tries")
 
 
 @dataclass(frozen=True, slots=True)

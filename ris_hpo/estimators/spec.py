@@ -19,11 +19,13 @@ class LikelihoodSpec(Spec):
     search: SearchSpec = SearchSpec()
     evidence: EvidenceSpec = EvidenceSpec()
     num_sources: tuple[int, int] = Field((0, 5), description="fewest and most sources that can be the answer")
-    max_sources: int = Field(5, ge=1, le=8)
-    range_estimate: Literal["mean", "mode"] = "mean"
+    max_sources: int = Field(5, ge=1, le=8, description="slots of the answer")
+    range_estimate: Literal["mean", "mode"] = Field(
+        "mean", description="range that is reported: mean of its posterior within the region, or the most likely one"
+    )
     channel_error_db: float | None = Field(None, ge=-100, le=20, description="stated error of the known channel")
     double: bool = Field(True, description="products with the sensing matrices in complex128 for the chosen order")
-    batch: int = Field(16, ge=1, le=4096)
+    batch: int = Field(16, ge=1, le=4096, description="scenes at once; more need more memory")
 
     @model_validator(mode="after")
     def _check(self) -> LikelihoodSpec:

@@ -35,11 +35,13 @@ which drops q^2 and so holds near boresight alone, rho P / 2 - q (paraxial); -q 
 class Geometry(Spec):
     """A uniform planar surface and the wave model used for it."""
 
-    num_horizontal: int = Field(12, ge=1, le=256)
-    num_vertical: int = Field(12, ge=1, le=256)
-    wavelength_m: float = Field(0.3, gt=0)
-    spacing_wavelengths: float = Field(0.5, gt=0)
-    wave: WaveModel = "exact"
+    num_horizontal: int = Field(12, ge=1, le=256, description="elements in a row, along y")
+    num_vertical: int = Field(12, ge=1, le=256, description="elements in a column, along z")
+    wavelength_m: float = Field(0.3, gt=0, description="wavelength of the carrier")
+    spacing_wavelengths: float = Field(0.5, gt=0, description="distance of neighbouring elements")
+    wave: WaveModel = Field(
+        "exact", description="path differences: exact, an approximation by Fresnel, or of plane waves"
+    )
 
     @property
     def num_elements(self) -> int:

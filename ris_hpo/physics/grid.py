@@ -19,9 +19,9 @@ from ris_hpo.physics.array import Cosines, Geometry, cosine_steering, require_se
 class Region(Spec):
     """Where sources may be: the sector that is searched, and the box that estimates are kept in."""
 
-    azimuth_deg: tuple[float, float] = (-60.0, 60.0)
-    elevation_deg: tuple[float, float] = (-30.0, 30.0)
-    range_m: tuple[float, float] = (0.5, 10.0)
+    azimuth_deg: tuple[float, float] = Field((-60.0, 60.0), description="lowest and highest, from +x toward +y")
+    elevation_deg: tuple[float, float] = Field((-30.0, 30.0), description="lowest and highest, from x-y toward +z")
+    range_m: tuple[float, float] = Field((0.5, 10.0), description="nearest and farthest, from the surface's centre")
 
     @model_validator(mode="after")
     def _check(self) -> Region:
@@ -41,9 +41,9 @@ class Region(Spec):
 class GridSpec(Spec):
     """Number of cells along v, w and rho."""
 
-    num_v: int = Field(33, ge=3, le=257)
-    num_w: int = Field(17, ge=3, le=257)
-    num_rho: int = Field(8, ge=1, le=64)
+    num_v: int = Field(33, ge=3, le=257, description="cells along v = cos el sin az")
+    num_w: int = Field(17, ge=3, le=257, description="cells along w = sin el")
+    num_rho: int = Field(8, ge=1, le=64, description="cells along rho = 1 / range")
     region: Region = Region()
 
     @property

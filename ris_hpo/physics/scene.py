@@ -35,23 +35,36 @@ class SceneSpec(Spec):
     """
 
     geometry: Geometry = Geometry()
-    num_antennas: int = Field(16, ge=1, le=1024)
-    num_snapshots: int = Field(16, ge=1, le=4096)
-    max_sources: int = Field(5, ge=1, le=5)
-    num_sources: tuple[int, int] = (1, 5)
-    azimuth_deg: Interval = (-60.0, 60.0)
-    elevation_deg: Interval = (-30.0, 30.0)
-    range_m: Interval = (0.5, 10.0)
-    snr_db: Interval = (-5.0, 20.0)
+    num_antennas: int = Field(16, ge=1, le=1024, description="antennas M of the base station")
+    num_snapshots: int = Field(16, ge=1, le=4096, description="snapshots L of a scene, each with a code of its own")
+    max_sources: int = Field(5, ge=1, le=5, description="slots of the truth, K_max")
+    num_sources: tuple[int, int] = Field((1, 5), description="fewest and most sources in a scene")
+    azimuth_deg: Interval = Field((-60.0, 60.0), description="where sources are drawn, from +x toward +y")
+    elevation_deg: Interval = Field((-30.0, 30.0), description="where sources are drawn, from x-y toward +z")
+    range_m: Interval = Field((0.5, 10.0), description="where sources are drawn, from the surface's centre")
+    snr_db: Interval = Field((-5.0, 20.0), description="received signal power of all sources over the noise power")
     min_separation_deg: float = Field(0.0, ge=0, le=90, description="least angle between two sources of a scene")
-    power_law: Literal["equal", "path_loss"] = "equal"
-    power_spread_db: float = Field(3.0, ge=0, le=30)
-    symbols: Literal["independent", "coherent"] = "independent"
-    rician_factor: Interval = (0.5, 10.0)
-    codes: Literal["random", "dft", "hadamard"] = "random"
-    code_bits: int = Field(3, ge=1, le=8)
-    channel_error_db: Interval | None = None
-    noise_power_error_db: float = Field(0.0, ge=0, le=30)
+    power_law: Literal["equal", "path_loss"] = Field(
+        "equal",
+        description="one level for all sources up to the spread, or a power that falls with the square of the range",
+    )
+    power_spread_db: float = Field(
+        3.0, ge=0, le=30, description="source powers are log-uniform within +- this; power_law = equal alone"
+    )
+    symbols: Literal["independent", "coherent"] = Field(
+        "independent", description="sources send Gaussian symbols of their own, or all the same ones"
+    )
+    rician_factor: Interval = Field(
+        (0.5, 10.0), description="power of the channel's direct path over its scattered one, linear"
+    )
+    codes: Literal["random", "dft", "hadamard"] = Field(
+        "random", description="phases of the elements, snapshot by snapshot"
+    )
+    code_bits: int = Field(3, ge=1, le=8, description="bits of a random phase")
+    channel_error_db: Interval | None = Field(
+        None, description="power of the error of the known channel over the mean power of its entries; unset: no error"
+    )
+    noise_power_error_db: float = Field(0.0, ge=0, le=30, description="the noise power is known to within +- this")
 
     @model_validator(mode="after")
     def _check(self) -> SceneSpec:

@@ -24,8 +24,8 @@ class Sources:
         range_m: [B, K] m, from the surface's centre.
         power: [B, K] linear.
         mask: [B, K] bool, True where there is a source. Values elsewhere are finite and without meaning.
-        existence: [B, K], where the method gives one: of `ml` and `localize` p(at least k + 1 sources | y) for slot k, of
-            the network alone the probability that slot k holds a source.
+        existence: [B, K], where the method gives one: of `ml` and `localize` p(at least k + 1 sources | y) for slot k,
+            of the network alone the probability that slot k holds a source.
         covariance_m2: [B, K, 3, 3] covariance of the Cartesian position in m^2, where the method gives one.
         on_border: [B, K] bool, True where the snapshots say that the source lies beyond the searched region.
         residual: [B] what the sources leave of the snapshots over what noise alone would leave, 1 on average where the

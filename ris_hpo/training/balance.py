@@ -90,7 +90,7 @@ class Balance(nn.Module):
             self._losses[name] = self._losses.get(name, 0) + share * value.detach()
 
     def move(self) -> None:
-        """Move gradnorm's weights by the gradient norms and losses since the last call; does nothing for other kinds."""
+        """Move gradnorm's weights by the gradient norms and losses since the last call; nothing for other kinds."""
         if not self._norms:
             return
         places = self._places(self._norms)

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ris_hpo.config import Spec, to_toml
+from ris_hpo.config import to_toml
 from ris_hpo.errors import ConfigError, SpaceError
 from ris_hpo.results.doctor import examine
 from ris_hpo.search import files
 from ris_hpo.search.dimension import Dimension
 from ris_hpo.search.files import checked, list_studies, load_study, parse_study
-from ris_hpo.search.spec import StudySpec, derived_seed
+from ris_hpo.search.spec import derived_seed
 from tests.properties import examples
 
 from .conftest import make_spec, study_tree
@@ -113,19 +113,6 @@ def test_true_is_no_number() -> None:
     assert not dimension.contains(True)
     assert Dimension(choices=[True, 1]).contains(True)
     assert not Dimension(choices=[True, False], when={"a": [True]}).active({"a": 1})
-
-
-def test_every_setting_of_a_study_is_described() -> None:
-    def undescribed(spec: type[Spec]) -> list[str]:
-        found = []
-        for name, field in spec.model_fields.items():
-            if isinstance(field.default, Spec):
-                found += undescribed(type(field.default))
-            elif not field.description:
-                found.append(f"{spec.__name__}.{name}")
-        return found
-
-    assert undescribed(StudySpec) + undescribed(Dimension) == []
 
 
 def test_nested_and_dotted_tables_mean_the_same() -> None:
