@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ris_hpo.estimators.estimate import estimate as estimate
     from ris_hpo.learning.inference import localize as localize
+    from ris_hpo.physics.bounds import source_bounds as source_bounds
     from ris_hpo.physics.files import load_scenes as load_scenes
     from ris_hpo.physics.files import save_scenes as save_scenes
     from ris_hpo.physics.scene import Scenes as Scenes
@@ -40,6 +41,7 @@ _HOME = {
     "save_scenes": "physics.files",
     "score": "scoring.metrics",
     "simulate": "physics.scene",
+    "source_bounds": "physics.bounds",
 }
 
 __all__ = sorted(_HOME)

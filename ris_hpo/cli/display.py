@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -16,6 +18,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ris_hpo.atomic import replacing
 from ris_hpo.errors import one_line
 from ris_hpo.store.credentials import redact
 from ris_hpo.text import finite
@@ -72,6 +75,19 @@ def print_json(value: Any) -> None:
     """Print JSON alone on stdout; NaN and infinities become null."""
     sys.stdout.write(json.dumps(finite(value), indent=2, allow_nan=False, default=str) + "\n")
     sys.stdout.flush()  # a program may read it from a pipe while the command goes on
+
+
+def write_csv(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """Write records of the same keys as CSV with a head line; what is not known is empty.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    lines = list(rows)
+    with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, list(lines[0]) if lines else [])
+        writer.writeheader()
+        writer.writerows(lines)
 
 
 def print_result(line: str) -> None:

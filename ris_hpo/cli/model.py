@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ris_hpo.cli import display, methods, options, standing
+from ris_hpo.cli import display, evaluation_tables, methods, options, standing
 from ris_hpo.errors import SceneFileError
 from ris_hpo.text import duration, file_size
 
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from ris_hpo.physics.grid import Region
     from ris_hpo.physics.scene import Scenes
     from ris_hpo.physics.sources import Sources
-    from ris_hpo.scoring.evaluate import Evaluation, Row
     from ris_hpo.training.results import Validation
     from ris_hpo.training.trainer import Trainer
 
@@ -250,9 +248,10 @@ def evaluate(
     plot: Annotated[
         Path | None, typer.Option(help="Draw errors against SNR beside the bound: .png, .svg or .pdf.")
     ] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write every row, also of each count at each SNR, as .csv.")] = None,
     json_: options.Json = False,
 ) -> None:
-    """Score a network or an estimator per SNR and per source count, each figure beside its floor."""
+    """Score a network or an estimator per SNR, source count, range and azimuth, each figure beside its floor."""
     from ris_hpo.physics.device import find_device
     from ris_hpo.physics.files import load_estimates, load_scenes
     from ris_hpo.physics.scene import grid_of_cells
@@ -260,6 +259,8 @@ def evaluate(
 
     if plot is not None:
         options.check_output(plot, suffix=options.PLOT_SUFFIXES)
+    if csv is not None:
+        options.check_output(csv, suffix=".csv")
     find_device(device)
     if estimates is not None:
         if scenes is None or checkpoint is not None or estimator is not None:
@@ -287,12 +288,14 @@ def evaluate(
         from ris_hpo.cli import plots
 
         plots.error_against_snr(evaluation, name, plot)
+    if csv is not None:
+        display.write_csv(csv, evaluation.flat())
     if json_:
         head = {"method": name, "scenes": len(batch), "seconds": seconds, "scenes_per_second": rate}
         head["scenes_that_do_not_fit"] = _unfit(found)
         display.print_json({**head, "num_sources": num_sources, **evaluation.as_dict()})
         return
-    _show_evaluation(evaluation, name, rate)
+    evaluation_tables.show(evaluation, name, rate)
     if plot is not None:
         display.print_note(f"drawn: {plot}")
 
@@ -334,60 +337,6 @@ def _located(method: Method, batch: Scenes, num_sources: str | None, device: str
             parts.append(method.localize(batch[chosen].to(device), few).to("cpu"))
             advance(min(first + method.chunk, len(batch)), "")
     return Sources.cat(parts), time.perf_counter() - started
-
-
-_NAMES = {
-    "k_loc": "k_loc",
-    "k_acc": "right count (K_acc)",
-    "k_under": "too few (under)",
-    "k_over": "too many (over)",
-    "f1": "F1 at 5 deg, 5 deg, 1 m",
-    "success": "success",
-    "rmse_azimuth_deg": "RMSE azimuth, deg",
-    "rmse_elevation_deg": "RMSE elevation, deg",
-    "rmse_range_m": "RMSE range, m",
-    "rmspe_m": "RMSPE, m",
-    "gospa_m": "GOSPA, m",
-}
-_COUNT_COLUMNS = ("k_acc", "k_under", "k_over", "f1", "success")
-_ERROR_COLUMNS = ("rmse_azimuth_deg", "rmse_elevation_deg", "rmse_range_m", "rmspe_m", "gospa_m")
-_ALONE = ("k_acc", "k_under", "k_over")  # shown without a floor, which assumes a known count: 1, 0, 0
-
-
-def _show_evaluation(evaluation: Evaluation, name: str, rate: float | None) -> None:
-    overall = evaluation.overall
-    speed = "" if rate is None else f", {rate:.1f} scenes/s"
-    rows: list[tuple[object, ...]] = []
-    for key, label in _NAMES.items():
-        share = None if key in ("k_under", "k_over") else overall.efficiency(key)
-        floor = None if overall.floor is None else getattr(overall.floor, key)
-        rows.append((label, getattr(overall.scores, key), floor, share))
-    display.table(f"{name}: {overall.scores.num_scenes} scenes{speed}", ["", "value", "floor", "efficiency"], rows)
-    if overall.floor is None:
-        display.print_note("the truth is not complete: no floor, and none of the figures that need the rest of it")
-    for title, group in (("SNR", evaluation.by_snr), ("sources", evaluation.by_count)):
-        if group:
-            counting = ["k_loc", "efficiency", "K_acc", "under", "over", "F1", "success"]
-            counts = [(*_leading(row), *_cells(row, _COUNT_COLUMNS)) for row in group]
-            display.table(f"\nby {title}: value (floor)", [title, *counting], counts)
-            errors = [(row.label, *_cells(row, _ERROR_COLUMNS)) for row in group]
-            columns = ["RMSE azimuth, deg", "elevation, deg", "range, m", "RMSPE, m", "GOSPA, m"]
-            display.table("", [title, *columns], errors)
-
-
-def _leading(row: Row) -> tuple[object, ...]:
-    share = row.efficiency()
-    return (row.label, *_cells(row, ("k_loc",)), None if share is None else f"{share:.2f}")
-
-
-def _cells(row: Row, keys: Sequence[str]) -> list[str]:
-    found = []
-    for key in keys:
-        value = getattr(row.scores, key)
-        alone = key in _ALONE or row.floor is None
-        text = "-" if math.isnan(value) else f"{value:.2f}"
-        found.append(text if alone else f"{text} ({getattr(row.floor, key):.2f})")
-    return found
 
 
 def prove(

@@ -21,6 +21,8 @@ is of that kind too.
 
 from __future__ import annotations
 
+from typing import Literal, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,41 @@ from ris_hpo.physics.scene import Scenes
 from ris_hpo.physics.sources import Sources
 
 _CHUNK = 64
+
+
+class SourceBounds(NamedTuple):
+    """Least standard deviations of an unbiased estimate of every source, float64 [B, K]; NaN beyond the mask.
+
+    Attributes:
+        azimuth: rad; 0 where it is known beforehand, likewise the next two.
+        elevation: rad.
+        range_m: m.
+        position_m: root of the trace of the position's covariance.
+    """
+
+    azimuth: Tensor
+    elevation: Tensor
+    range_m: Tensor
+    position_m: Tensor
+
+
+def source_bounds(scenes: Scenes, kind: Literal["deterministic", "stochastic"] = "deterministic") -> SourceBounds:
+    """Cramer-Rao bounds per source.
+
+    Args:
+        scenes: with truth.
+        kind: ``deterministic``: the symbols that were sent are unknown constants; ``stochastic``: they are random, and
+            their powers and the noise power unknown.
+
+    Raises:
+        ConfigError: the scenes carry no truth.
+        NumericalError: a position, power or noise power that is not finite, or a noise power that is not positive.
+    """
+    truth = scenes.require_truth()
+    covariance = (deterministic_crb if kind == "deterministic" else stochastic_crb)(scenes)
+    place = position_covariance(truth, covariance).diagonal(dim1=-2, dim2=-1).sum(-1)
+    variances = (*covariance.diagonal(dim1=-2, dim2=-1).unbind(-1), place)
+    return SourceBounds(*(each.clamp(min=0).sqrt().masked_fill(~truth.mask, torch.nan) for each in variances))
 
 
 def deterministic_crb(scenes: Scenes) -> Tensor:

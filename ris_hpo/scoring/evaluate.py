@@ -1,10 +1,10 @@
-"""Scores of an estimate as a table: all scenes, per SNR and per number of sources, each row with its floor."""
+"""Scores of an estimate as a table: all scenes, per SNR, number of sources, range and azimuth, each with its floor."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from ris_hpo.scoring.metrics import SceneErrors, Scores, floor_errors, scene_err
 
 HIGHER_IS_BETTER = ("k_acc", "precision", "recall", "f1", "success")
 SNR_BINS_DB = (-5.0, 0.0, 5.0, 10.0, 15.0, 20.0)
+RANGE_BINS_M = (0.0, 1.0, 2.0, 4.0, 6.0, 8.0, 10.0, math.inf)
+AZIMUTH_BINS_DEG = tuple(float(edge) for edge in range(-90, 91, 15))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,9 @@ class Evaluation:
         overall: all scenes.
         by_snr: one row per SNR value, or per 5 dB bin where SNRs are spread; empty when the SNR is not known.
         by_count: one row per true number of sources.
+        by_cell: one row per true number of sources and SNR.
+        by_range: one row per interval of range, of true sources instead of scenes: K_acc is the share with a partner.
+        by_azimuth: likewise per 15 degrees of azimuth.
         confusion: [K_max + 1, K_max + 1] scenes with true count (row) and estimated count (column).
         errors: per scene, to be grouped in other ways.
         floor: likewise, ``draws`` times the scenes; None where the truth is not complete.
@@ -70,6 +75,9 @@ class Evaluation:
     overall: Row
     by_snr: list[Row]
     by_count: list[Row]
+    by_cell: list[Row]
+    by_range: list[Row]
+    by_azimuth: list[Row]
     confusion: Tensor
     errors: SceneErrors
     floor: SceneErrors | None
@@ -78,10 +86,23 @@ class Evaluation:
         """For JSON."""
         return {
             "overall": self.overall.as_dict(),
-            "by_snr": [row.as_dict() for row in self.by_snr],
-            "by_count": [row.as_dict() for row in self.by_count],
+            **{name: [row.as_dict() for row in rows] for name, rows in self.groups().items()},
             "confusion": self.confusion.tolist(),
         }
+
+    def groups(self) -> dict[str, list[Row]]:
+        """The rows beside ``overall``."""
+        return {name: getattr(self, name) for name in ("by_snr", "by_count", "by_cell", "by_range", "by_azimuth")}
+
+    def flat(self) -> Iterator[dict[str, Any]]:
+        """One flat record a row, for CSV: group, label, each figure, its floor as ``floor_*``, efficiency of k_loc."""
+        for group, rows in {"overall": [self.overall], **self.groups()}.items():
+            for row in rows:
+                floor = {} if row.floor is None else row.floor.as_dict()
+                figures = {name: value for name, value in row.scores.as_dict().items() if name != "num_scenes"}
+                bounds = {f"floor_{name}": floor.get(name) for name in figures}
+                head = {"group": group, "label": row.label, "number": row.scores.num_scenes}
+                yield {**head, **figures, **bounds, "efficiency": row.efficiency()}
 
 
 def evaluate(estimate: Sources, scenes: Scenes, *, draws: int = 8) -> Evaluation:
@@ -105,13 +126,33 @@ def evaluate(estimate: Sources, scenes: Scenes, *, draws: int = 8) -> Evaluation
         return Row(label, errors[chosen].scores(), bound)
 
     everything = torch.ones(len(errors), dtype=torch.bool, device=errors.num_true.device)
-    by_snr = [] if scenes.snr_db is None else [row(label, mask) for label, mask in _snr_groups(scenes.snr_db).items()]
-    counts = sorted(set(errors.num_true.tolist()))
-    by_count = [row(f"K = {k}", errors.num_true == k) for k in counts]
+    snr = {} if scenes.snr_db is None else _snr_groups(scenes.snr_db)
+    by_snr = [row(label, mask) for label, mask in snr.items()]
+    counts = {f"K = {k}": errors.num_true == k for k in sorted(set(errors.num_true.tolist()))}
+    by_count = [row(label, mask) for label, mask in counts.items()]
+    cells = {f"{k}, {level}": few & mask for k, few in counts.items() for level, mask in snr.items()}
+    by_cell = [row(label, mask) for label, mask in cells.items() if bool(mask.any())]
+
+    sources = errors.of_sources(truth.mask)
+    bounds = None if floor is None else floor.of_sources(truth.mask.repeat(len(floor) // len(errors), 1))
+
+    def by_source(value: Tensor, edges: tuple[float, ...], unit: str) -> list[Row]:
+        rows = []
+        for low, high in itertools.pairwise(edges):
+            chosen = (value >= low) & (value < high)
+            if bool(chosen.any()):
+                least = None if bounds is None else bounds[chosen.repeat(len(bounds) // len(sources))].scores()
+                label = f"{low:g}..{high:g} {unit}" if high < math.inf else f"from {low:g} {unit}"
+                rows.append(Row(label, sources[chosen].scores(), least))
+        return rows
+
+    by_range = by_source(truth.range_m[truth.mask], RANGE_BINS_M, "m")
+    by_azimuth = by_source(truth.azimuth[truth.mask].rad2deg(), AZIMUTH_BINS_DEG, "deg")
     size = 1 + max(truth.max_sources, int(errors.num_estimated.max()))
     pairs = errors.num_true * size + errors.num_estimated
     confusion = torch.bincount(pairs, minlength=size * size).view(size, size)
-    return Evaluation(row("all", everything), by_snr, by_count, confusion, errors, floor)
+    groups = (by_snr, by_count, by_cell, by_range, by_azimuth)
+    return Evaluation(row("all", everything), *groups, confusion, errors, floor)
 
 
 def _snr_groups(snr_db: Tensor) -> Mapping[str, Tensor]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ris_hpo.errors import ConfigError, NumericalError
@@ -113,6 +114,24 @@ class SceneErrors:
     def success(self) -> Tensor:
         """[B] bool: right count and every source within the tolerance."""
         return (self.num_true == self.num_estimated) & (self.hits().sum(-1) == self.num_true)
+
+    def of_sources(self, present: Tensor) -> SceneErrors:
+        """Every true source as a scene of its own: found if it has a partner; sources in excess belong to none.
+
+        Args:
+            present: [B, W'] bool, slots that hold a true source.
+        """
+        present = F.pad(present, (0, self.paired.shape[1] - present.shape[1]))
+        paired = self.paired[present].unsqueeze(-1)
+        return dataclasses.replace(
+            self,
+            error=self.error[present].unsqueeze(1),
+            distance=self.distance[present].unsqueeze(1),
+            paired=paired,
+            num_true=torch.ones_like(paired[:, 0], dtype=torch.long),
+            num_estimated=paired[:, 0].long(),
+            gospa=torch.full_like(self.distance[present], torch.nan),
+        )
 
     def scores(self) -> Scores:
         """Pool the scenes into one set of figures."""

@@ -319,6 +319,31 @@ def test_rows_of_a_table_hold_their_own_scenes():
     assert torch.equal(table.confusion, expected)
 
 
+def test_rows_by_range_and_azimuth_hold_sources_and_cells_hold_scenes():
+    """Two sources a scene, at (-20 deg, 1.5 m) and (50 deg, 5 m); the second is 0.5 m off, or missed at 12 dB."""
+    two = torch.tensor([2, 2])
+    scenes = simulate(SceneSpec(), 4, range(2), num_sources=two, snr_db=torch.tensor([0.0, 12.0]))
+    azimuth, far = torch.tensor([[-20.0, 50, 0, 0, 0]] * 2).deg2rad(), torch.tensor([[1.5, 5.0, 1, 1, 1]] * 2)
+    truth = dataclasses.replace(scenes.truth, azimuth=azimuth, range_m=far)
+    scenes = dataclasses.replace(scenes, truth=truth)
+    mask = truth.mask.clone()
+    mask[1, 1] = False
+    table = evaluate(dataclasses.replace(truth, range_m=far + torch.tensor([0, 0.5, 0, 0, 0]), mask=mask), scenes)
+    rows = {row.label: row.scores for row in (*table.by_range, *table.by_azimuth)}
+    assert list(rows) == ["1..2 m", "4..6 m", "-30..-15 deg", "45..60 deg"]
+    assert (rows["1..2 m"].recall, rows["4..6 m"].recall, rows["1..2 m"].num_scenes) == (1, 0.5, 2)
+    assert rows["1..2 m"].rmse_range_m == 0
+    assert rows["45..60 deg"].rmse_range_m == pytest.approx(((0.5**2 + 2**2) / 2) ** 0.5, rel=1e-5)
+    assert [row.label for row in table.by_cell] == ["K = 2, 0 dB", "K = 2, 12 dB"]
+    assert [row.scores.k_acc for row in table.by_cell] == [1, 0]
+    assert table.by_range[0].floor.rmse_range_m < table.by_range[1].floor.rmse_range_m
+    flat = list(table.flat())
+    assert [row["group"] for row in flat].count("by_range") == 2
+    assert flat[0]["k_loc"] == table.overall.scores.k_loc
+    assert flat[0]["floor_k_loc"] == table.overall.floor.k_loc
+    assert len({tuple(row) for row in flat}) == 1
+
+
 def test_spread_snrs_are_put_into_bins_of_5_db():
     spec = SceneSpec(snr_db=(-8, 23))
     scenes = simulate(spec, 3, range(200))
