@@ -57,14 +57,15 @@ def settings() -> str:
     return "\n".join(lines)
 
 
-def rows(spec: Spec, prefix: str = "") -> list[str]:
-    """One row a setting, nested specifications flattened to dotted keys."""
+def rows(spec: Spec, prefix: str = "", follows: frozenset[str] = frozenset()) -> list[str]:
+    """One row a setting, nested specifications flattened to dotted keys; those that follow others are left out."""
     found = []
+    follows |= spec.follows
     for name, field in type(spec).model_fields.items():
         value = getattr(spec, name)
         if isinstance(value, Spec):
-            found += rows(value, f"{prefix}{name}.")
-        else:
+            found += rows(value, f"{prefix}{name}.", follows)
+        elif f"{prefix}{name}" not in follows:
             found.append(f"| `{prefix}{name}` | {shown(value)} | {meaning(field)} |")
     return found
 

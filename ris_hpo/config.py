@@ -24,7 +24,7 @@ import tomlkit
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
 
 from ris_hpo.errors import ConfigError, reading
-from ris_hpo.migrations import RENAMED, STEPS, Tree
+from ris_hpo.migrations import RENAMED, STEPS, Tree, has, put, take
 
 SCHEMA: Final = len(STEPS)
 """Version of the names and defaults of all settings."""
@@ -45,6 +45,8 @@ class Spec(BaseModel):
     )
     settings: ClassVar[str | None] = None
     """What ``schemas/N.json`` and the migrations call these settings; None for what is not stored by itself."""
+    follows: ClassVar[frozenset[str]] = frozenset()
+    """Dotted keys that have the value of another key unless they are stated; they have no default of their own."""
 
     @model_validator(mode="before")
     @classmethod
@@ -71,14 +73,10 @@ class Spec(BaseModel):
         """
         tree = self.model_dump(mode="json")
         for path, value in changes.items():
-            node = tree
-            *parents, leaf = path.split(".")
-            for part in [*parents, leaf]:
-                if not isinstance(node, dict) or part not in node:
-                    raise ConfigError(f"unknown key '{path}'{suggestion(path, list(dotted_keys(self)))}")
-                if part is not leaf:
-                    node = node[part]
-            node[leaf] = value
+            follows = path in self.follows or any(key.startswith(f"{path}.") for key in self.follows)
+            if not has(tree, path) and not follows:
+                raise ConfigError(f"unknown key '{path}'{suggestion(path, list(dotted_keys(self)))}")
+            put(tree, path, value)
         return type(self).parse(tree)
 
     @classmethod
@@ -207,6 +205,13 @@ def defaults_of(spec: type[Spec]) -> Tree:
 
 
 def _described(spec: type[Spec], values: Mapping[str, Any]) -> Tree:
+    tree = _every_default(spec, values)
+    for path in spec.follows:
+        take(tree, path)
+    return tree
+
+
+def _every_default(spec: type[Spec], values: Mapping[str, Any]) -> Tree:
     tree: Tree = {}
     for name, field in spec.model_fields.items():
         if name in values:

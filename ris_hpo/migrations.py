@@ -22,19 +22,35 @@ def move(tree: Tree, old: str, new: str, convert: Callable[[Any], Any] = lambda 
         convert: turns the old value into the new one.
     """
     if has(tree, old):
-        *parents, leaf = new.split(".")
-        value = convert(take(tree, old))
-        for part in parents:
-            tree = tree.setdefault(part, {})
-        tree[leaf] = value
+        put(tree, new, convert(take(tree, old)))
+
+
+def put(tree: Tree, path: str, value: Any) -> None:
+    """Set a dotted key; tables that are missing on the way are made."""
+    *parents, leaf = path.split(".")
+    for part in parents:
+        tree = tree.setdefault(part, {})
+    tree[leaf] = value
 
 
 def take(tree: Tree, path: str) -> Any:
-    """Remove a dotted key and return its value; None where the tree has it not."""
+    """Remove a dotted key, and tables that it leaves empty; return its value, None where the tree has it not."""
     *parents, leaf = path.split(".")
+    tables = [tree]
     for part in parents:
-        tree = tree.get(part, {})
-    return tree.pop(leaf, None)
+        tables.append(tables[-1].get(part, {}))
+    value = tables[-1].pop(leaf, None)
+    for table, part in zip(reversed(tables[:-1]), reversed(parents), strict=True):
+        if table.get(part) == {}:
+            del table[part]
+    return value
+
+
+def value_at(tree: Tree, path: str) -> Any:
+    """Return the value of a dotted key, None where the tree has it not."""
+    for part in path.split("."):
+        tree = tree.get(part, {}) if isinstance(tree, dict) else {}
+    return None if tree == {} else tree
 
 
 def has(tree: Tree, path: str) -> bool:
@@ -70,5 +86,28 @@ def _from_0(settings: str, tree: Tree) -> None:
         tree["optimizer"]["decay"] = "all"
 
 
-STEPS: Final[tuple[Callable[[str, Tree], None], ...]] = (_from_0,)
+_COUNTS = ("num_v", "num_w", "num_rho")
+_REGION_1 = {"azimuth_deg": [-60.0, 60.0], "elevation_deg": [-30.0, 30.0], "range_m": [0.5, 10.0]}
+_ELEMENTS_1 = {"num_horizontal": 12, "num_vertical": 12, "wavelength_m": 0.3, "spacing_wavelengths": 0.5}
+
+
+def _from_1(settings: str, tree: Tree) -> None:
+    """In schema 1 each grid had 33 x 17 x 8 cells unless stated; now the cells follow the surface and the region.
+
+    Where they come out as the same, they are no longer stated; a network of another surface keeps the cells that it was
+    trained on. Its surface, region and largest count stood beside those of the scene, and may still do so.
+    """
+    if settings == "study":
+        return
+    elements = {name: value_at(tree, f"scene.geometry.{name}") for name in _ELEMENTS_1}
+    for grid in ("network.grid", "inference.likelihood.grid"):
+        cells = [value_at(tree, f"{grid}.{name}") for name in _COUNTS]
+        region = {name: [float(x) for x in value_at(tree, f"{grid}.region.{name}") or ()] for name in _REGION_1}
+        usual = settings == "inference" or elements == _ELEMENTS_1
+        if cells == [33, 17, 8] and region == _REGION_1 and usual:
+            for name in _COUNTS:
+                take(tree, f"{grid}.{name}")
+
+
+STEPS: Final[tuple[Callable[[str, Tree], None], ...]] = (_from_0, _from_1)
 """``STEPS[n]`` leads from version n to n + 1; its first argument says whose settings: training, inference or study."""

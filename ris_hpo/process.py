@@ -1,4 +1,4 @@
-"""This process: the signals that ask it to stop, and the folder where it leaves its files."""
+"""This process: the signals that ask it to stop, and the folders where it leaves and finds its files."""
 
 from __future__ import annotations
 
@@ -15,6 +15,16 @@ STORAGE_VARIABLE: Final = "RIS_HPO_STORAGE_DIR"
 def storage_directory() -> Path:
     """Return where runs leave their database, checkpoints and artifacts: ``$RIS_HPO_STORAGE_DIR`` or ``./storage``."""
     return Path(os.environ.get(STORAGE_VARIABLE) or "storage")
+
+
+def study_directories() -> list[Path]:
+    """Return the folders searched for study files, first found first: ``./studies``, then those that come with ris-hpo.
+
+    These lie inside the package where it was installed, and beside it in a checkout.
+    """
+    package = Path(__file__).resolve().parent
+    inside = package / "studies"
+    return [Path("studies"), inside if inside.is_dir() else package.parent / "studies"]
 
 
 class StopSignals:

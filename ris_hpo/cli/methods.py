@@ -8,21 +8,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import ris_hpo
-from ris_hpo.cli import options
+from ris_hpo.cli import display, options
 from ris_hpo.config import suggestion
-from ris_hpo.errors import CheckpointError, ConfigError
+from ris_hpo.errors import CheckpointError, ConfigError, SceneFileError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ris_hpo.physics.array import Geometry
+    from ris_hpo.physics.grid import GridSpec
     from ris_hpo.physics.scene import Scenes, SceneSpec
     from ris_hpo.physics.sources import Sources
     from ris_hpo.training.config import RunConfig
 
 
-def run_config(path: Path | None) -> RunConfig:
-    """The run configuration of a file, exported or written by hand; the defaults without one.
+def run_config(path: Path | None, surface: str | None = None) -> RunConfig:
+    """The run configuration of a file, exported or written by hand, with ``--surface``; the defaults without one.
 
     Raises:
         ConfigError: no such file, not TOML, an unknown key or a value out of bounds.
@@ -30,7 +31,37 @@ def run_config(path: Path | None) -> RunConfig:
     from ris_hpo.training.config import RunConfig
     from ris_hpo.training.files import load_config
 
-    return RunConfig() if path is None else load_config(path).config
+    found = RunConfig() if path is None else load_config(path).config
+    return options.with_surface(found, surface)
+
+
+def read_scenes(
+    path: Path, geometry: Geometry | None, owner: str, surface: str | None, *, truth: bool = True
+) -> Scenes:
+    """All scenes of a file; where neither the file nor ``--surface`` states the surface, say which one is assumed.
+
+    Args:
+        path: the scene file.
+        geometry: the surface to assume; None for the default one.
+        owner: whose surface that is, for the message.
+        surface: value of ``--surface``.
+        truth: whether to read the truth.
+
+    Raises:
+        SceneFileError: a file that does not fit, or that states another surface than ``--surface``.
+    """
+    from ris_hpo.physics.files import open_scenes
+    from ris_hpo.physics.surfaces import load_surface
+
+    stated = None if surface is None else load_surface(surface).geometry
+    with open_scenes(path, stated or geometry, truth=truth) as file:
+        if stated is not None and file.geometry != stated:
+            raise SceneFileError(f"{path}: states {file.geometry}, --surface {surface} states {stated}; leave one out")
+        if not file.states_surface and stated is None:
+            display.print_note(
+                f"{path} does not say its surface; assumed is that of {owner}: {file.geometry}; state it by --surface"
+            )
+        return file.read_all()
 
 
 @dataclass(frozen=True)
@@ -43,6 +74,7 @@ class Method:
         chunk: scenes in one call; the progress display advances after each.
         geometry: the surface it was made for; None for any.
         scene: the kind of scenes it was trained on, or the default kind.
+        grid: that its likelihood searches.
         needs_truth: one of its settings makes the truth an input.
     """
 
@@ -51,6 +83,7 @@ class Method:
     chunk: int
     geometry: Geometry | None
     scene: SceneSpec
+    grid: GridSpec
     needs_truth: bool = False
 
 
@@ -61,6 +94,7 @@ def choose(
     pairs: Sequence[str] | None,
     device: str,
     path: Literal["pipeline", "network"] = "pipeline",
+    surface: str | None = None,
 ) -> Method:
     """The method that ``--checkpoint``, ``--weights`` or ``--estimator`` names, with ``--set`` applied.
 
@@ -78,25 +112,27 @@ def choose(
         return _learned(shipped_weights(shipped), f"weights '{shipped}'", pairs, device, path)
     if path == "network":
         raise options.UsageError("--path network needs a --checkpoint; an estimator has one path")
-    return _classical(estimator, pairs)
+    return _classical(estimator, pairs, surface)
 
 
-def _classical(name: str, pairs: Sequence[str] | None) -> Method:
+def _classical(name: str, pairs: Sequence[str] | None, surface: str | None) -> Method:
     from typing import get_args
 
     from ris_hpo.estimators.estimate import EstimatorName, EstimatorSpec, estimate
-    from ris_hpo.physics.scene import SceneSpec
+    from ris_hpo.physics.scene import SECTOR, SceneSpec
 
     known = list(get_args(EstimatorName))
     if name not in known:
         raise ConfigError(f"unknown estimator '{name}'{suggestion(name, known)}")
-    spec = options.changed(EstimatorSpec(), pairs)
+    scene = options.with_surface(SceneSpec(), surface, "")
+    region = {f"likelihood.grid.region.{axis}": getattr(scene, axis) for axis in SECTOR}
+    spec = options.changed(EstimatorSpec().replaced(region), pairs)
     chosen: Any = name
 
     def located(scenes: Scenes, counts: Tensor | None) -> Sources:
         return estimate(chosen, scenes, spec, counts)
 
-    return Method(name, located, 64, None, SceneSpec(), needs_truth=spec.covariance == "truth")
+    return Method(name, located, 64, None, scene, spec.likelihood.grid, needs_truth=spec.covariance == "truth")
 
 
 def shipped_weights(name: str) -> Path:
@@ -136,7 +172,7 @@ def _learned(checkpoint: Path, name: str, pairs: Sequence[str] | None, device: s
             return explained(network, scenes, outputs, network_sources(outputs, spec, counts))
         return localize(network, scenes, spec, num_sources=counts)
 
-    return Method(f"{name} ({path})", located, 64, scene.geometry, scene)
+    return Method(f"{name} ({path})", located, 64, scene.geometry, scene, spec.likelihood.grid)
 
 
 def known_counts(text: str | None, scenes: Scenes) -> Tensor | None:

@@ -46,6 +46,7 @@ def simulate(
         float | None, typer.Option(min=-60, max=100, help="SNR of every scene in dB; else drawn.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML whose scene table to use, such as an exported run.")] = None,
+    surface: options.Surface = None,
     set_: options.Changes = None,
     device: options.Device = "cpu",
     json_: options.Json = False,
@@ -60,7 +61,8 @@ def simulate(
     from ris_hpo.training.files import load_scene
 
     path = options.check_output(out, suffix=".npz")
-    spec = options.changed(load_scene(config) if config else SceneSpec(), set_)
+    scene = options.with_surface(load_scene(config) if config else SceneSpec(), surface, "")
+    spec = options.changed(scene, set_)
     find_device(device)
     started = time.perf_counter()
     parts = []
@@ -90,6 +92,7 @@ def simulate(
 def train(
     out: Annotated[Path, typer.Option(help="Folder of the run; one that is there already is continued.")],
     config: Annotated[Path | None, typer.Option(help="Run configuration, TOML.", show_default="the defaults")] = None,
+    surface: options.Surface = None,
     set_: options.Changes = None,
     num_scenes: Annotated[
         int | None,
@@ -112,7 +115,6 @@ def train(
 ) -> None:
     """Train one configuration to the end of its budget; Ctrl-C saves it, the same command continues it."""
     from ris_hpo.physics.device import find_device
-    from ris_hpo.physics.files import load_scenes
     from ris_hpo.process import StopSignals
     from ris_hpo.training.curriculum import with_curriculum
     from ris_hpo.training.trainer import Trainer
@@ -122,18 +124,24 @@ def train(
         options.check_output(plot, suffix=options.PLOT_SUFFIXES)
     find_device(device)
     if replay:
-        if config is None or set_ or num_scenes is not None or scenes or validation or curriculum:
+        if config is None or surface or set_ or num_scenes is not None or scenes or validation or curriculum:
             raise options.UsageError("--replay needs --config alone: the exported trial, unchanged")
         _replay(config, out, device, json_=json_)
         return
     if validation is not None and scenes is None:
         raise options.UsageError("--validation needs --scenes")
-    spec = options.changed(methods.run_config(config), set_)
+    spec = options.changed(methods.run_config(config, surface), set_)
+    for line in spec.coarse_grids():
+        display.print_note(f"warning: {line}")
     if num_scenes is not None:
         spec = spec.replaced({"budget.scenes": num_scenes})
     if curriculum:
         spec = with_curriculum(spec)
-    own, held = (load_scenes(path, spec.scene.geometry) if path else None for path in (scenes, validation))
+    geometry = spec.scene.geometry
+    own, held = (
+        methods.read_scenes(path, geometry, "the configuration", surface) if path else None
+        for path in (scenes, validation)
+    )
     trainer = Trainer(spec, out, device=device, scenes=own, validation=held)
     if own is not None and spec.network.noise_known:
         _warn_of_data(own, spec.network.grid.region)
@@ -243,6 +251,7 @@ def evaluate(
     per_cell: Annotated[int, typer.Option(min=1, help="Drawn scenes for each pair of SNR and count.")] = 20,
     seed: options.Seed = 1_000_003,
     num_sources: NumSources = None,
+    surface: options.Surface = None,
     set_: options.Changes = None,
     device: options.Device = "cpu",
     plot: Annotated[
@@ -253,7 +262,7 @@ def evaluate(
 ) -> None:
     """Score a network or an estimator per SNR, source count, range and azimuth, each figure beside its floor."""
     from ris_hpo.physics.device import find_device
-    from ris_hpo.physics.files import load_estimates, load_scenes
+    from ris_hpo.physics.files import load_estimates
     from ris_hpo.physics.scene import grid_of_cells
     from ris_hpo.scoring.evaluate import evaluate as table_of
 
@@ -265,15 +274,15 @@ def evaluate(
     if estimates is not None:
         if scenes is None or checkpoint is not None or estimator is not None:
             raise options.UsageError("--estimates needs --scenes, and excludes --checkpoint and --estimator")
-        batch = load_scenes(scenes)
+        batch = methods.read_scenes(scenes, None, "the default", surface)
         batch.known_truth()
         name, seconds, found = str(estimates), None, load_estimates(estimates)
         if len(found) != len(batch):
             raise SceneFileError(f"{estimates}: holds {len(found)} scenes, {scenes} holds {len(batch)}")
     else:
-        method = methods.choose(checkpoint, weights, estimator, set_, device, path)
+        method = methods.choose(checkpoint, weights, estimator, set_, device, path, surface)
         if scenes is not None:
-            batch = load_scenes(scenes, method.geometry)
+            batch = methods.read_scenes(scenes, method.geometry, method.name, surface)
         else:
             cells = [options.numbers("--snr-db", snr_db, float), options.numbers("--counts", counts, int)]
             batch = grid_of_cells(method.scene, seed, cells[0], [int(count) for count in cells[1]], per_cell)
@@ -327,6 +336,8 @@ def _located(method: Method, batch: Scenes, num_sources: str | None, device: str
     """Sources of all scenes, and the seconds that finding them took."""
     from ris_hpo.physics.sources import Sources
 
+    for words in method.grid.coarseness(batch.geometry):
+        display.print_note(f"warning: the grid's {words}; sources may be missed")
     known = methods.known_counts(num_sources, batch)
     parts: list[Sources] = []
     started = time.perf_counter()
@@ -348,6 +359,7 @@ def prove(
     ] = None,
     num_scenes: Annotated[int, typer.Option("--num-scenes", min=16, help="Number of scenes to memorise.")] = 512,
     epochs: Annotated[int, typer.Option(min=1, help="Most passes over these scenes before the proof fails.")] = 150,
+    surface: options.Surface = None,
     set_: options.Changes = None,
     device: options.Device = "cpu",
     json_: options.Json = False,
@@ -359,9 +371,11 @@ def prove(
     from ris_hpo.training.proof import prove as certify
 
     find_device(device)
-    spec = methods.run_config(config)
+    spec = methods.run_config(config, surface)
     if config is None and preset == "large":
-        spec = spec.replaced({"network": large().model_dump(mode="json")})
+        own = ("geometry", "grid", "max_sources")  # these follow the scenes
+        large_form = large().model_dump(mode="json", exclude=set(own))
+        spec = spec.replaced({f"network.{name}": value for name, value in large_form.items()})
     if head is not None:
         spec = spec.replaced({"network.covariance_head": head})
     spec = options.changed(spec, set_)
@@ -394,18 +408,20 @@ def localize(
     weights: Weights = None,
     estimator: Estimator = None,
     num_sources: NumSources = None,
+    surface: options.Surface = None,
     set_: options.Changes = None,
     device: options.Device = "cpu",
     json_: options.Json = False,
 ) -> None:
     """Find the sources of every scene in a file, by a trained network or a classical estimator."""
     from ris_hpo.physics.device import find_device
-    from ris_hpo.physics.files import load_scenes, save_estimates
+    from ris_hpo.physics.files import save_estimates
 
     target = options.check_output(out, suffix=".npz")
     find_device(device)
-    method = methods.choose(checkpoint, weights, estimator, set_, device)
-    batch = load_scenes(scenes, method.geometry, truth=num_sources == "truth" or method.needs_truth)
+    method = methods.choose(checkpoint, weights, estimator, set_, device, surface=surface)
+    wants_truth = num_sources == "truth" or method.needs_truth
+    batch = methods.read_scenes(scenes, method.geometry, method.name, surface, truth=wants_truth)
     found, seconds = _located(method, batch, num_sources, device)
     save_estimates(target, found)
     _warn_of_misfit(found)

@@ -28,6 +28,14 @@ Changes = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, its value as in TOML; may be repeated."),
 ]
+Surface = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|FILE",
+        help="Surface, region and base station: default, sub6-16x16, mmwave-32x32, linear-64, or a TOML file.",
+        show_default="the configuration's",
+    ),
+]
 
 
 class UsageError(TyperException):
@@ -58,6 +66,17 @@ def changed(spec: S, pairs: Sequence[str] | None) -> S:
     """Return the specification with ``--set`` applied."""
     wanted = changes(pairs)
     return spec.replaced(wanted) if wanted else spec
+
+
+def with_surface(spec: S, surface: str | None, prefix: str = "scene.") -> S:
+    """Return the specification with ``--surface`` applied.
+
+    Raises:
+        ConfigError: an unknown or incomplete surface.
+    """
+    from ris_hpo.physics.surfaces import surface_changes
+
+    return spec if surface is None else spec.replaced(surface_changes(surface, prefix))
 
 
 def numbers(option: str, text: str, kind: Callable[[str], float]) -> list[float]:

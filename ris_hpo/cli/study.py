@@ -81,6 +81,7 @@ def run(
         int | None, typer.Option(min=1, help="Length of a trial in epochs of budget.epoch_scenes scenes.")
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the study.", show_default="the study's")] = None,
+    surface: options.Surface = None,
     set_: options.Changes = None,
     timeout: Annotated[float | None, typer.Option(min=0, help="Stop after so many seconds.")] = None,
     gpu_hours: Annotated[
@@ -111,6 +112,7 @@ def run(
 
     A study keeps what it was made with; run again, it changes only what the options name.
     """
+    from ris_hpo.physics.surfaces import surface_changes
     from ris_hpo.report.study_page import kept_current
     from ris_hpo.search.files import checked, load_study
     from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget, find_spec, stored_spec
@@ -140,7 +142,7 @@ def run(
     spec = known or load_study(space or "wide")
     if program is not None:
         spec = spec.replaced({"program": program})
-    base = options.changes(set_)
+    base = {**(surface_changes(surface, "scene.") if surface else {}), **options.changes(set_)}
     if base:
         spec = spec.with_base(base)
     if epochs_per_trial is not None:

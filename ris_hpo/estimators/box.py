@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ris_hpo.physics.array import Cosines, Geometry, cosine_steering, cosine_steering_jacobian
-from ris_hpo.physics.grid import GridSpec, Region, local_maxima
+from ris_hpo.physics.grid import Grid, Region, local_maxima, resolution
 
 COINCIDING = 0.995
 """Correlation |a_i^H a_j| of two array responses above which they are taken for one source: 1/20 of a beam width."""
@@ -28,6 +28,17 @@ def limits(region: Region, device: torch.device) -> tuple[Tensor, Tensor]:
     ]
     bounds = torch.tensor(rows, dtype=torch.float64, device=device)
     return bounds[:, 0], bounds[:, 1]
+
+
+def strides(geometry: Geometry, angle: float, depth: float, device: torch.device) -> Tensor:
+    """Largest moves of a step in u, float64 [3]: ``angle`` beam widths in the angles, ``depth`` depths of focus in 1/r.
+
+    At most 1, for an axis of which the surface sees nothing. Rounded, so that a surface as large as the default one has
+    the same to the last digit.
+    """
+    beam_v, beam_w, focus = resolution(geometry)
+    shares = (angle * beam_v, angle * beam_w, depth * focus)
+    return torch.tensor([round(min(share, 1.0), 12) for share in shares], dtype=torch.float64, device=device)
 
 
 def clipped(u: Tensor, region: Region) -> Tensor:
@@ -114,7 +125,7 @@ class GridPoints:
     shape: tuple[int, int, int]
 
     @staticmethod
-    def of(grid: GridSpec, device: torch.device) -> GridPoints:
+    def of(grid: Grid, device: torch.device) -> GridPoints:
         """The candidate positions of a grid."""
         cells = grid.cells(device)
         u = clipped(from_cosine_coordinates(cells), grid.region)

@@ -109,7 +109,7 @@ def _from_covariance(
         method,
         count,
         max_sources=settings.max_sources,
-        grid=settings.grid,
+        grid=settings.grid.on(scenes.geometry),
         refinement_steps=spec.refinement_steps,
     )
     scale = power_unit * total / scenes.geometry.num_elements  # the covariances above have trace N

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ris_hpo.estimators.box import clipped, limits
+from ris_hpo.estimators.box import clipped, limits, strides
 from ris_hpo.estimators.cost import (
     LOG_POWER_LIMITS,
     PowerStatistics,
@@ -21,7 +21,7 @@ from ris_hpo.estimators.descent import descend
 from ris_hpo.estimators.observation import Observation
 from ris_hpo.physics.grid import Region
 
-_STRIDE = (0.08, 0.08, 0.4)  # largest move of a step in u: half a beam width, a fifth of the range axis
+_STRIDE = (0.48, 0.864)  # largest move of a step: half a beam width, and somewhat less than a depth of focus
 _POWER_STRIDE = 1.5  # largest move of a step in log p: one e-fold and a half
 _POWER_STEPS = 4  # Fisher steps of the powers alone before positions move too
 
@@ -73,7 +73,7 @@ def deterministic_fit(
     """
     k = u.shape[1]
     low, high = (limit.repeat(k) for limit in limits(region, u.device))
-    stride = torch.tensor(_STRIDE, dtype=u.dtype, device=u.device).repeat(k)
+    stride = strides(observation.geometry, *_STRIDE, u.device).repeat(k)
     start = clipped(u, region).flatten(1)
     x, _ = descend(observation, deterministic_cost, start, low, high, stride, steps, tolerance)
     result: Tensor = x.unflatten(-1, (k, 3))
@@ -118,10 +118,10 @@ def stochastic_fit(
         torch.cat([limit.repeat(k), torch.full_like(powers[0], bound)])
         for limit, bound in zip(limits(region, u.device), LOG_POWER_LIMITS, strict=True)
     )
-    stride = torch.tensor(_STRIDE, dtype=u.dtype, device=u.device).repeat(k)
-    strides = torch.cat([stride, torch.full_like(powers[0], _POWER_STRIDE)])
+    stride = strides(observation.geometry, *_STRIDE, u.device).repeat(k)
+    stride = torch.cat([stride, torch.full_like(powers[0], _POWER_STRIDE)])
     start = torch.cat([u.flatten(1), powers], dim=-1)
-    x, nll = descend(observation, stochastic_cost, start, low, high, strides, steps, tolerance)
+    x, nll = descend(observation, stochastic_cost, start, low, high, stride, steps, tolerance)
     return Fit(x[:, : 3 * k].unflatten(-1, (k, 3)), x[:, 3 * k :], nll)
 
 

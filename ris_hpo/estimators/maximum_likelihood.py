@@ -50,7 +50,7 @@ def deterministic_ml(
         NumericalError: scenes that are not finite.
     """
     spec = spec or LikelihoodSpec()
-    points = GridPoints.of(spec.grid, scenes.device)
+    points = GridPoints.of(spec.grid.on(scenes.geometry), scenes.device)
     response = box_steering(scenes.geometry, points.u).to(torch.complex64)
     return _in_batches(scenes, spec, num_sources, None, None, lambda seen, _: Atoms.of(seen, points.u, response))
 
@@ -101,7 +101,7 @@ def spectrum_maxima(scenes: Scenes, count: int, spec: LikelihoodSpec | None = No
     """
     require_finite(scenes)
     spec = spec or LikelihoodSpec()
-    points = GridPoints.of(spec.grid, scenes.device)
+    points = GridPoints.of(spec.grid.on(scenes.geometry), scenes.device)
     response = box_steering(scenes.geometry, points.u).to(torch.complex64)
     count = min(count, len(points))
     chosen = []
@@ -132,8 +132,9 @@ def residual_maxima(observation: Observation, fit: Fit, spec: LikelihoodSpec) ->
     factor = cholesky(gram + (level / excess)[:, None, None] * eye, "H H^H + I / snr")
     white = torch.cholesky_solve(residual.squeeze(-1).mT, factor).mT
     z = (rows.mH @ white.unsqueeze(-1)).squeeze(-1)
-    points = GridPoints.of(spec.grid, z.device)
-    power = spectrum(observation.geometry, z.to(torch.complex64), spec.grid).flatten(1)[:, points.valid]
+    grid = spec.grid.on(observation.geometry)
+    points = GridPoints.of(grid, z.device)
+    power = spectrum(observation.geometry, z.to(torch.complex64), grid).flatten(1)[:, points.valid]
     chosen = points.maxima(power, min(spec.search.residual_maxima, len(points)))
     return Atoms.of(observation, points.u[chosen])
 

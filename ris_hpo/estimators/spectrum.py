@@ -28,6 +28,7 @@ from ris_hpo.estimators.box import (
     clipped,
     coinciding,
     limits,
+    strides,
     to_polar,
 )
 from ris_hpo.estimators.cost import Evaluation
@@ -35,12 +36,12 @@ from ris_hpo.estimators.covariance import signal_subspace, trace_normalised
 from ris_hpo.estimators.descent import descend
 from ris_hpo.physics.array import Geometry
 from ris_hpo.physics.cholesky import cholesky
-from ris_hpo.physics.grid import GridSpec, Region, local_maxima
+from ris_hpo.physics.grid import Grid, GridSpec, Region, local_maxima
 from ris_hpo.physics.sources import Sources
 
 _LOADING = 1e-3  # of the mean diagonal, for MVDR
 _SPARE = 4  # further peaks that are looked at where two of the first have become one
-_STRIDE = (0.05, 0.05, 0.3)
+_STRIDE = (0.3, 0.648)  # largest move of a step, in beam widths and depths of focus
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ def localize_covariance(
     num_sources: Tensor,
     *,
     max_sources: int = 5,
-    grid: GridSpec | None = None,
+    grid: Grid | None = None,
     refinement_steps: int = 25,
 ) -> Sources:
     """Sources from a covariance of the aperture.
@@ -129,7 +130,7 @@ def localize_covariance(
         ConfigError: a count outside 0..max_sources or a covariance of another shape.
         NumericalError: the covariance is not finite.
     """
-    grid = grid or GridSpec()
+    grid = grid or GridSpec().on(geometry)
     n = geometry.num_elements
     if covariance.shape[-2:] != (n, n):
         raise ConfigError(f"covariance has shape {tuple(covariance.shape)}, expected [B, {n}, {n}]")
@@ -160,7 +161,7 @@ def localize_covariance(
 
 
 def _peaks(
-    method: str, covariance: Tensor, form: QuadraticForm, counts: tuple[int, int], grid: GridSpec, steps: int
+    method: str, covariance: Tensor, form: QuadraticForm, counts: tuple[int, int], grid: Grid, steps: int
 ) -> Tensor:
     """Refined peaks u [B, counts[1], 3] of the form of ``counts[0]`` signals."""
     region = grid.region
@@ -172,7 +173,7 @@ def _peaks(
     return refined_peaks(form, u, region, steps) if steps else clipped(u, region)
 
 
-def peak_angles(form: QuadraticForm, k: int, grid: GridSpec) -> Tensor:
+def peak_angles(form: QuadraticForm, k: int, grid: Grid) -> Tensor:
     """The k highest local maxima over angle of the spectrum's largest value over range: u [B, k, 3]."""
     points = GridPoints.of(grid, form.factor.device)
     single = QuadraticForm(form.geometry, form.factor.to(torch.complex64), form.complement)  # ranks peaks only
@@ -201,7 +202,7 @@ def with_best_range(form: QuadraticForm, u: Tensor, region: Region, count: int =
 def refined_peaks(form: QuadraticForm, u: Tensor, region: Region, steps: int) -> Tensor:
     """Each of the peaks u [B, k, 3] moved to the local minimum of its quadratic form."""
     low, high = limits(region, u.device)
-    stride = torch.tensor(_STRIDE, dtype=u.dtype, device=u.device)
+    stride = strides(form.geometry, *_STRIDE, u.device)
     start = clipped(u, region)
     peaks = []
     for i in range(u.shape[1]):

@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
 from ris_hpo.atomic import replacing
-from ris_hpo.config import SCHEMA, SCHEMA_KEY, Spec, migrated
+from ris_hpo.config import SCHEMA, SCHEMA_KEY, migrated
 from ris_hpo.errors import CheckpointError, ConfigError, OutputError, reading
 from ris_hpo.learning.inference import InferenceSpec, localize
-from ris_hpo.learning.network import Network, NetworkSpec, Outputs
+from ris_hpo.learning.network import Network, Outputs
+from ris_hpo.learning.settings import NetworkSettings
 from ris_hpo.learning.weights import load_weights
 from ris_hpo.physics.scene import Scenes, SceneSpec, simulate
 from ris_hpo.physics.sources import Sources
@@ -42,13 +43,10 @@ _FIELDS: Final = 11  # the first ones of Outputs; the dense maps that follow are
 _LARGEST_BATCH: Final = 65_536
 
 
-class Manifest(Spec):
+class Manifest(NetworkSettings):
     """What ``bundle.json`` says."""
 
     format: Literal["ris-hpo bundle 1"] = FORMAT
-    network: NetworkSpec
-    inference: InferenceSpec
-    scene: SceneSpec
     torch: str
     digests: dict[str, str]
     provenance: dict[str, Any] = Field(default_factory=dict)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ris_hpo.estimators.channel import posterior_mean_channel, split_channel
 from ris_hpo.physics.array import Geometry
-from ris_hpo.physics.grid import GridSpec, dictionary, spectrum
+from ris_hpo.physics.grid import Grid, dictionary, spectrum
 from ris_hpo.physics.scene import Scenes
 
 _LOADINGS = (0.003, 5.0, 28)  # an estimate of 1 / snr averages over 28 values between these two
@@ -67,7 +67,7 @@ def back_projection(channel: Tensor, codes: Tensor, y: Tensor) -> Tensor:
     return (y @ channel.conj()) * codes.conj()
 
 
-def spectral_features(scenes: Scenes, grid: GridSpec, *, passes: int, noise_known: bool) -> Features:
+def spectral_features(scenes: Scenes, grid: Grid, *, passes: int, noise_known: bool) -> Features:
     """Features of the spectral front-end; with ``noise_known`` False the noise power is not looked at."""
     scenes, _ = scenes.in_unit_levels()
     loading, context = _levels(scenes, noise_known)
@@ -146,7 +146,7 @@ def whiten(scenes: Scenes, loading: Tensor) -> tuple[Tensor, Tensor]:
     return y, torch.linalg.solve_triangular(root, channel, upper=False)
 
 
-def _log_spectrum(geometry: Geometry, grid: GridSpec, z: Tensor) -> Tensor:
+def _log_spectrum(geometry: Geometry, grid: Grid, z: Tensor) -> Tensor:
     power = spectrum(geometry, z, grid)
     return (power / power.mean((1, 2, 3), keepdim=True).clamp(min=_SMALL)).clamp(min=1e-4).log()
 

@@ -129,7 +129,7 @@ def localize(
         counts = network_sources(outputs, spec, num_sources).num_sources
         form = network.spec
         found = localize_covariance(
-            form.geometry, effective, spec.localizer, counts, max_sources=form.max_sources, grid=form.grid
+            form.geometry, effective, spec.localizer, counts, max_sources=form.max_sources, grid=form.cells
         )
         return explained(network, scenes, outputs, found)
     observed, candidates, likelihood = refinement(network, scenes, spec, outputs)

@@ -18,7 +18,7 @@ from ris_hpo.learning.features import GAIN_EDGE
 from ris_hpo.learning.hybrid import Covariances
 from ris_hpo.learning.network import Network, Outputs, slot_geometry
 from ris_hpo.physics.array import Geometry, cosine_steering, steering, to_cosines
-from ris_hpo.physics.grid import GridSpec, dictionary
+from ris_hpo.physics.grid import Grid, dictionary
 from ris_hpo.physics.scene import Scenes
 from ris_hpo.physics.sources import Sources
 from ris_hpo.scoring.matching import assignment, distances, match
@@ -79,7 +79,7 @@ def nmse(estimate: Tensor, label: Tensor, diagonal: float = 1.0, off_diagonal: f
     return (off_diagonal * difference.sum((-1, -2)) + (diagonal - off_diagonal) * on) / scale
 
 
-def cell_targets(truth: Sources, grid: GridSpec) -> tuple[Tensor, Tensor]:
+def cell_targets(truth: Sources, grid: Grid) -> tuple[Tensor, Tensor]:
     """Nearest cell of every source and its position relative to that cell's centre.
 
     Returns:
@@ -97,7 +97,7 @@ def cell_targets(truth: Sources, grid: GridSpec) -> tuple[Tensor, Tensor]:
     return (rho * grid.num_v + v) * grid.num_w + w, torch.stack(offsets, 1)
 
 
-def detection(outputs: Outputs, truth: Sources, grid: GridSpec) -> Tensor:
+def detection(outputs: Outputs, truth: Sources, grid: Grid) -> Tensor:
     """Cross-entropy of "a source is here": over cells (sum, nearest cell positive), or over matched slots (mean)."""
     if outputs.cell_logit is None:
         slots = _slots(outputs, truth.max_sources)
@@ -115,7 +115,7 @@ def detection(outputs: Outputs, truth: Sources, grid: GridSpec) -> Tensor:
     return cells / (len(truth) * truth.max_sources)
 
 
-def offset(outputs: Outputs, truth: Sources, grid: GridSpec) -> Tensor:
+def offset(outputs: Outputs, truth: Sources, grid: Grid) -> Tensor:
     """Huber on offset (cells) and on log relative power at the true cells; 0 for the token front-end."""
     if outputs.cell_offset is None or outputs.cell_power is None:
         return outputs.existence.sum() * 0.0
@@ -222,7 +222,7 @@ def subspace_alignment(predicted: Tensor, label: Tensor) -> Tensor:
     return (_energy(outside) / _energy(predicted).clamp(min=1e-30)).mean()
 
 
-def peak_contrast(predicted: Tensor, truth: Sources, geometry: Geometry, grid: GridSpec) -> Tensor:
+def peak_contrast(predicted: Tensor, truth: Sources, geometry: Geometry, grid: Grid) -> Tensor:
     """softplus(log mean elsewhere - log mean at truth) of the Bartlett spectrum a^H R a; elsewhere: every 16th cell."""
     at = steering(geometry, truth.azimuth, truth.elevation, truth.range_m)
     here = torch.einsum("bkn,bnm,bkm->bk", at.conj(), predicted, at).real.clamp(min=1e-6)
@@ -240,7 +240,7 @@ def loss_terms(
     Raises:
         ConfigError: scenes without truth, or without the symbols that the disturbance needs.
     """
-    truth, geometry, grid = scenes.require_truth(), network.spec.geometry, network.spec.grid
+    truth, geometry, grid = scenes.require_truth(), network.spec.geometry, network.spec.cells
     slots = network.spec.max_sources
     label = label_factor(truth, geometry)
     covariance = label @ label.mH

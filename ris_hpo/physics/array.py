@@ -43,6 +43,10 @@ class Geometry(Spec):
         "exact", description="path differences: exact, an approximation by Fresnel, or of plane waves"
     )
 
+    def __str__(self) -> str:
+        spacing = f"{self.spacing_wavelengths:g} wavelengths apart, wavelength {self.wavelength_m:g} m"
+        return f"{self.num_horizontal} x {self.num_vertical} elements, {spacing}, {self.wave} wave"
+
     @property
     def num_elements(self) -> int:
         """N = N_H N_V."""

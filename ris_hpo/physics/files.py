@@ -91,7 +91,7 @@ class SceneFile:
         path: the file.
         kind: ``npz``, ``MATLAB 5``, ``MATLAB 7.3`` or ``HDF5``.
         geometry: the surface.
-        geometry_stated: whether the file or the caller stated it; else the default surface is assumed.
+        states_surface: whether the file states it; else the caller's is taken, or the default one is assumed.
         sizes: number of scenes B, snapshots L, antennas M, elements N and, with a truth, slots K.
         has_noise_power: whether the file gives the noise power.
         has_truth: whether it gives the truth.
@@ -112,12 +112,12 @@ class SceneFile:
                 problems.add(f"array '{owner}' has shape {arrays[owner].shape}: no {meaning} in it")
         if self.sizes.get("K") == 0:
             problems.add(f"array 'azimuth' has shape {arrays['azimuth'].shape}: no place for a source in it")
-        self.geometry_stated = geometry is not None or "geometry_json" in arrays
+        self.states_surface = "geometry_json" in arrays
         self.geometry = _surface(arrays, geometry, problems)
         elements = self.sizes.get("N")
         if elements and self.geometry.num_elements != elements:
             surface = self.geometry
-            hint = "" if self.geometry_stated else f"; {UNSTATED_SURFACE}"
+            hint = "" if self.states_surface else f"; {UNSTATED_SURFACE}"
             problems.add(
                 f"array 'bs_ris_channel' has N = {elements} elements, expected "
                 f"{surface.num_horizontal} x {surface.num_vertical} = {surface.num_elements} of the surface{hint}"
@@ -186,6 +186,17 @@ class SceneFile:
             partial_truth=None if complete else truth,
         )
 
+    def read_all(self) -> Scenes:
+        """Read the file whole.
+
+        Raises:
+            SceneFileError: as :meth:`read`, or the file has no noise power.
+        """
+        if not self.has_noise_power:
+            hint = suggestion("noise_power", list(self._arrays))
+            raise SceneFileError(f"{self.path}: array 'noise_power' is missing{hint}")
+        return self.read()
+
     def _slots(self) -> int:
         """K; of counts alone the largest, at least 1."""
         counts = self._used["num_sources"].array
@@ -225,11 +236,7 @@ def load_scenes(path: Path | str, geometry: Geometry | None = None, *, truth: bo
         SceneFileError: as :func:`open_scenes`, or values that do not fit, or no noise power.
     """
     with open_scenes(path, geometry, truth=truth) as file:
-        if not file.has_noise_power:
-            raise SceneFileError(
-                f"{path}: array 'noise_power' is missing{suggestion('noise_power', list(file._arrays))}"
-            )
-        return file.read()
+        return file.read_all()
 
 
 def save_scenes(path: Path | str, scenes: Scenes) -> None:

@@ -38,12 +38,82 @@ class Region(Spec):
         return (v[0], v[1]), (w[0], w[1]), (1 / self.range_m[1], 1 / self.range_m[0])
 
 
-class GridSpec(Spec):
-    """Number of cells along v, w and rho."""
+_CELL_WIDTH, _CELL_DEPTH = 0.375, 0.6
+"""Largest distance between cells, in beam widths and in depths of focus."""
 
-    num_v: int = Field(33, ge=3, le=257, description="cells along v = cos el sin az")
-    num_w: int = Field(17, ge=3, le=257, description="cells along w = sin el")
-    num_rho: int = Field(8, ge=1, le=64, description="cells along rho = 1 / range")
+
+def resolution(geometry: Geometry) -> tuple[float, float, float]:
+    """Beam widths along v and w, and depth of focus along rho = 1/r [1/m]; infinite where a surface sees nothing.
+
+    A row of n elements d apart resolves lambda / (n d) in the cosine. Its focus at boresight falls to half power at
+    5 lambda / D^2 in 1/r to either side, D the diagonal, which is 10 / d_F for the Fraunhofer distance
+    d_F = 2 D^2 / lambda (Bjornson, Demir and Sanguinetti, "A primer on near-field beamforming for arrays and
+    reconfigurable intelligent surfaces", Asilomar 2021, for a square).
+    """
+    counts = (geometry.num_horizontal, geometry.num_vertical)
+    beams = [1 / (count * geometry.spacing_wavelengths) if count > 1 else math.inf for count in counts]
+    squared = sum((count * geometry.spacing_wavelengths) ** 2 for count in counts if count > 1)  # in wavelengths
+    depth = 10 / (squared * geometry.wavelength_m) if squared else math.inf
+    return beams[0], beams[1], depth
+
+
+class GridSpec(Spec):
+    """Number of cells along v, w and rho: as stated, or as many as the surface and the region need."""
+
+    num_v: int | None = Field(
+        None, ge=3, le=1025, description="cells along v = cos el sin az; none: as the aperture needs"
+    )
+    num_w: int | None = Field(None, ge=3, le=1025, description="cells along w = sin el; none: as the aperture needs")
+    num_rho: int | None = Field(
+        None, ge=1, le=256, description="cells along rho = 1 / range; none: as the aperture needs"
+    )
+    region: Region = Region()
+
+    def on(self, geometry: Geometry) -> Grid:
+        """The cells for a surface.
+
+        Unless stated there are at least 2.67 cells per beam width in v and in w, 8 i + 1 of them, so that one lies in
+        the middle and maps can be halved; and at least 1.67 per depth of focus in 1/r. The default surface and region
+        have 33 x 17 x 8. A coordinate of which little can be seen has 3 (1/r: 2), one that is known has 1.
+        """
+        counts = []
+        for stated, (low, high), width, axis in zip(
+            (self.num_v, self.num_w, self.num_rho),
+            self.region.bounds(),
+            resolution(geometry),
+            ("v", "w", "rho"),
+            strict=True,
+        ):
+            cells = (high - low) / (width * (_CELL_DEPTH if axis == "rho" else _CELL_WIDTH)) - 1e-6
+            if stated is not None:
+                counts.append(stated)
+            elif low == high:
+                counts.append(1)
+            elif axis == "rho":
+                counts.append(1 + max(1, math.ceil(cells)))
+            else:
+                counts.append(1 + 8 * math.ceil(cells / 8) if cells > 2 else 3)
+        num_v, num_w, num_rho = counts
+        return Grid(num_v, num_w, num_rho, self.region)
+
+    def coarseness(self, geometry: Geometry) -> list[str]:
+        """Words on each axis whose cells are too far apart: over half a beam width, or over a depth of focus."""
+        names = {"num_v": (0.5, "beam widths"), "num_w": (0.5, "beam widths"), "num_rho": (1.0, "depths of focus")}
+        found = []
+        for (name, (most, unit)), step, width in zip(
+            names.items(), self.on(geometry).spacing(), resolution(geometry), strict=True
+        ):
+            if step > most * width * 1.001:
+                found.append(f"{name} = {getattr(self, name)} puts cells {step / width:.2g} {unit} apart")
+        return found
+
+
+class Grid(NamedTuple):
+    """A grid of cells: how many along v, w and rho, and over which region."""
+
+    num_v: int
+    num_w: int
+    num_rho: int
     region: Region = Region()
 
     @property
@@ -72,7 +142,7 @@ class GridSpec(Spec):
 
 
 @functools.lru_cache(maxsize=8)
-def dictionary(geometry: Geometry, grid: GridSpec, device: torch.device) -> Tensor:
+def dictionary(geometry: Geometry, grid: Grid, device: torch.device) -> Tensor:
     """Array responses of all cells, complex64 [N, G]; kept per (geometry, grid, device)."""
     cells = Cosines(*(axis.double() for axis in grid.cells(device)))
     return cosine_steering(geometry, cells).to(torch.complex64).mT.contiguous()
@@ -96,14 +166,14 @@ class Mirrored(NamedTuple):
     cell: Tensor
 
 
-def is_symmetric(geometry: Geometry, grid: GridSpec) -> bool:
+def is_symmetric(geometry: Geometry, grid: Grid) -> bool:
     """Whether the mirror symmetries hold: even numbers of elements, and bounds symmetric about 0."""
     even = geometry.num_horizontal % 2 == 0 and geometry.num_vertical % 2 == 0
     return even and all(math.isclose(low, -high) for low, high in grid.region.bounds()[:2])
 
 
 @functools.lru_cache(maxsize=8)
-def mirrored_dictionary(geometry: Geometry, grid: GridSpec, device: torch.device) -> Mirrored:
+def mirrored_dictionary(geometry: Geometry, grid: Grid, device: torch.device) -> Mirrored:
     """The quarter-size dictionary; only where :func:`is_symmetric`."""
     middle_v, middle_w = grid.num_v // 2, grid.num_w // 2
     atoms = dictionary(geometry, grid, device).unflatten(0, (geometry.num_vertical, geometry.num_horizontal))
@@ -134,7 +204,7 @@ def mirror_parts(value: Tensor, start: int) -> list[Tensor]:
     return parts
 
 
-def spectrum(geometry: Geometry, z: Tensor, grid: GridSpec) -> Tensor:
+def spectrum(geometry: Geometry, z: Tensor, grid: Grid) -> Tensor:
     """sum_l |a_g^H z_l|^2, float32 [B, num_rho, num_v, num_w], for z [B, L, N]."""
     chunk = 256 if z.is_cuda else 8  # on a CPU, 8 scenes at a time stay in cache
     if not is_symmetric(geometry, grid):

@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -26,6 +26,8 @@ from ris_hpo.physics.sources import Sources
 
 Interval = tuple[float, float]
 _ATTEMPTS = 1000  # draws of a direction before the sources are taken to have no room
+SECTOR: Final = ("azimuth_deg", "elevation_deg", "range_m")
+"""Keys that say where sources are."""
 
 
 class SceneSpec(Spec):

@@ -9,21 +9,12 @@ from typing import Any, Final
 
 from ris_hpo.config import SCHEMA, SCHEMA_KEY, read_toml, suggestion
 from ris_hpo.errors import ConfigError, SpaceError
+from ris_hpo.process import study_directories
 from ris_hpo.search.dimension import Dimension, Value
 from ris_hpo.search.spec import StudySpec, leaves
 
 _PROBES: Final = 64
 """Random configurations that are tried at load, since a combination may be refused where its parts are not."""
-
-
-def study_directories() -> list[Path]:
-    """Return the folders searched for study files, first found first: ``./studies``, then those that come with ris-hpo.
-
-    These lie inside the package where it was installed, and beside it in a checkout.
-    """
-    package = Path(__file__).resolve().parents[1]
-    inside = package / "studies"
-    return [Path("studies"), inside if inside.is_dir() else package.parent / "studies"]
 
 
 def list_studies() -> dict[str, Path]:

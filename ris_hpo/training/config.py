@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from ris_hpo.config import Spec, suggestion
-from ris_hpo.learning.inference import InferenceSpec
 from ris_hpo.learning.losses import TERMS, LossSpec
-from ris_hpo.learning.network import NetworkSpec
-from ris_hpo.physics.scene import SceneSpec
+from ris_hpo.learning.settings import NetworkSettings
 from ris_hpo.scoring.metrics import Scores
 from ris_hpo.training.phases import PhasePlan
 from ris_hpo.training.stability import OptimizerSpec
@@ -93,36 +90,20 @@ class PhaseSpec(Spec):
         return self
 
 
-class RunConfig(Spec):
+class RunConfig(NetworkSettings):
     """Everything a run depends on; two runs with one fingerprint and one thread count are bit-identical on a CPU."""
 
     settings = "training"
 
     seed: int = Field(0, ge=0, lt=2**63, description="of the weights and of the training scenes")
-    scene: SceneSpec = SceneSpec()
-    network: NetworkSpec = NetworkSpec()
     loss: LossSpec = LossSpec()
     balance: BalanceSpec = BalanceSpec()
     optimizer: OptimizerSpec = OptimizerSpec()
-    inference: InferenceSpec = InferenceSpec()
     budget: BudgetSpec = BudgetSpec()
     phases: list[PhaseSpec] = Field(default_factory=list, description="of the curriculum; none is one plain run")
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        if self.network.geometry != self.scene.geometry:
-            raise ValueError("network.geometry must equal scene.geometry")
-        if self.network.max_sources != self.scene.max_sources:
-            raise ValueError(
-                f"network.max_sources {self.network.max_sources} must equal scene.max_sources {self.scene.max_sources}"
-            )
-        grids = {"network.grid": self.network.grid, "inference.likelihood.grid": self.inference.likelihood.grid}
-        for owner, name in itertools.product(grids, ("azimuth_deg", "elevation_deg", "range_m")):
-            drawn, searched = getattr(self.scene, name), getattr(grids[owner].region, name)
-            if drawn[0] < searched[0] or drawn[1] > searched[1]:
-                raise ValueError(
-                    f"scene.{name} {drawn} reaches beyond {owner}.region.{name} {searched}, where nothing is found"
-                )
         if self.budget.validate_every > self.budget.scenes:
             raise ValueError(
                 f"budget.validate_every {self.budget.validate_every} is above budget.scenes {self.budget.scenes}"

@@ -254,7 +254,7 @@ def _refuse(wrong: Tensor, purpose: str, what: str, advice: str) -> None:
 
 def _outside(config: RunConfig, truth: Sources) -> Tensor:
     """[B, K] sources more than half a cell outside the region that the network searches."""
-    grid = config.network.grid
+    grid = config.network.cells
     outside = torch.zeros_like(truth.mask)
     positions = to_cosines(truth.azimuth, truth.elevation, truth.range_m)
     for value, (low, high), step in zip(positions, grid.region.bounds(), grid.spacing(), strict=True):

@@ -337,3 +337,42 @@ def test_weights_that_do_not_ship_are_named(cli, workshop: Path) -> None:
     outcome = cli("localize", workshop / "scenes.npz", "--weights", "nonsense", "--out", "e.npz")
     assert outcome.code == CheckpointError.exit_code
     assert "no weights 'nonsense'" in outcome.err
+
+
+def test_the_surface_is_stated_by_the_file_or_on_the_command_line_or_its_assumption_is_said(
+    cli, tmp_path: Path
+) -> None:
+    row = ["--surface", "linear-64", "--set", "elevation_deg=[-30, 30]"]
+    assert cli("simulate", "--num-scenes", 2, *row, "--num-sources", 1, "--snr-db", 20, "--out", "stated.npz").code == 0
+    arrays = dict(np.load(tmp_path / "stated.npz"))
+    del arrays["geometry_json"]
+    np.savez(tmp_path / "silent.npz", **arrays)
+    quick = ["--estimator", "spectrum-maxima", "--out", "e.npz"]
+    assert "does not say" not in cli("localize", "stated.npz", *quick).err
+    refused = cli("localize", "silent.npz", *quick)
+    assert refused.code == SceneFileError.exit_code
+    assert "state it with --surface" in refused.err
+    named = cli("localize", "silent.npz", "--surface", "linear-64", *quick)
+    assert named.code == 0, named.err
+    assert "does not say" not in named.err
+    other = cli("localize", "stated.npz", "--surface", "default", *quick)
+    assert other.code == SceneFileError.exit_code
+    assert "64 x 1 elements" in other.err
+    assert "12 x 12 elements" in other.err
+
+
+def test_an_assumed_surface_is_the_first_line(cli, workshop: Path, tmp_path: Path) -> None:
+    arrays = dict(np.load(workshop / "scenes.npz"))
+    del arrays["geometry_json"]
+    np.savez(tmp_path / "silent.npz", **arrays)
+    found = cli("localize", "silent.npz", "--checkpoint", workshop / "run", "--out", "e.npz")
+    assert found.code == 0, found.err
+    assert found.err.startswith("silent.npz does not say its surface; assumed is that of ")
+    assert "12 x 12 elements, 0.5 wavelengths apart, wavelength 0.3 m" in found.err
+
+
+def test_a_run_on_another_surface_states_it_once(cli, workshop: Path, tmp_path: Path) -> None:
+    row = ["--set", "scene.geometry.num_horizontal=16", "--set", "network.grid.num_v=9"]
+    found = cli("train", "--config", workshop / "small.toml", *row, "--num-scenes", 32, "--out", "run")
+    assert found.code == 0, found.err
+    assert "warning: network.grid: num_v = 9 puts cells 1.7 beam widths apart" in found.err

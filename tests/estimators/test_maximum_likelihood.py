@@ -12,7 +12,7 @@ from ris_hpo.estimators.counting import EvidenceSpec, log_position_prior, poster
 from ris_hpo.estimators.fit import stochastic_fit
 from ris_hpo.estimators.observation import Observation
 from ris_hpo.estimators.search import Atoms, SearchSpec, gains
-from ris_hpo.physics.array import Cosines, to_cosines
+from ris_hpo.physics.array import Cosines, Geometry, to_cosines
 from ris_hpo.physics.bounds import deterministic_crb
 from ris_hpo.physics.grid import GridSpec, Region
 from ris_hpo.physics.scene import Scenes, SceneSpec, grid_of_cells, simulate
@@ -136,7 +136,7 @@ def test_every_setting_runs_and_finds_strong_sources(loud, changes):
 def test_spectrum_maxima_are_local_maxima_inside_the_region(mixed):
     cosines = spectrum_maxima(mixed, 16, FAST)
     assert cosines.v.shape == (len(mixed), 16)
-    points = GridPoints.of(COARSE, mixed.device)
+    points = GridPoints.of(COARSE.on(mixed.geometry), mixed.device)
     observation = Observation.of(mixed)
     spectrum = gains(observation, Atoms.of(observation, points.u), None, SearchSpec())
     index = points.maxima(spectrum, 16)
@@ -148,7 +148,7 @@ def test_spectrum_maxima_are_local_maxima_inside_the_region(mixed):
 
 def test_gains_are_likelihood_differences(mixed):
     """The gain of an atom beside no source is the drop in nll at the tried power, so never above the best drop."""
-    points = GridPoints.of(COARSE, mixed.device).u
+    points = GridPoints.of(COARSE.on(mixed.geometry), mixed.device).u
     observation = Observation.of(mixed, dtype=torch.complex128)
     atoms = Atoms.of(observation, points)
     gain = gains(observation, atoms, None, SearchSpec())
@@ -270,4 +270,4 @@ def test_the_entry_reaches_every_estimator(mixed: Scenes):
         assert blind.mask.shape == (len(mixed), 5)
         assert torch.isfinite(blind.range_m).all()
     assert SMALL.geometry.num_elements == 64
-    assert GridSpec().shape == (8, 33, 17)
+    assert GridSpec().on(Geometry()).shape == (8, 33, 17)

@@ -28,7 +28,7 @@ from ris_hpo.estimators.spectrum import (
     mvdr_spectrum,
 )
 from ris_hpo.physics.array import Geometry
-from ris_hpo.physics.grid import GridSpec
+from ris_hpo.physics.grid import Grid
 from ris_hpo.physics.scene import Scenes, SceneSpec, grid_of_cells, simulate
 from tests.estimators.conftest import COARSE
 
@@ -87,7 +87,7 @@ def test_spectra_peak_at_the_sources(separated):
     one = separated[separated.truth.num_sources == 1][:3]
     covariance = source_covariance(one.geometry, one.truth)
     here = to_box_coordinates(one.truth.azimuth[:, 0], one.truth.elevation[:, 0], one.truth.range_m[:, 0])
-    points = GridPoints.of(COARSE, one.device).u
+    points = GridPoints.of(COARSE.on(one.geometry), one.device).u
     for i in range(len(one)):
         for spectrum in (
             lambda u, i=i: music_spectrum(one.geometry, covariance[i : i + 1], 1, u),
@@ -175,7 +175,7 @@ def test_criteria_bear_degenerate_eigenvalues():
 
 def test_odd_covariances_are_finite_or_refused():
     geometry = Geometry(num_horizontal=4, num_vertical=4)
-    grid = GridSpec(num_v=5, num_w=5, num_rho=2)
+    grid = Grid(num_v=5, num_w=5, num_rho=2)
     count = torch.tensor([3])
     for matrix in (torch.zeros(1, 16, 16), torch.eye(16)[None], torch.ones(1, 16, 16)):
         for method in METHODS:

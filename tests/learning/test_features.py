@@ -20,7 +20,7 @@ from ris_hpo.learning.features import (
     whiten,
 )
 from ris_hpo.physics.array import Geometry
-from ris_hpo.physics.grid import GridSpec, Region, dictionary, is_symmetric
+from ris_hpo.physics.grid import Grid, GridSpec, Region, dictionary, is_symmetric
 from ris_hpo.physics.scene import SceneSpec, grid_of_cells, simulate
 from tests.properties import examples
 
@@ -37,7 +37,7 @@ from tests.properties import examples
 def test_spectrum_by_mirror_symmetry_is_the_plain_product(n_h, n_v, num_v, num_w, num_rho, lopsided):
     geometry = Geometry(num_horizontal=n_h, num_vertical=n_v)
     region = Region(azimuth_deg=(-40, 60)) if lopsided else Region()
-    grid = GridSpec(num_v=num_v, num_w=num_w, num_rho=num_rho, region=region)
+    grid = Grid(num_v=num_v, num_w=num_w, num_rho=num_rho, region=region)
     assert is_symmetric(geometry, grid) == (not lopsided and n_h % 2 == 0 and n_v % 2 == 0)
     z = torch.randn(5, 3, n_h * n_v, dtype=torch.complex64, generator=torch.Generator().manual_seed(1))
     plain = (z.conj() @ dictionary(geometry, grid, z.device)).abs().square().sum(1)
@@ -46,7 +46,7 @@ def test_spectrum_by_mirror_symmetry_is_the_plain_product(n_h, n_v, num_v, num_w
 
 def test_residual_pass_takes_the_strongest_source_out():
     scenes = grid_of_cells(SceneSpec(), 3, [20.0], [1], 16)
-    grid = GridSpec()
+    grid = GridSpec().on(Geometry())
     features = spectral_features(scenes, grid, passes=1, noise_known=True)
     strongest = features.relief.flatten(1).argmax(-1)
     residual = features.maps[:, grid.num_rho :].flatten(1)
@@ -89,14 +89,14 @@ def test_features_are_finite_on_silence(passes, noise_known):
     """Zero y: nothing to see is not an error of the front-end."""
     scenes = simulate(SceneSpec(), 3, range(2))
     silent = type(scenes)(scenes.geometry, 0 * scenes.y, scenes.bs_ris_channel, scenes.ris_codes, scenes.noise_power)
-    features = spectral_features(silent, GridSpec(), passes=passes, noise_known=noise_known)
+    features = spectral_features(silent, GridSpec().on(Geometry()), passes=passes, noise_known=noise_known)
     assert all(torch.isfinite(part).all() for part in features)
 
 
 def test_the_context_by_hand():
     """Known noise: log10 of the received over noise power less one, and of L; then spread and peak of each spectrum."""
     scenes = grid_of_cells(SceneSpec(num_snapshots=20), 3, [10.0], [2], 3)
-    grid = GridSpec(num_v=9, num_w=5, num_rho=2)
+    grid = Grid(num_v=9, num_w=5, num_rho=2)
     features = spectral_features(scenes, grid, passes=1, noise_known=True)
     received = scenes.y.abs().square().mean((1, 2))
     context = features.context

@@ -15,8 +15,11 @@ from ris_hpo.physics.array import Cosines, Geometry, cosine_steering
 from ris_hpo.physics.grid import GridSpec
 from ris_hpo.physics.scene import SceneSpec, simulate
 
-GRID = GridSpec(num_v=5, num_w=5, num_rho=3)
-SMALL = NetworkSpec(width=16, depth=1, heads=2, head_width=16, residual_passes=0, cell_width=0, candidates=5, grid=GRID)
+STATED = GridSpec(num_v=5, num_w=5, num_rho=3)
+GRID = STATED.on(Geometry())
+SMALL = NetworkSpec(
+    width=16, depth=1, heads=2, head_width=16, residual_passes=0, cell_width=0, candidates=5, grid=STATED
+)
 TOKENS = SMALL.replaced({"front_end": "tokens"})
 
 

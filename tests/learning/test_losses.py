@@ -16,11 +16,11 @@ from ris_hpo.learning.hybrid import Covariances, HybridSpec, covariances
 from ris_hpo.learning.losses import TERMS, LossSpec, label_factor, loss_terms, nmse
 from ris_hpo.learning.network import Network, NetworkSpec, Outputs
 from ris_hpo.physics.array import Cosines, Geometry, from_cosines, steering, to_cosines
-from ris_hpo.physics.grid import GridSpec
+from ris_hpo.physics.grid import Grid, GridSpec
 from ris_hpo.physics.scene import SceneSpec, simulate
 from ris_hpo.physics.sources import Sources
 
-GRID = GridSpec(num_v=5, num_w=5, num_rho=3)
+GRID = Grid(num_v=5, num_w=5, num_rho=3)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_cell_targets_by_hand(two_cells):
 
 
 def test_cell_targets_point_at_the_source(scenes):
-    grid = GridSpec()
+    grid = GridSpec().on(Geometry())
     index, offset = losses.cell_targets(scenes.truth, grid)
     assert float(offset[scenes.truth.mask.unsqueeze(1).expand_as(offset)].abs().max()) <= 0.5 + 1e-4
     there = to_cosines(scenes.truth.azimuth, scenes.truth.elevation, scenes.truth.range_m)
@@ -312,7 +312,7 @@ def test_alignment_is_0_on_the_true_subspace_and_1_off_it(scenes):
 
 def test_peak_contrast_by_hand(scenes):
     """The identity's Bartlett spectrum is 1 everywhere; the label's is highest at the truth."""
-    geometry, grid, truth = scenes.geometry, GridSpec(), scenes.truth
+    geometry, grid, truth = scenes.geometry, GridSpec().on(Geometry()), scenes.truth
     flat = torch.eye(144, dtype=torch.complex64).expand(8, -1, -1)
     assert float(losses.peak_contrast(flat, truth, geometry, grid)) == pytest.approx(math.log(2), rel=1e-4)
     one = simulate(SceneSpec(), 2, range(1), num_sources=torch.ones(1, dtype=torch.long)).truth
@@ -335,7 +335,7 @@ def test_each_term_is_computed_from_its_own_inputs(network, scenes):
     spec = LossSpec(**dict.fromkeys(TERMS, 1.0), diagonal=0.5, off_diagonal=2.0)
     found = loss_terms(spec, network, outputs, both, scenes)
     assert tuple(found) == TERMS
-    grid, geometry, truth = network.spec.grid, network.spec.geometry, scenes.truth
+    grid, geometry, truth = network.spec.cells, network.spec.geometry, scenes.truth
     expected = {
         "covariance": nmse(both.effective, covariance, 0.5, 2.0).mean(),
         "covariance_pred": nmse(both.predicted, covariance, 0.5, 2.0).mean(),

@@ -412,7 +412,7 @@ def test_what_a_file_does_not_say_is_known(arrays, tmp_path):
     with pytest.raises(SceneFileError, match="state it with --surface"):
         open_scenes(tmp_path / "s.npz")
     with open_scenes(tmp_path / "s.npz", SPEC.geometry) as file:
-        assert (file.geometry_stated, file.has_noise_power, file.has_truth) == (True, False, True)
+        assert (file.states_surface, file.has_noise_power, file.has_truth) == (False, False, True)
         assert torch.isnan(file.read().noise_power).all()
     with pytest.raises(SceneFileError, match="'noise_power' is missing"):
         load_scenes(tmp_path / "s.npz", SPEC.geometry)

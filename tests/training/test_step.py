@@ -342,10 +342,10 @@ def test_dataclasses_are_plain_values(tiny, tmp_path):
 
 
 def test_sources_drawn_where_nothing_is_searched_are_refused(tiny):
-    wider = {"scene.azimuth_deg": [-60, 61]}
+    wider: dict[str, object] = {"scene.azimuth_deg": [-60, 61], "network.grid.region.azimuth_deg": [-60, 60]}
     with pytest.raises(ConfigError, match=r"azimuth_deg \(-60.0, 61.0\) reaches beyond network.grid"):
         tiny.replaced(wider)
     wider["network.grid.region.azimuth_deg"] = [-70, 70]
+    assert tiny.replaced(wider).inference.likelihood.grid.region.azimuth_deg == (-60, 61)
     with pytest.raises(ConfigError, match=r"beyond inference\.likelihood\.grid"):
-        tiny.replaced(wider)
-    tiny.replaced(wider | {"inference.likelihood.grid.region.azimuth_deg": [-65, 65]})
+        tiny.replaced(wider | {"inference.likelihood.grid.region.azimuth_deg": [-60, 60]})

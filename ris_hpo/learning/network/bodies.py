@@ -35,7 +35,7 @@ class SpectralBody(nn.Module):
         self.down = nn.Conv2d(fine, width, 3, stride=2, padding=1)
         self.blocks = nn.ModuleList(_Block(width, spec.dropout) for _ in range(spec.depth))
         self.attention = _Attention(width, spec.heads, spec.dropout)
-        rows, columns = ((size + 3) // 4 for size in (spec.grid.num_v, spec.grid.num_w))
+        rows, columns = ((size + 3) // 4 for size in (spec.cells.num_v, spec.cells.num_w))
         self.place = nn.Parameter(0.02 * torch.randn(1, rows * columns, width))  # position embedding
         self.up = nn.Conv2d(width, fine, 1)
         self.merge = nn.Conv2d(2 * fine, fine, 3, padding=1)

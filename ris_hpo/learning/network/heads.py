@@ -54,7 +54,7 @@ class CellHead(nn.Module):
     def __init__(self, spec: NetworkSpec) -> None:
         super().__init__()
         self.spec = spec
-        fine, planes = spec.fine_width, spec.grid.num_rho
+        fine, planes = spec.fine_width, spec.cells.num_rho
         self.cells = nn.Conv2d(spec.cell_width or fine, 5 * planes, 1)
         if spec.cell_width:  # offsets follow from the maps' curvature about the cell, which the linear head cannot see
             self.from_hidden = nn.Conv2d(fine, spec.cell_width, 1)
@@ -65,12 +65,12 @@ class CellHead(nn.Module):
         self.spectrum_gain = nn.Parameter(torch.tensor(0.95))
         self.relief_gain = nn.Parameter(torch.tensor(3.2))
         self.bias = nn.Parameter(torch.tensor(-5.4))
-        for name, axis in spec.grid.cells()._asdict().items():
+        for name, axis in spec.cells.cells()._asdict().items():
             self.register_buffer(f"cell_{name}", axis.clone(), persistent=False)
 
     def forward(self, hidden: Tensor, features: Features) -> Proposals:
         """Proposals from the hidden map [B, F, V, W]."""
-        grid = self.spec.grid
+        grid = self.spec.cells
         planes = grid.num_rho
         seen = hidden
         if self.spec.cell_width:
@@ -114,7 +114,7 @@ class SlotHead(nn.Module):
         order = raw[..., 0].detach().argsort(-1, descending=True)
         raw = raw.gather(1, order.unsqueeze(-1).expand_as(raw))
         state = hidden.gather(1, order.unsqueeze(-1).expand_as(hidden))
-        bounds = self.spec.grid.region.bounds()
+        bounds = self.spec.cells.region.bounds()
         v, w, rho = (lo + (hi - lo) * torch.sigmoid(raw[..., 1 + i]) for i, (lo, hi) in enumerate(bounds))
         return Proposals(raw[..., 0], v, w, rho, F.softplus(raw[..., 4]), state)
 
@@ -128,7 +128,7 @@ class CountHead(nn.Module):
     def __init__(self, spec: NetworkSpec) -> None:
         super().__init__()
         self.ordinal = spec.count_head == "ordinal"
-        cells = math.prod(spec.grid.shape)
+        cells = math.prod(spec.cells.shape)
         self.seen = min(16, spec.candidates, cells) if spec.front_end == "spectra" else spec.max_sources
         inputs = spec.width + self.seen + spec.num_context
         hidden = min(spec.head_width, 128)

@@ -95,7 +95,7 @@ class Network(nn.Module):
         with torch.no_grad():
             if self.spec.front_end == "spectra":
                 passes = self.spec.residual_passes
-                return spectral_features(scenes, self.spec.grid, passes=passes, noise_known=self.spec.noise_known)
+                return spectral_features(scenes, self.spec.cells, passes=passes, noise_known=self.spec.noise_known)
             return token_features(scenes, noise_known=self.spec.noise_known)
 
     def forward(self, maps: Tensor, relief: Tensor, tokens: Tensor, context: Tensor) -> Outputs:

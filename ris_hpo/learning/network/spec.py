@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from ris_hpo.config import Spec
 from ris_hpo.learning.features import num_context
 from ris_hpo.physics.array import Geometry
-from ris_hpo.physics.grid import GridSpec
+from ris_hpo.physics.grid import Grid, GridSpec
 
 
 class NetworkSpec(Spec):
@@ -41,7 +41,7 @@ class NetworkSpec(Spec):
     )
     dropout: float = Field(0.0, ge=0, lt=0.9, description="share of activations set to zero in training")
     candidates: int = Field(64, ge=5, le=512, description="proposals handed to the refinement")
-    max_sources: int = Field(5, ge=1, le=5, description="K_max: slots, and the largest count")
+    max_sources: int = Field(5, ge=1, le=5, description="K_max: slots, and the largest count; that of the scenes")
     covariance_atoms: int = Field(16, ge=5, le=512, description="proposals that span the structured covariance")
     cell_width: int = Field(
         96,
@@ -53,7 +53,7 @@ class NetworkSpec(Spec):
     noise_known: bool = Field(
         True, description="the network is given the noise power; false: it estimates noise and channel error together"
     )
-    geometry: Geometry = Field(Geometry(), description="the surface; must be that of the scenes")
+    geometry: Geometry = Field(Geometry(), description="the surface, that of the scenes")
     grid: GridSpec = Field(GridSpec(), description="cells in (v, w, rho) that spectra and proposals stand on")
 
     @model_validator(mode="after")
@@ -67,6 +67,11 @@ class NetworkSpec(Spec):
         return self
 
     @property
+    def cells(self) -> Grid:
+        """The grid's cells for the network's surface."""
+        return self.grid.on(self.geometry)
+
+    @property
     def fine_width(self) -> int:
         """Channels of the spectral body's map at the grid's own resolution."""
         return max(16, self.width // 2)
@@ -74,7 +79,7 @@ class NetworkSpec(Spec):
     @property
     def num_planes(self) -> int:
         """Planes of the input maps: one per range cell, for the first spectrum and for that of every residual pass."""
-        return (1 + self.residual_passes) * self.grid.num_rho
+        return (1 + self.residual_passes) * self.cells.num_rho
 
     @property
     def num_context(self) -> int:
