@@ -339,9 +339,7 @@ def test_weights_that_do_not_ship_are_named(cli, workshop: Path) -> None:
     assert "no weights 'nonsense'" in outcome.err
 
 
-def test_the_surface_is_stated_by_the_file_or_on_the_command_line_or_its_assumption_is_said(
-    cli, tmp_path: Path
-) -> None:
+def test_the_surface_is_stated_by_the_file_or_on_the_command_line(cli, tmp_path: Path) -> None:
     row = ["--surface", "linear-64", "--set", "elevation_deg=[-30, 30]"]
     assert cli("simulate", "--num-scenes", 2, *row, "--num-sources", 1, "--snr-db", 20, "--out", "stated.npz").code == 0
     arrays = dict(np.load(tmp_path / "stated.npz"))
