@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ris_hpo.cli import display, options
+from ris_hpo.cli import display, methods, options
 
 if TYPE_CHECKING:
     from ris_hpo.physics.bounds import SourceBounds
@@ -30,22 +30,23 @@ def bound(
     counts: Annotated[str, typer.Option(metavar="LIST", help="Source counts of drawn scenes.")] = "1,2,3,4,5",
     per_cell: Annotated[int, typer.Option(min=1, help="Drawn scenes for each pair of SNR and count.")] = 20,
     seed: options.Seed = 1_000_003,
+    surface: options.Surface = None,
     set_: options.Changes = None,
     out: Annotated[Path | None, typer.Option(help="Write one line per source into this file, .csv.")] = None,
     json_: options.Json = False,
 ) -> None:
     """Cramer-Rao bound of every source: the least standard deviation of azimuth, elevation, range and position."""
     from ris_hpo.physics.bounds import source_bounds
-    from ris_hpo.physics.files import load_scenes
     from ris_hpo.physics.scene import SceneSpec, grid_of_cells
     from ris_hpo.training.files import load_scene
 
     if out is not None:
         options.check_output(out, suffix=".csv")
     if scenes is not None:
-        batch = load_scenes(scenes)
+        batch = methods.read_scenes(scenes, None, "the default", surface)
     else:
-        spec = options.changed(load_scene(config) if config else SceneSpec(), set_)
+        scene = options.with_surface(load_scene(config) if config else SceneSpec(), surface, "")
+        spec = options.changed(scene, set_)
         cells = options.numbers("--snr-db", snr_db, float), options.numbers("--counts", counts, int)
         batch = grid_of_cells(spec, seed, cells[0], [int(count) for count in cells[1]], per_cell)
     rows = list(_records(batch, source_bounds(batch, kind)))

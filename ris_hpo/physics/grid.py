@@ -60,13 +60,9 @@ def resolution(geometry: Geometry) -> tuple[float, float, float]:
 class GridSpec(Spec):
     """Number of cells along v, w and rho: as stated, or as many as the surface and the region need."""
 
-    num_v: int | None = Field(
-        None, ge=3, le=1025, description="cells along v = cos el sin az; none: as the aperture needs"
-    )
-    num_w: int | None = Field(None, ge=3, le=1025, description="cells along w = sin el; none: as the aperture needs")
-    num_rho: int | None = Field(
-        None, ge=1, le=256, description="cells along rho = 1 / range; none: as the aperture needs"
-    )
+    num_v: int | None = Field(None, ge=3, le=1025, description="cells along v = cos el sin az; none: enough")
+    num_w: int | None = Field(None, ge=3, le=1025, description="cells along w = sin el; none: enough")
+    num_rho: int | None = Field(None, ge=1, le=256, description="cells along rho = 1 / range; none: enough")
     region: Region = Region()
 
     def on(self, geometry: Geometry) -> Grid:
