@@ -113,6 +113,7 @@ def run(
     A study keeps what it was made with; run again, it changes only what the options name.
     """
     from ris_hpo.physics.surfaces import surface_changes
+    from ris_hpo.programs.program import source
     from ris_hpo.report.study_page import kept_current
     from ris_hpo.search.files import checked, load_study
     from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget, find_spec, stored_spec
@@ -176,7 +177,10 @@ def run(
     display.print_note(f"study '{name}' in {store.redacted}: {total} trials, {added} to add")
     job = job_for(store, made)
     if engine == "ray":
-        executor: Executor = RayActors(store, workers=workers, address=address, gpus=chosen is None, per_gpu=per_gpu)
+        own = None if spec.program is None else source(spec.program)
+        executor: Executor = RayActors(
+            store, workers=workers, address=address, gpus=chosen is None, per_gpu=per_gpu, program=own
+        )
     else:
         executor = LocalProcesses(slots, Path(job.directory))
     supervisor = Supervisor(store, made, executor, job)
@@ -318,6 +322,8 @@ def report(
         from ris_hpo.search.lifecycle import stored_spec
 
         spec = stored_spec(chosen)
+        if not spec.trains_networks:
+            raise StudyError(f"study '{chosen.study_name}' trains no networks of this package: no reference to measure")
         with display.progress(spec.config({}).budget.pipeline_scenes, "scenes") as advance:
             folder = storage_directory() / "reference"
             attach(chosen, spec, folder, progress=lambda done, total: advance(done, "ml reference"))

@@ -10,8 +10,10 @@ which settings are tried, on which worker, and what becomes of a trial that is p
 from __future__ import annotations
 
 import importlib
+import operator
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,9 +24,34 @@ from ris_hpo.atomic import make_folder, replacing
 from ris_hpo.config import Spec
 from ris_hpo.errors import ConfigError
 
+REPORTS: Final = "reports.jsonl"
+"""The service's own file in the directory of a trial: what it has reported."""
 
-class RequeuedError(Exception):
-    """A training program has stopped half-way, with a checkpoint; raised by ``TrialContext.requeue``."""
+
+class RequeuedError(BaseException):
+    """A training program has stopped half-way, with a checkpoint; raised by ``TrialContext.requeue``.
+
+    No ``except Exception`` of a program catches it.
+    """
+
+
+def as_number(value: Any, what: str) -> float:
+    """Return a number of any kind as a float: Python's, NumPy's, a tensor of one element.
+
+    Args:
+        value: what a program reported or returned.
+        what: how to call it in the message.
+
+    Raises:
+        TypeError: no number, or several.
+    """
+    if not isinstance(value, bool | str | bytes):
+        try:
+            return float(value.detach() if hasattr(value, "detach") else value)  # torch warns of one with a gradient
+        except (TypeError, ValueError, RuntimeError):  # the last is torch's, for a tensor of several elements
+            pass
+    shown = " ".join(repr(value).split())
+    raise TypeError(f"{what} is {shown[:60]} ({type(value).__name__}), expected one number")
 
 
 class TrialContext:
@@ -70,19 +97,38 @@ class TrialContext:
         """
 
     def report(self, step: int, score: float, **metrics: float) -> bool:
-        """Report a validation; a step that was reported before, by this trial or one that it continues, is ignored.
+        """Report a validation; then save a checkpoint, so that none is ever passed over.
+
+        A trial that continues a lost one may report again what that one had reported; this is ignored.
 
         Args:
-            step: how far the training is, in a unit of the program's own that grows.
+            step: how far the training is, in a unit of the program's own; a whole number that grows with each report.
             score: what the study is about.
             metrics: other values to be shown; ``floor`` is the best score that any program could have.
 
         Returns:
             True where the trial is pruned: the program should return now.
+
+        Raises:
+            TypeError: a step that is no whole number, or a score or metric that is no number.
+            ValueError: a step that is negative, or not above the one before.
         """
-        self.scores[step] = score
-        self.metrics = metrics
+        try:
+            place = operator.index(step)
+        except TypeError:
+            raise TypeError(f"step is {step!r} ({type(step).__name__}), expected a whole number") from None
+        last = next(reversed(self.scores), -1)
+        if place <= last:
+            before = "not be negative" if last < 0 else f"be above {last}, the one reported before"
+            raise ValueError(f"step is {place}, but must {before}")
+        values = {name: as_number(value, f"metric '{name}'") for name, value in metrics.items()}
+        self.scores[place] = self.finite(as_number(score, "score"))
+        self.metrics = values
         return False
+
+    def finite(self, score: float) -> float:
+        """Return a reported score as it counts; a study replaces one that is not finite by its worst score."""
+        return score
 
     def should_stop(self) -> bool:
         """Say whether to stop now. Ask often, save a checkpoint when told so, and call ``requeue``."""
@@ -100,7 +146,13 @@ class TrialContext:
         self.recorded |= values
 
     def artifact(self, path: Path) -> None:
-        """Keep a copy of a file with the trial, where the dashboard shows it."""
+        """Keep a copy of a file with the trial, where the dashboard shows it.
+
+        Raises:
+            FileNotFoundError: no such file.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"artifact {path}: no such file")
 
     def show(self, **objects: Any) -> None:
         """Hand objects to what draws this kind of trial, if anything does."""
@@ -112,21 +164,30 @@ class TrialContext:
         ``with trial.saving("state.pt") as path: torch.save(state, path)``
 
         Args:
-            name: the file's name.
+            name: the file's name; a plain one, since only files of the directory itself are sure to be found again.
 
         Yields:
             A temporary path with the same suffix; the file takes its name when all went well and is on the disk.
 
         Raises:
+            ValueError: a name that leads elsewhere, begins with a dot, or is the service's own.
             OutputError: disk full, or no permission.
         """
-        with replacing(self.directory / name, durable=True) as partial:
+        with replacing(self._file(name), durable=True) as partial:
             yield partial
 
     def saved(self, name: str) -> Path | None:
         """Return the path of a file of the trial's directory; None where this trial has to start from the beginning."""
-        path = self.directory / name
+        path = self._file(name)
         return path if path.is_file() else None
+
+    def _file(self, name: str) -> Path:
+        if Path(name).name != name or name.startswith(".") or name == REPORTS:
+            raise ValueError(
+                f"'{name}' cannot be saved with the trial: expected a plain file name, without folders or a dot in "
+                f"front, and other than {REPORTS}"
+            )
+        return self.directory / name
 
 
 @dataclass(frozen=True)
@@ -165,7 +226,7 @@ def load_program(name: str) -> Program:
         name: ``package.module:function``; in place of the function there may be a ``Program``.
 
     Raises:
-        ConfigError: no such module or name in it, or not a function.
+        ConfigError: no such module or name in it, one that fails when it is imported, or not a function.
     """
     path, _, attribute = name.partition(":")
     if not path or not attribute:
@@ -173,15 +234,31 @@ def load_program(name: str) -> Program:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        found = getattr(importlib.import_module(path), attribute)
+        module = importlib.import_module(path)
     except ImportError as error:
         raise ConfigError(
             f"program '{name}' cannot be imported ({error}); install it, or work in the folder that holds it"
         ) from None
-    except AttributeError:
-        raise ConfigError(f"program '{name}': module '{path}' has no '{attribute}'") from None
+    except Exception as error:  # a module of a user may fail in any way while it is imported
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{error.filename}:{error.lineno}" if isinstance(error, SyntaxError) else f"{where[0]}:{where[1]}"
+        raise ConfigError(f"program '{name}' cannot be imported ({type(error).__name__}: {error}, {place})") from error
+    if not hasattr(module, attribute):
+        raise ConfigError(f"program '{name}': module '{path}' has no '{attribute}'")
+    found = getattr(module, attribute)
     if isinstance(found, Program):
         return found
     if not callable(found):
         raise ConfigError(f"program '{name}' is not a function but {type(found).__name__}")
     return Program(found)
+
+
+def source(name: str) -> Path | None:
+    """Return the module or package of a program that lies in the current folder; None for an installed one.
+
+    Args:
+        name: ``package.module:function``.
+    """
+    top = name.partition(":")[0].partition(".")[0]
+    found = (Path.cwd() / top, Path.cwd() / f"{top}.py")
+    return next((path for path in found if path.exists()), None)

@@ -7,7 +7,7 @@ import math
 import platform
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -20,8 +20,9 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from scipy import stats
 
-from ris_hpo.scoring.k_loc import WORST_K_LOC, finite_score
-from ris_hpo.search.counting import ranked, tally
+from ris_hpo.scoring.k_loc import WORST_K_LOC
+from ris_hpo.search.counting import Direction, ranked, tally
+from ris_hpo.search.lifecycle import direction_of
 from ris_hpo.store import attributes as names
 from ris_hpo.store.credentials import redact
 from ris_hpo.text import short_number
@@ -58,17 +59,13 @@ class Trial:
     device: str | None
     started: str | None
     ended: str | None
+    metrics: dict[str, float]
     curve: list[tuple[int, float]]
 
     @property
     def ranks(self) -> bool:
         """Whether the trial takes part in a ranking: complete, and not diverged."""
         return self.value is not None and self.diverged is None
-
-    @property
-    def rank(self) -> tuple[float, int]:
-        """What trials are sorted by, best first."""
-        return (math.inf if self.value is None else self.value, self.number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +76,9 @@ class Comparison:
     influence, because all survivors share its value.
 
     Attributes:
-        step: scenes seen; None where no trial reported anything on its way, so that final scores are compared.
-        values: k_loc by number of the trial.
+        step: scenes seen, or the unit of one's own program; None where no trial reported anything on its way, so that
+            final scores are compared.
+        values: score by number of the trial.
         complete: trials among them that were completed.
         pruned: trials among them that were pruned.
         diverged: trials among them that diverged; one that did so before the step counts at the worst score.
@@ -112,6 +110,10 @@ class Report:
 
     study: str
     description: str
+    program: str | None
+    metric: str
+    direction: Direction
+    step_unit: str
     command: str | None
     made: str
     started: str | None
@@ -139,10 +141,20 @@ class Report:
     environment: dict[str, Any]
     trials: list[Trial]
 
+    @property
+    def sign(self) -> int:
+        """1 where lower scores are better, -1 where higher ones are."""
+        return 1 if self.direction == "minimize" else -1
+
+    def ranked(self, trials: Iterable[Trial]) -> list[Trial]:
+        """Return trials by their final scores, best first; those without one come last."""
+        return sorted(trials, key=lambda t: (math.inf if t.value is None else self.sign * t.value, t.number))
+
     def compared(self) -> list[Trial]:
         """Return the trials that ``comparison`` has a score of, best first."""
         values = self.comparison.values
-        return sorted((t for t in self.trials if t.number in values), key=lambda t: (values[t.number], t.number))
+        chosen = [trial for trial in self.trials if trial.number in values]
+        return sorted(chosen, key=lambda trial: (self.sign * values[trial.number], trial.number))
 
     def by_importance(self) -> list[str]:
         """Return the names of all parameters, the most important first, then those without a share."""
@@ -157,11 +169,13 @@ def collect(study: optuna.Study, *, with_importances: bool = True) -> Report:
     attributes = study.user_attrs
     spec = attributes.get(names.SPEC, {})
     trials = [_trial(trial) for trial in frozen]
-    order = ranked(frozen)
+    direction = direction_of(study)
+    order = ranked(frozen, direction)
     by_number = {trial.number: trial for trial in trials}
     best = by_number[order[0].number] if order else None
     base = next((trial for trial in trials if trial.origin == "base" and trial.value is not None), None)
-    comparison = _comparison(trials)
+    program = spec.get("program")
+    comparison = _comparison(trials, WORST_K_LOC if program is None else spec.get("worst"))
     importances, note = _importances(frozen, comparison) if with_importances else ({}, None)
     counts = tally(stored).as_dict()
     counts["diverged"] = sum(trial.diverged is not None for trial in trials)
@@ -171,6 +185,10 @@ def collect(study: optuna.Study, *, with_importances: bool = True) -> Report:
     return Report(
         study=study.study_name,
         description=spec.get("description", ""),
+        program=program,
+        metric=spec.get("score", "k_loc"),
+        direction=direction,
+        step_unit="scenes" if program is None else "steps",
         command=redact(attributes[names.COMMAND]) if names.COMMAND in attributes else None,
         made=datetime.now().astimezone().isoformat(timespec="seconds"),
         started=min(starts).isoformat(timespec="seconds") if starts else None,
@@ -236,6 +254,7 @@ def _trial(trial: FrozenTrial) -> Trial:
         device=device,
         started=trial.datetime_start.isoformat(timespec="seconds") if trial.datetime_start else None,
         ended=trial.datetime_complete.isoformat(timespec="seconds") if trial.datetime_complete else None,
+        metrics=read(names.METRICS) or {},
         curve=curve,
     )
 
@@ -258,7 +277,7 @@ def _dimension(distribution: BaseDistribution) -> dict[str, Any]:
     return {"kind": type(distribution).__name__.removesuffix("Distribution").lower(), **tree}
 
 
-def _comparison(trials: Sequence[Trial]) -> Comparison:
+def _comparison(trials: Sequence[Trial], worst: float | None) -> Comparison:
     """Compare trials at the last step that the most of them reached: the lowest rung they share."""
     proper = [trial for trial in trials if trial.state in ("complete", "pruned") and trial.diverged is None]
     diverged = [trial for trial in trials if trial.diverged is not None]
@@ -272,9 +291,10 @@ def _comparison(trials: Sequence[Trial]) -> Comparison:
             values[trial.number] = value
     states = Counter(trial.state for trial in proper if trial.number in values)
     for trial in diverged:
-        values[trial.number] = finite_score(
-            WORST_K_LOC if step is None else curves[trial.number].get(step, WORST_K_LOC)
-        )
+        reported = None if step is None else curves[trial.number].get(step)
+        value = reported if reported is not None and math.isfinite(reported) else worst
+        if value is not None:  # a diverged trial is complete only where there is a worst score
+            values[trial.number] = value
     return Comparison(
         step=step,
         values=values,

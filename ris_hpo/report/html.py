@@ -61,7 +61,7 @@ def as_html(report: Report) -> str:
         setting=_setting,
         svg=Markup,  # drawing escapes what a figure says
     )
-    top = sorted((trial for trial in report.trials if trial.ranks), key=lambda trial: trial.rank)[:TOP]
+    top = report.ranked(trial for trial in report.trials if trial.ranks)[:TOP]
     others = [trial for trial in top if trial.params != report.base_params][:COMPARED]
     page: str = templates.get_template("report.html.j2").render(
         report=report,
@@ -97,7 +97,9 @@ def headline(report: Report) -> list[str]:
     if best is None or best.value is None:
         ended = sum(report.counts.get(state, 0) for state in ("complete", "pruned", "fail"))
         return [f"No trial has completed yet ({ended} ended)."]
-    text = f"Trial {best.number} scores k_loc {best.value:.3f} on the {report.objective} path"
+    text = f"Trial {best.number} scores {report.metric} {best.value:.3f}"
+    if report.program is None:
+        text += f" on the {report.objective} path"
     if best.floor is not None and best.efficiency is not None:
         text += (
             f"; the floor on the same scenes is {best.floor:.3f}, so it covers {best.efficiency:.0%} of the way there"
@@ -128,7 +130,8 @@ def comparison_text(report: Report) -> str:
     listed = ", ".join(f"{count} {kind}" for count, kind in kinds if count)
     if compared.step is None:
         return f"From the final scores of {len(compared.values)} trials ({listed}); none reported a score on its way."
-    text = f"From the scores of {len(compared.values)} trials ({listed}) at {compared.step:,} scenes, "
+    place = f"{compared.step:,} scenes" if report.program is None else f"step {compared.step:,}"
+    text = f"From the scores of {len(compared.values)} trials ({listed}) at {place}, "
     if not compared.left_out:
         return text + "the last step that all of them reached."
     return text + f"the last step that most of them reached; {compared.left_out} have no score there."
@@ -152,6 +155,8 @@ def _setting(value: Any) -> str:
 
 
 def _score_table(report: Report) -> dict[str, Any]:
+    if report.program is not None:
+        return _own_scores(report)
     columns: list[tuple[str, Mapping[str, float | None]]] = []
     if report.base is not None:
         columns.append(("base, network", report.base.scores))
@@ -170,6 +175,20 @@ def _score_table(report: Report) -> dict[str, Any]:
         if any(cell is not None for cell in cells):
             rows.append((title, better, cells))
     return {"columns": [title for title, _ in columns], "rows": rows}
+
+
+def _own_scores(report: Report) -> dict[str, Any]:
+    """The score and the last metrics of the base and the best trial of a study of one's own program."""
+    shown: dict[str, Trial] = {}
+    if report.base is not None:
+        shown["base"] = report.base
+    if report.best is not None:
+        shown[f"trial {report.best.number}"] = report.best
+    better = "lower" if report.direction == "minimize" else "higher"
+    rows = [(report.metric, better, [_setting(trial.value) for trial in shown.values()])]
+    for name in dict.fromkeys(name for trial in shown.values() for name in trial.metrics):
+        rows.append((name, "", [_setting(trial.metrics.get(name)) for trial in shown.values()]))
+    return {"columns": list(shown), "rows": rows}
 
 
 def _figure(value: float | None, digits: int = 3) -> str:

@@ -6,7 +6,7 @@ Figures that stretch over a page come in a wide and a narrow form, of which the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -61,7 +61,7 @@ def cost(report: Report) -> str:
     trials = [trial for trial in report.trials if trial.ranks]
     unit = "GPU-seconds" if any(trial.gpu_seconds for trial in trials) else "core-seconds"
     points = [(trial.gpu_seconds or trial.core_seconds, trial.value or 0.0, trial.number) for trial in trials]
-    return _scatter(report, points, f"Score against cost ({unit})", unit, "k_loc")
+    return _scatter(report, points, f"Score against cost ({unit})", unit, report.metric)
 
 
 def paths(report: Report) -> str:
@@ -75,7 +75,7 @@ def paths(report: Report) -> str:
 
 
 def marks(report: Report) -> list[tuple[str, float, str]]:
-    """Return the scores worth naming beside a study's: (name, k_loc, colour)."""
+    """Return the scores worth naming beside a study's: (name, score, colour)."""
     found: list[tuple[str, float | None, str]] = [
         ("floor", report.floor, "mark"),
         ("ml", report.reference.get("ml", {}).get("k_loc"), "warn"),
@@ -90,7 +90,7 @@ def marks(report: Report) -> list[tuple[str, float, str]]:
 
 
 def levels(report: Report) -> list[drawing.Level]:
-    """Return the reference lines of a figure over k_loc: floor, ml and base."""
+    """Return the reference lines of a figure over the score: floor, ml and base."""
     named = ("floor", "ml", "base")
     return [(value, f"{name} {value:.2f}", colour) for name, value, colour in marks(report) if name in named]
 
@@ -99,20 +99,26 @@ def ruler(figure: Figure, report: Report) -> None:
     """Draw named scores on one scale, better to the right."""
     found = marks(report)
     values = [value for _, value, _ in found]
-    axes = _scale(figure, "k_loc, better →", min(-0.2, *values), max(values) + 0.4)
-    axes.invert_xaxis()
+    lower = report.sign > 0
+    if report.program is None:
+        low, high = min(-0.2, *values), max(values) + 0.4
+    else:
+        margin = 0.1 * (max(values) - min(values)) or 0.1 * max(abs(values[0]), 1e-3)
+        low, high = min(values) - margin, max(values) + margin
+    axes = _scale(figure, f"{report.metric}, better →", low, high)
+    if lower:
+        axes.invert_xaxis()
     axes.set_yticks([])
     axes.set_ylim(0, 1)
     axes.tick_params("x", pad=9)
     width, height = drawing.size(figure)
     box = axes.get_position()
     long, tall = box.width * width, box.height * height
-    low, high = sorted(axes.get_xlim())
     ends: list[float] = []  # right end of the last name on each row
-    for name, value, colour in sorted(found, key=lambda mark: -mark[1]):
+    for name, value, colour in sorted(found, key=lambda mark: -report.sign * mark[1]):
         text = f"{name} {value:.2f}"
         half = len(text) * _CHARACTER / 2 + 4
-        place = long * (high - value) / (high - low)
+        place = long * (high - value if lower else value - low) / (high - low)
         middle = min(long - half, max(half, place))
         row = next((index for index, end in enumerate(ends) if middle - half > end), len(ends))
         ends[row:] = [middle + half, *ends[row + 1 :]]
@@ -121,7 +127,8 @@ def ruler(figure: Figure, report: Report) -> None:
         axes.plot([value], [0], "o", color=LIGHT[colour], markersize=10, clip_on=False)
         style: dict[str, Any] = {"color": LIGHT[colour], "weight": "bold", "ha": "center"}
         behind: dict[str, Any] = {"facecolor": LIGHT["page"], "linewidth": 0, "pad": 0.5}
-        axes.text(high - (high - low) * middle / long, up, text, bbox=behind, **style)
+        share = (high - low) * middle / long
+        axes.text(high - share if lower else low + share, up, text, bbox=behind, **style)
 
 
 def history(figure: Figure, report: Report) -> None:
@@ -130,20 +137,21 @@ def history(figure: Figure, report: Report) -> None:
     complete = sorted((t.number, t.value) for t in report.trials if t.ranks and t.value is not None)
     pruned = [(t.number, t.last_value) for t in report.trials if t.state == "pruned" and t.last_value is not None]
     failed = [t.number for t in report.trials if t.state == "fail" or t.diverged is not None]
-    (axes,) = drawing.frames(figure, x="trial", y="k_loc", right=drawing.room_for(lines))
-    low, high = drawing.bulk([value for _, value in complete + pruned])
+    (axes,) = drawing.frames(figure, x="trial", y=report.metric, right=drawing.room_for(lines))
+    low, high = _bulk(report, [value for _, value in complete + pruned])
+    worst, better = (high, min) if report.sign > 0 else (low, max)
     last = max((trial.number for trial in report.trials), default=0)
     axes.set_xlim(-0.5, last + 0.5)
     axes.set_ylim(low, high)
     size = 4 if len(report.trials) > 300 else 6
     for points, colour, name in (
         (pruned, "mute", "pruned, at its last report"),
-        ([(number, high) for number in failed], "bad", "failed or diverged"),
+        ([(number, worst) for number in failed], "bad", "failed or diverged"),
         (complete, "accent", "complete"),
     ):
-        drawing.dots(axes, [x for x, _ in points], [min(y, high) for _, y in points], colour, size, name)
+        drawing.dots(axes, [x for x, _ in points], [better(y, worst) for _, y in points], colour, size, name)
     if complete:
-        best = [min(value for _, value in complete[: index + 1]) for index in range(len(complete))]
+        best = [better(value for _, value in complete[: index + 1]) for index in range(len(complete))]
         numbers = [number for number, _ in complete]
         axes.step([*numbers, last], [*best, best[-1]], where="post", color=LIGHT["good"], label="best so far")
     drawing.legend(figure)
@@ -151,21 +159,22 @@ def history(figure: Figure, report: Report) -> None:
 
 
 def curves(figure: Figure, report: Report) -> None:
-    """Draw k_loc against scenes seen, on an axis over the scores that trials end at, where they can be told apart."""
+    """Draw scores against steps, on an axis over the scores that trials end at, where they can be told apart."""
     lines = levels(report)
-    order = sorted((trial for trial in report.trials if trial.curve), key=lambda trial: trial.rank)
+    order = report.ranked(trial for trial in report.trials if trial.curve)
     if len(order) > MAX_CURVES:  # the better half of them in full, the others thinned evenly
         rest = order[MAX_CURVES // 2 :]
         order = order[: MAX_CURVES // 2] + rest[:: -(-len(rest) // (MAX_CURVES // 2))]
     best = report.best
     low, high = curve_range(report)
-    (axes,) = drawing.frames(figure, x="scenes seen", y="k_loc", right=drawing.room_for(lines))
+    steps_axis = "scenes seen" if report.program is None else report.step_unit
+    (axes,) = drawing.frames(figure, x=steps_axis, y=report.metric, right=drawing.room_for(lines))
     for state, colour in (("pruned", "mute"), ("complete", "accent")):
         chosen = [trial for trial in order if (trial.state == "pruned") == (state == "pruned") and trial is not best]
         paths = [_thinned(trial.curve) for trial in chosen]
         if paths:
             axes.add_collection(LineCollection(paths, colors=LIGHT[colour], linewidths=1, alpha=0.7, label=state))
-            ends = [path[-1] for path in paths if path[-1][1] <= high]
+            ends = [path[-1] for path in paths if low <= path[-1][1] <= high]
             drawing.dots(axes, [x for x, _ in ends], [y for _, y in ends], colour, 3)
     if best is not None and best.curve:
         x, y = zip(*_thinned(best.curve), strict=True)
@@ -183,8 +192,8 @@ def curves(figure: Figure, report: Report) -> None:
 def curve_range(report: Report) -> tuple[float, float]:
     """Return the ends of the axis of learning curves: from the best score to what three of four trials end below."""
     ends = [trial.last_value for trial in report.trials if trial.last_value is not None]
-    least = [min(value for _, value in trial.curve) for trial in report.trials if trial.curve]
-    return drawing.bulk(ends, 0.75, [min(least)] if least else [])
+    best = [report.sign * value for trial in report.trials for _, value in trial.curve]
+    return _bulk(report, ends, 0.75, [report.sign * min(best)] if best else [])
 
 
 def parallel(figure: Figure, report: Report) -> None:
@@ -194,7 +203,7 @@ def parallel(figure: Figure, report: Report) -> None:
         half = MAX_COORDINATES // 2
         order = order[:half] + order[half :: -(-(len(order) - half) // half)]
     names = report.by_importance()[:MAX_AXES]
-    sides = [*(_Side.of(report.space[name]) for name in names), _Side(*drawing.bulk(values.values()))]
+    sides = [*(_Side.of(report.space[name]) for name in names), _Side(*_bulk(report, values.values()))]
     axes = figure.add_axes((0.045, 0.06, 0.91, 0.8))
     axes.axis("off")
     axes.set_xlim(0, len(names))
@@ -208,7 +217,7 @@ def parallel(figure: Figure, report: Report) -> None:
         group = groups[trial.number]
         axes.plot(places, color=LIGHT[group], linewidth=2 if group == "q1" else 1, clip_on=False)
     room = max(6, int(0.91 * drawing.size(figure)[0] / len(names) / drawing.CHARACTER) - 1)
-    for index, (name, side) in enumerate(zip([*names, "k_loc"], sides, strict=True)):
+    for index, (name, side) in enumerate(zip([*names, report.metric], sides, strict=True)):
         axes.plot([index, index], [0, 1], color=LIGHT["soft"], linewidth=1, clip_on=False)
         first, last = index == 0, index == len(names)
         style: dict[str, Any] = {"textcoords": "offset points", "annotation_clip": False}
@@ -224,17 +233,18 @@ def parallel(figure: Figure, report: Report) -> None:
 def slices(report: Report) -> list[str]:
     """Draw the score of the compared trials against each of the most important parameters, one small figure each."""
     values, groups = report.comparison.values, _fifths(report)
-    ends = drawing.bulk(values.values())
+    ends = _bulk(report, values.values())
+    describe = f"{report.metric}, "
     names = report.by_importance()[:MAX_SLICES] if values else []
     return [
-        drawing.as_svg(partial(_slice, report=report, name=name, groups=groups, ends=ends), 360, 230, f"k_loc, {name}")
+        drawing.as_svg(partial(_slice, report=report, name=name, groups=groups, ends=ends), 360, 230, describe + name)
         for name in names
     ]
 
 
 def _slice(figure: Figure, report: Report, name: str, groups: Mapping[int, str], ends: tuple[float, float]) -> None:
     side = _Side.of(report.space[name])
-    (axes,) = drawing.frames(figure, [name], x="", y="k_loc")
+    (axes,) = drawing.frames(figure, [name], x="", y=report.metric)
     if side.categories:
         drawing.categories(axes, side.categories)
     elif side.log:
@@ -247,7 +257,8 @@ def _slice(figure: Figure, report: Report, name: str, groups: Mapping[int, str],
         # trials of one category stand side by side; their order is that of their numbers, and means nothing
         aside = [0.5 * ((trial.number * 0.618034) % 1 - 0.5) if side.categories else 0.0 for trial in chosen]
         x = [side.position(trial.params[name]) + shift for trial, shift in zip(chosen, aside, strict=True)]
-        drawing.dots(axes, x, [min(report.comparison.values[trial.number], ends[1]) for trial in chosen], group, 5)
+        y = [min(max(report.comparison.values[trial.number], ends[0]), ends[1]) for trial in chosen]
+        drawing.dots(axes, x, y, group, 5)
 
 
 def winner(figure: Figure, report: Report) -> None:
@@ -255,7 +266,8 @@ def winner(figure: Figure, report: Report) -> None:
     assert report.winner is not None
     rows = report.winner["candidates"]
     wide = drawing.size(figure)[0] > 500
-    label = "pipeline k_loc minus the base configuration's" if wide else "k_loc minus base"
+    score = "pipeline k_loc" if report.program is None and wide else report.metric
+    label = f"{score} minus the base configuration's" if wide else f"{score} minus base"
     known = [row[end] for row in rows for end in ("low", "difference", "high") if row[end] is not None]
     low, high = min([0.0, *known]), max([0.0, *known])
     margin = 0.08 * (high - low) or 0.1
@@ -268,9 +280,19 @@ def winner(figure: Figure, report: Report) -> None:
         ends = [
             end if row[side] is None else row[side] for side, end in zip(("low", "high"), axes.get_xlim(), strict=True)
         ]
-        colour = LIGHT["good" if ends[1] < 0 else "bad" if ends[0] > 0 else "soft"]
+        side = report.sign if ends[0] > 0 else -report.sign if ends[1] < 0 else 0
+        colour = LIGHT[{-1: "good", 0: "soft", 1: "bad"}[side]]
         axes.plot(ends, [place, place], color=colour)
         axes.plot([row["difference"]], [place], "o", color=colour, markersize=9)
+
+
+def _bulk(
+    report: Report, values: Iterable[float], share: float = 0.9, marks: Iterable[float] = ()
+) -> tuple[float, float]:
+    """Return the ends of an axis of scores, from the better side; see ``drawing.bulk``."""
+    sign = report.sign
+    low, high = drawing.bulk((sign * value for value in values), share, (sign * mark for mark in marks))
+    return (low, high) if sign > 0 else (-high, -low)
 
 
 def _both(draw: Callable[[Figure], None], wide: int, narrow: int, describe: str) -> list[str]:
@@ -300,7 +322,7 @@ def _scatter(report: Report, points: Sequence[tuple[float, float, int]], heading
         axes.set_xlim(*drawing.bulk(across, 1.0))
         axes.set_ylim(*drawing.bulk(up, 1.0))
         drawing.dots(axes, across, up, "accent", 6)
-        for a, b, number in sorted(points, key=lambda point: point[1])[:5]:
+        for a, b, number in sorted(points, key=lambda point: report.sign * point[1])[:5]:
             axes.annotate(f"trial {number}", (a, b), xytext=(6, 4), textcoords="offset points", size=11)
         drawing.levels(axes, lines)
 

@@ -88,9 +88,12 @@ def note(report: Report) -> str:
     best, base = report.best, report.base
     rows: list[tuple[str, str]] = []
     if best is not None and best.value is not None:
-        text = f"trial {best.number}: **{best.value:.3f}** on the {report.objective} path"
+        text = f"trial {best.number}: **{best.value:.3f}**"
+        text += f" on the {report.objective} path" if report.program is None else ""
         pipeline = best.pipeline.get("k_loc")
-        rows.append(("Best k_loc", text + (f", {pipeline:.3f} with refinement" if pipeline is not None else "")))
+        rows.append(
+            (f"Best {report.metric}", text + (f", {pipeline:.3f} with refinement" if pipeline is not None else ""))
+        )
     if report.floor is not None:
         share = f"; the best covers {best.efficiency:.0%} of the way" if best and best.efficiency is not None else ""
         rows.append(("Floor", f"{report.floor:.3f}{share}"))
@@ -109,7 +112,11 @@ def note(report: Report) -> str:
     if report.command:
         lines += ["```", report.command, "```", ""]
     lines += ["| | |", "|---|---|", *(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows), ""]
-    lines += ["k_loc is minimised: 7 is nothing right, the floor is what right counts and Cramér-Rao errors score.", ""]
+    if report.program is None:
+        meaning = "k_loc is minimised: 7 is nothing right, the floor is what right counts and Cramér-Rao errors score."
+    else:
+        meaning = f"{report.metric} of {report.program} is {report.direction}d."
+    lines += [meaning, ""]
     if report.space:
         lines += ["| Parameter | Range | Best |", "|---|---|---|"]
         for name, dimension in report.space.items():

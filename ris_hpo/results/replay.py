@@ -134,15 +134,19 @@ class Repetition(TrialContext):
         super().__init__(config, directory, seed=seed, device=device)
         self.recorded_curve = dict(recorded)
         self.is_stopped = stop
-        self._finite = finite
+        self._as_counted = finite
         self._progress = progress
 
     def report(self, step: int, score: float, **metrics: float) -> bool:
         """See ``TrialContext.report``."""
-        value = self._finite(score)
-        super().report(step, value, **metrics)
+        super().report(step, score, **metrics)
+        step, value = next(reversed(self.scores.items()))
         self._progress(step, value)
         return step >= max(self.recorded_curve)
+
+    def finite(self, score: float) -> float:
+        """See ``TrialContext.finite``."""
+        return self._as_counted(score)
 
     def should_stop(self) -> bool:
         """See ``TrialContext.should_stop``."""

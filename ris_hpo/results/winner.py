@@ -31,7 +31,7 @@ from scipy import stats
 from ris_hpo.atomic import make_folder, write_text
 from ris_hpo.config import AnySettings, Spec, fingerprint
 from ris_hpo.errors import GateError, StudyError, TrainingDivergedError
-from ris_hpo.programs.program import TrialContext, load_program
+from ris_hpo.programs.program import TrialContext, as_number, load_program
 from ris_hpo.scoring.k_loc import SCORE_VERSION, WORST_K_LOC, finite_score
 from ris_hpo.search.counting import Direction, ranked
 from ris_hpo.search.spec import StudySpec, derived_seed
@@ -208,12 +208,18 @@ def confirm(
     progress(len(runs), len(runs), "done")
     verdict = judge(list(candidates), table, confidence=confidence, metric=spec.score, direction=spec.direction)
     searched = {name: trial.values[0] for name, (trial, _) in candidates.items()}
-    study.set_user_attr(names.WINNER, as_attribute(verdict, searched))
+    study.set_user_attr(names.WINNER, as_attribute(verdict, searched, on_scenes=spec.program is None))
     return verdict
 
 
-def as_attribute(verdict: Verdict, searched: dict[str, float]) -> dict[str, Any]:
-    """The verdict as it stands in the study's attributes: JSON types, None for an unbounded end."""
+def as_attribute(verdict: Verdict, searched: dict[str, float], *, on_scenes: bool = True) -> dict[str, Any]:
+    """The verdict as it stands in the study's attributes: JSON types, None for an unbounded end.
+
+    Args:
+        verdict: the verdict.
+        searched: score in the search by name of the candidate.
+        on_scenes: the scores are of fresh scenes, which those of a program of one's own are not.
+    """
     rows = []
     for item in verdict.candidates:
         ends = {"low": _bounded(item.low), "high": _bounded(item.high)}
@@ -223,7 +229,8 @@ def as_attribute(verdict: Verdict, searched: dict[str, float]) -> dict[str, Any]
         "distinguishable": verdict.distinguishable,
         "verdict": verdict.sentence,
         "method": (
-            f"Trained again with {verdict.seeds} fresh seeds, scored on fresh scenes, paired with the base by seed; "
+            f"Trained again with {verdict.seeds} fresh seeds, {'scored on fresh scenes, ' if on_scenes else ''}paired "
+            "with the base by seed; "
             f"the intervals hold together with {verdict.confidence:.0%} probability."
         ),
         "base_mean": verdict.base_mean,
@@ -280,7 +287,7 @@ def program_score(config: Spec, directory: Path, *, spec: StudySpec, device: str
     trial = TrialContext(settings, directory, seed=settings["seed"], device=device)
     try:
         returned = program.train(trial)
-        return spec.finite(trial.scores[max(trial.scores)] if returned is None else returned)
+        return spec.finite(trial.scores[max(trial.scores)] if returned is None else as_number(returned, "the score"))
     except TrainingDivergedError:
         if spec.worst_score is None:
             raise

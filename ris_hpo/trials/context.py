@@ -115,14 +115,14 @@ class StudyTrial(TrialContext):
 
     def report(self, step: int, score: float, **metrics: float) -> bool:
         """See ``TrialContext.report``."""
+        super().report(step, score, **metrics)
+        step, value = next(reversed(self.scores.items()))
         if not self._planned:
             self.plan(1, None)
         for earlier, recorded in self._journal.before(step):
             if earlier not in self._stored:  # reported by a worker that was lost, and trained past
                 self._enter(earlier, recorded)
-        value = self._spec.finite(score)
         self._journal.append(step, value)
-        super().report(step, value, **metrics)
         self.last_score = value
         verdict = self._enter(step, value)
         self._environment.notify(
@@ -130,7 +130,7 @@ class StudyTrial(TrialContext):
                 number=self._trial.number,
                 step=step,
                 score=value,
-                floor=metrics.get("floor"),
+                floor=self.metrics.get("floor"),
                 steps_per_second=max(step - self._resumed_at, 0) / max(self._record.seconds_here(), 1e-9),
                 memory_bytes=_memory(self.device),
             )
@@ -138,6 +138,10 @@ class StudyTrial(TrialContext):
         # at the last step there is nothing left to save
         self.pruned = verdict and step >= self._resumed_at and step != self._last_step
         return self.pruned
+
+    def finite(self, score: float) -> float:
+        """See ``StudySpec.finite``."""
+        return self._spec.finite(score)
 
     def _enter(self, step: int, value: float) -> bool:
         """Report to the store what it does not have; return the pruner's verdict.
@@ -176,8 +180,9 @@ class StudyTrial(TrialContext):
 
     def artifact(self, path: Path) -> None:
         """See ``TrialContext.artifact``."""
+        super().artifact(path)
         if self._environment.keep is not None:
-            self._environment.keep(self._trial, path)
+            self._environment.keep(self._trial, Path(path))
 
     def show(self, **objects: Any) -> None:
         """See ``TrialContext.show``."""

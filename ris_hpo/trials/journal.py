@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-_FILE = "reports.jsonl"
+from ris_hpo.programs.program import REPORTS
 
 
 class Journal:
@@ -17,7 +17,7 @@ class Journal:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._path = directory / _FILE
+        self._path = directory / REPORTS
         self._scores: dict[int, float] = {}
         if self._path.is_file():
             for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():

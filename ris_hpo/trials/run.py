@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ris_hpo.config import Spec
 from ris_hpo.errors import CheckpointError, StoreError, StudyGoneError, TrainingDivergedError, WorkerError
-from ris_hpo.programs.program import RequeuedError
+from ris_hpo.programs.program import RequeuedError, as_number
 from ris_hpo.search.counting import lineage_root
 from ris_hpo.search.samplers import build_sampler
 from ris_hpo.store import attributes as names
@@ -81,7 +81,10 @@ def run_trial(environment: TrialEnvironment, number: int, owner: Owner) -> Outco
             return Outcome("fenced", number, error="declared lost while this worker was silent; its successor goes on")
         except (StoreError, StudyGoneError):
             raise
-        except Exception as error:  # without a cause written down the trial would look lost, and come back for ever
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # without a cause written down the trial would look lost, and come back for ever
             if is_host_fault(error):
                 record.put_back(preempted=False)
                 raise UnfitHostError(f"trial {number} was put back: {one_line(error)}") from error
@@ -164,9 +167,10 @@ class _Attempt:
             if context.pruned:
                 self.record.finish(self.trial, TrialState.PRUNED, None, context.attributes())
                 return Outcome("pruned", number, value=context.last_score)
-            score = context.last_score if returned is None else returned
+            program = self.spec.program_name()
+            score = context.last_score if returned is None else as_number(returned, f"what {program} returned")
             if score is None:
-                raise TypeError(f"{self.spec.program_name()} returned no score and has reported none")
+                raise TypeError(f"{program} returned no score and has reported none")
             value = self.spec.finite(score)
         except RequeuedError:
             return Outcome("requeued" if self.record.put_back(preempted=True) else "fenced", number)

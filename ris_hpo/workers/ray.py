@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from ris_hpo.errors import StoreError, WorkerError
@@ -70,6 +71,7 @@ class RayActors:
         cpus_per_worker: cores per actor.
         device: torch device of the actors; None for ``cuda`` where they have a share of a GPU, else ``cpu``.
         environment: variables of the actors' processes. Ray writes them into its logs: nothing secret may stand here.
+        program: module or package that the nodes do not have; Ray brings it to them.
 
     Raises:
         StoreError: the store is a file of this machine.
@@ -87,6 +89,7 @@ class RayActors:
         cpus_per_worker: float = 1.0,
         device: str | None = None,
         environment: Mapping[str, str] | None = None,
+        program: Path | None = None,
     ) -> None:
         if store.is_sqlite:
             raise StoreError("a Ray cluster needs a store that every node reaches: --storage postgresql://...")
@@ -102,6 +105,7 @@ class RayActors:
         self._cpus = cpus_per_worker
         self._device = device
         self._environment = {"OMP_WAIT_POLICY": "PASSIVE", **(environment or {})}
+        self._modules = [] if program is None else [str(program)]
         self._joined_here = False
         self._gpus = 0
 
@@ -116,7 +120,8 @@ class RayActors:
         if self._joined_here:
             self._check_address()
             try:
-                ray.init(address=self._address, log_to_driver=False, logging_level="ERROR")
+                modules = {"py_modules": self._modules}
+                ray.init(address=self._address, log_to_driver=False, logging_level="ERROR", runtime_env=modules)
             except ConnectionError as error:
                 raise WorkerError(f"no Ray cluster at '{self._address}' ({' '.join(str(error).split())})") from None
         self._gpus = int(ray.cluster_resources().get("GPU", 0)) if self._use_gpus else 0

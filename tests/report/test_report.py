@@ -7,12 +7,14 @@ from html.parser import HTMLParser
 
 import optuna
 import pytest
-from optuna.trial import TrialState
+from matplotlib.figure import Figure
+from optuna.distributions import IntDistribution
+from optuna.trial import TrialState, create_trial
 
 from ris_hpo.errors import OutputError
 from ris_hpo.report.collect import collect
 from ris_hpo.report.html import as_html, as_json, headline, write_report
-from ris_hpo.report.study_figures import curve_range
+from ris_hpo.report.study_figures import curve_range, history
 from ris_hpo.store import attributes as names
 from tests.report.synthetic import FLOOR, fill, make_study, scores
 
@@ -276,6 +278,47 @@ def test_two_objectives_are_ranked_by_k_loc():
     assert report.best.number == 7
     assert report.importances == {"x": 1.0}
     Page(as_html(report))
+
+
+def test_a_score_that_is_maximised_is_so_in_every_sentence_and_figure():
+    own = optuna.create_study(direction="maximize")
+    own.set_user_attr(names.SPEC, {"program": "own:train", "score": "accuracy", "direction": "maximize", "worst": 0.0})
+    widths = IntDistribution(1, 9)
+    for width, value in ((4, 0.5), (1, 0.25), (9, 0.75), (6, 0.625), (2, 0.0)):
+        marks = {names.METRICS: {"loss": 1 - value}, names.SCENES: 2, names.SECONDS: 3.0}
+        marks |= {names.ORIGIN: "base"} if width == 4 else {}
+        marks |= {names.DIVERGED: "loss is nan"} if value == 0 else {}
+        curve = {1: value / 2, 2: value}
+        own.add_trial(
+            create_trial(
+                value=value,
+                params={"width": width},
+                distributions={"width": widths},
+                intermediate_values=curve,
+                user_attrs=marks,
+            )
+        )
+    report = collect(own)
+    assert report.best.number == 2
+    assert [trial.number for trial in report.compared()] == [2, 3, 0, 1, 4]
+    assert [trial.number for trial in report.ranked(report.trials)] == [2, 3, 0, 1, 4]
+    assert headline(report)[:2] == [
+        "Trial 2 scores accuracy 0.750.",
+        "That is 0.250 above the base configuration's 0.500.",
+    ]
+    low, high = curve_range(report)
+    assert low > 0.0  # cut off below, where the bad ones are
+    assert high > 0.75
+    page = as_html(report)
+    Page(page)
+    assert "higher is better" in page
+    assert ">loss <" in page
+    for word in ("k_loc", "scenes", "pipeline", "Cramér"):
+        assert word not in page
+    drawn = Figure()
+    history(drawn, report)
+    best_so_far = next(line for line in drawn.axes[0].lines if line.get_label() == "best so far")
+    assert list(best_so_far.get_ydata()) == [0.5, 0.5, 0.75, 0.75, 0.75]
 
 
 def test_a_failed_write_leaves_nothing(study, tmp_path):

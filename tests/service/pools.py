@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from optuna.study import Study
+from optuna.trial import TrialState
 
 from ris_hpo.results.replay import replay
 from ris_hpo.search import counting
 from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget
+from ris_hpo.store import attributes as names
 from ris_hpo.store.cache import Store
+from ris_hpo.store.owner import Owner
 from ris_hpo.workers.devices import plan_slots
 from ris_hpo.workers.local import LocalProcesses
 from ris_hpo.workers.supervisor import PoolSnapshot, Supervisor
@@ -59,6 +64,38 @@ def same_curves(store: Store, study: Study) -> None:
     for trial in counting.live_trials(study.get_trials()):
         report = replay(store, study.study_name, trial.number)
         assert report.identical, (trial.number, report.steps)
+
+
+def kill_and_resume(store: Store, study: Study, start: Callable[[int], Supervisor], workers: int = 4) -> None:
+    """Kill a worker within a trial, stop the run when the loss is known, go on with one worker, and check what is left.
+
+    Args:
+        store: the store.
+        study: the study, with its tickets, of a program that reports at each step from 1 on.
+        start: makes a supervisor of so many workers.
+        workers: of the run that is disturbed.
+    """
+    n_trials, killed = len(study.get_trials()), None
+    supervisor = start(workers)
+    for snapshot in supervisor.run(interval=0.05):
+        trials = study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
+        within = next((trial for trial in trials if (trial.last_step or 0) >= 2), None)
+        if killed is None and within is not None:
+            killed = within.user_attrs[names.OWNER]
+            os.kill(Owner.parse(killed).process.pid, signal.SIGKILL)  # type: ignore[union-attr]
+        elif snapshot.tally.retried:
+            supervisor.stop()
+    assert supervisor.ending == "interrupted"
+    last = drain(start(1), 0.2)[-1]
+    assert (last.tally.ended, last.tally.open, last.tally.fail) == (n_trials, 0, 0)
+    trials = study.get_trials()
+    (lost,) = (trial for trial in trials if trial.state == TrialState.FAIL)
+    assert lost.user_attrs[names.OWNER] == killed
+    successor = next(trial for trial in trials if trial.user_attrs.get(names.PREDECESSOR) == lost.number)
+    assert {step: successor.intermediate_values[step] for step in lost.intermediate_values} == lost.intermediate_values
+    for trial in counting.live_trials(trials):
+        assert list(trial.intermediate_values) == list(range(1, (trial.last_step or 0) + 1))
+    same_curves(store, study)
 
 
 class Driver:

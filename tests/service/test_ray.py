@@ -14,6 +14,7 @@ import pytest
 from optuna.trial import TrialState
 
 from ris_hpo.errors import StoreError, WorkerError
+from ris_hpo.programs.program import source
 from ris_hpo.search import counting
 from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget
 from ris_hpo.store import attributes as names
@@ -26,9 +27,10 @@ from ris_hpo.workers.ray import RayActors
 from ris_hpo.workers.supervisor import Supervisor
 from ris_hpo.workers.worker import job_for
 from tests.postgres import Postgres
+from tests.programs.test_examples import EXAMPLES, small_study
 
 from .conftest import IMPORTABLE, make_spec
-from .pools import same_curves, slow_base
+from .pools import kill_and_resume, same_curves, slow_base
 
 CANARY = "cAnArY81d3"
 
@@ -180,6 +182,23 @@ def test_one_nodes_full_disk_does_not_end_the_run(
     assert (snapshot.tally.complete, snapshot.tally.open, snapshot.tally.fail) == (8, 0, 0)
     assert snapshot.tally.retried == 0  # put back, which costs no retry
     same_curves(store, study)
+    store.close()
+
+
+def test_the_example_goes_to_the_nodes_and_loses_nothing(
+    postgres: Postgres, cluster: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(EXAMPLES / "own_trainer")  # where only this process finds the program
+    store = open_store(postgres.url())
+    study = small_study(store, 4)
+
+    def start(workers: int) -> Supervisor:
+        program = source("spirals:train")
+        return supervisor_of(
+            store, study, cluster, tmp_path, gpus=False, workers=workers, cpus_per_worker=0.5, program=program
+        )
+
+    kill_and_resume(store, study, start, workers=2)
     store.close()
 
 
