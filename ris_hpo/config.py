@@ -127,8 +127,7 @@ class Spec(BaseModel):
         Raises:
             ConfigError: as ``from_stored``.
         """
-        before, dash, _ = recorded.partition("-")
-        version = int(before) if dash and before.isdigit() else 0
+        version = schema_of(recorded)
         if version >= SCHEMA or cls.settings is None:
             return cls.from_stored(tree, source).fingerprint() == recorded
         defaults = stored_defaults(version, cls.settings)
@@ -146,6 +145,12 @@ def fingerprint(value: Any) -> str:
     """Sixteen hexadecimal digits of the SHA-256 of ``value`` as canonical JSON."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def schema_of(recorded: str) -> int:
+    """Return the schema version under which a fingerprint was recorded."""
+    version, dash, _ = recorded.partition("-")
+    return int(version) if dash and version.isdigit() else 0
 
 
 # -- schema versions -------------------------------------------------------------------------------------------------

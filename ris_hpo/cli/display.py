@@ -144,6 +144,8 @@ def comparison(report: ReplayReport) -> None:
     table(f"trial {report.number} of '{report.study}'", columns, rows, text=())
     if not report.fingerprint_agrees:
         print_result("the configuration differs from the recorded one: the program has changed since")
+    if report.older and not report.identical:
+        print_result("an earlier version recorded this curve: CHANGELOG.md says what is computed differently since")
     if not report.stopped:
         difference = f"different, by up to {report.max_difference:.3g}"
         print_result("identical" if report.identical else difference)

@@ -7,12 +7,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from optuna.trial import TrialState
 
+from ris_hpo.config import SCHEMA, schema_of
 from ris_hpo.errors import StudyError, TrainingDivergedError
 from ris_hpo.programs.program import Program, RequeuedError, TrialContext, load_program
 from ris_hpo.search.counting import lineage_root
@@ -35,7 +36,8 @@ class ReplayReport:
     """A recorded curve and its repetition.
 
     ``identical`` means bit for bit, which holds on the same kind of CPU under the same number of threads; on a GPU, or
-    elsewhere, ``max_difference`` says how far apart the two came. ``stopped`` is true when a stop cut the replay short.
+    elsewhere, ``max_difference`` says how far apart the two came. ``stopped`` is true when a stop cut the replay short,
+    ``older`` where an earlier version of the settings recorded the curve: what computes differently since then shows.
     """
 
     study: str
@@ -45,6 +47,7 @@ class ReplayReport:
     steps: list[ReplayStep]
     fingerprint_agrees: bool
     stopped: bool
+    older: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON types."""
@@ -87,7 +90,7 @@ def replay(
     config = spec.config(trial.params, root, seed=seed)
     recorded_as = str(trial.user_attrs.get(names.CONFIG_FINGERPRINT, ""))
     with tempfile.TemporaryDirectory(prefix="ris-hpo-replay-") as scratch:
-        return repeated(
+        report = repeated(
             load_program(spec.program_name()),
             Repetition(
                 config.model_dump(mode="json"),
@@ -103,6 +106,7 @@ def replay(
             threads=trial.user_attrs.get(names.THREADS),
             fingerprint_agrees=spec.ran(recorded_as, trial.params, root, seed=seed),
         )
+    return replace(report, older=schema_of(recorded_as) < SCHEMA)
 
 
 class Repetition(TrialContext):

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ris_hpo.cli import display, live
+from ris_hpo.results.replay import ReplayReport, ReplayStep
 from ris_hpo.search.counting import Tally
 from ris_hpo.search.status import BestTrial
 from ris_hpo.text import duration, file_size
@@ -137,3 +138,14 @@ def test_progress_is_silent_while_short(capsys: pytest.CaptureFixture[str]) -> N
     with display.progress(10, "scenes") as advance:
         advance(5, "half")
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_curve_of_an_earlier_version_that_came_out_differently_says_why(
+    older: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = [ReplayStep(32, 5.5, 5.25)]
+    display.comparison(ReplayReport("smoke", 0, False, 0.25, steps, True, False, older))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "different, by up to 0.25"
+    assert ("an earlier version recorded this curve" in lines[-2]) == older

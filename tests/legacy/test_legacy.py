@@ -82,6 +82,7 @@ def assert_same(found: float, recorded: float) -> None:
 
 def assert_replays(report: ReplayReport, steps: int) -> None:
     assert report.fingerprint_agrees
+    assert report.older
     assert len(report.steps) == steps
     for step in report.steps:
         assert_same(step.replayed, step.recorded)
