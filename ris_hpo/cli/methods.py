@@ -53,7 +53,8 @@ def read_scenes(
     from ris_hpo.physics.files import open_scenes
     from ris_hpo.physics.surfaces import load_surface
 
-    stated = None if surface is None else load_surface(surface).geometry
+    scene = None if surface is None else load_surface(surface)
+    stated = None if scene is None else scene.geometry
     with open_scenes(path, stated or geometry, truth=truth) as file:
         if stated is not None and file.geometry != stated:
             raise SceneFileError(f"{path}: states {file.geometry}, --surface {surface} states {stated}; leave one out")
@@ -61,7 +62,8 @@ def read_scenes(
             display.print_note(
                 f"{path} does not say its surface; assumed is that of {owner}: {file.geometry}; state it by --surface"
             )
-        return file.read_all()
+        found = file.read_all()
+        return found if scene is None else found.knowing(scene)
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ def train(
         spec = with_curriculum(spec)
     geometry = spec.scene.geometry
     own, held = (
-        methods.read_scenes(path, geometry, "the configuration", surface) if path else None
+        methods.read_scenes(path, geometry, "the configuration", surface).knowing(spec.scene) if path else None
         for path in (scenes, validation)
     )
     trainer = Trainer(spec, out, device=device, scenes=own, validation=held)
@@ -282,7 +282,7 @@ def evaluate(
     else:
         method = methods.choose(checkpoint, weights, estimator, set_, device, path, surface)
         if scenes is not None:
-            batch = methods.read_scenes(scenes, method.geometry, method.name, surface)
+            batch = methods.read_scenes(scenes, method.geometry, method.name, surface).knowing(method.grid.region)
         else:
             cells = [options.numbers("--snr-db", snr_db, float), options.numbers("--counts", counts, int)]
             batch = grid_of_cells(method.scene, seed, cells[0], [int(count) for count in cells[1]], per_cell)

@@ -28,9 +28,10 @@ from ris_hpo.physics.sources import Sources
 BEYOND_BORDER = 3.5
 """Standard deviations by which the best position must lie beyond the region for a source to be on its border."""
 
-_BY_CHANCE = 5e-4  # share of scenes that do not fit though the model is right (1 of 1,700 measured)
+_BY_CHANCE = 5e-4  # share of scenes that do not fit though the model is right (measured: 1 of 1,700)
 _TAIL = 1e-4  # chance that noise alone leaves more than the upper end of the range, or less than the lower
 _NOISE_ESTIMATE = 1.6  # factor within which a network's estimate of the noise power is right
+_POOR_OPTIMUM = 1.1  # factor that a fit which stopped short of the best positions may leave more
 _DETECTION = 12.0  # nats by which a source must raise the likelihood to be detected
 
 
@@ -80,7 +81,7 @@ def residual_range(
     missed = _undetected(snapshots) if count < max_sources else 0.0
     low, high = gamma.ppf([_TAIL, 1 - _TAIL], freedom)
     slack = 1.0 if noise_known else _NOISE_ESTIMATE
-    return max(0.0, float(low) - _DETECTION) / freedom / slack, (float(high) + missed) / freedom * slack
+    return max(0.0, float(low) - _DETECTION) / freedom / slack, _POOR_OPTIMUM * (float(high) + missed) / freedom * slack
 
 
 def misfit(sources: Sources) -> str | None:

@@ -89,7 +89,7 @@ def cell_targets(truth: Sources, grid: Grid) -> tuple[Tensor, Tensor]:
     places, offsets = [], []
     sizes = (grid.num_v, grid.num_w, grid.num_rho)
     for value, (low, _), step, size in zip(cosines, grid.region.bounds(), grid.spacing(), sizes, strict=True):
-        continuous = (value - low) / step
+        continuous = (value - low) / (step or 1.0)  # a coordinate that is known has one cell
         nearest = continuous.round().clamp(0, size - 1)
         places.append(nearest.long())
         offsets.append(continuous - nearest)

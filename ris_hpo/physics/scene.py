@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -23,6 +23,9 @@ from ris_hpo.errors import ConfigError
 from ris_hpo.physics.array import Geometry, require_sector, steering
 from ris_hpo.physics.random import SceneRandom
 from ris_hpo.physics.sources import Sources
+
+if TYPE_CHECKING:
+    from ris_hpo.physics.grid import Region
 
 Interval = tuple[float, float]
 _ATTEMPTS = 1000  # draws of a direction before the sources are taken to have no room
@@ -179,6 +182,13 @@ class Scenes:
             raise ConfigError(f"the truth of these scenes lacks {', '.join(lacking)}, which is needed here")
         return self.known_truth()
 
+    def knowing(self, sector: SceneSpec | Region) -> Scenes:
+        """The same scenes with the coordinates that a sector fixes known beforehand, unless the truth says which."""
+        truth = self.truth
+        if truth is None or truth.given is not None or (given := _given(sector, truth)) is None:
+            return self
+        return dataclasses.replace(self, truth=dataclasses.replace(truth, given=given))
+
     def known_truth(self) -> Sources:
         """What is known of the true sources; a coordinate that is not known is NaN for every source.
 
@@ -211,6 +221,12 @@ class Scenes:
             else:
                 fields[field.name] = None if value is None else function(value)
         return Scenes(**fields)
+
+
+def _given(sector: SceneSpec | Region, truth: Sources) -> Tensor | None:
+    """Which coordinates have an interval without width, bool [B, 3]; None for none."""
+    fixed = [low == high for low, high in (getattr(sector, name) for name in SECTOR)]
+    return torch.tensor(fixed, device=truth.mask.device).expand(len(truth), -1) if any(fixed) else None
 
 
 def _power_of_two(values: Tensor, count: int) -> Tensor:
@@ -269,9 +285,8 @@ def simulate(
     else:
         power = 10 ** (random.between("power", (-spec.power_spread_db, spec.power_spread_db), k_max) / 10)
     power = power * mask
-    fixed = [low == high for low, high in (spec.azimuth_deg, spec.elevation_deg, spec.range_m)]
-    given = torch.tensor(fixed, device=where).expand(len(mask), -1) if any(fixed) else None
-    truth = Sources(azimuth, elevation, range_m, power, mask, given=given)
+    truth = Sources(azimuth, elevation, range_m, power, mask)
+    truth = dataclasses.replace(truth, given=_given(spec, truth))
 
     symbols = random.complex_normal("symbols", num_snapshots, k_max)
     if spec.symbols == "coherent":

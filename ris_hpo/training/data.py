@@ -258,5 +258,6 @@ def _outside(config: RunConfig, truth: Sources) -> Tensor:
     outside = torch.zeros_like(truth.mask)
     positions = to_cosines(truth.azimuth, truth.elevation, truth.range_m)
     for value, (low, high), step in zip(positions, grid.region.bounds(), grid.spacing(), strict=True):
-        outside |= (value < low - step / 2) | (value > high + step / 2)
+        slack = max(step / 2, 1e-5)  # a coordinate that is known has no step
+        outside |= (value < low - slack) | (value > high + slack)
     return outside & truth.mask

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ris_hpo import load_scenes, source_bounds
@@ -53,3 +54,16 @@ def test_evaluate_writes_every_row_as_csv(cli: Cli) -> None:
     ]
     assert {"by_range", "by_azimuth", "by_snr", "by_count", "overall"} < {row["group"] for row in rows}
     assert all(row["floor_success"] for row in rows)
+
+
+def test_a_row_of_elements_is_scored_without_its_elevation(cli: Cli) -> None:
+    assert cli("simulate", "--surface", "linear-64", "--num-scenes", 4, "--snr-db", 20, "--out", "s.npz").code == 0
+    with np.load("s.npz") as arrays:
+        plain = {name: arrays[name] for name in arrays.files if name != "given"}
+    np.savez("plain.npz", **plain)  # a file of one's own
+    for name in ("s.npz", "plain.npz"):
+        found = cli("evaluate", "--estimator", "spectrum-maxima", "--surface", "linear-64", "--scenes", name, "--json")
+        overall = found.json["overall"]
+        assert overall["floor"]["rmse_elevation_deg"] == 0
+        assert overall["scores"]["rmse_elevation_deg"] == 0
+        assert overall["floor"]["success"] > 0.5

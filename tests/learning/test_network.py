@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from ris_hpo.errors import ConfigError, NumericalError
 from ris_hpo.estimators.maximum_likelihood import ols
 from ris_hpo.learning.hybrid import HybridSpec, covariances
 from ris_hpo.learning.inference import InferenceSpec, localize, network_sources, predict
+from ris_hpo.learning.losses import cell_targets
 from ris_hpo.learning.network import Network, NetworkSpec, large
 from ris_hpo.physics.array import Cosines, Geometry, to_cosines
 from ris_hpo.physics.grid import GridSpec
@@ -146,7 +148,7 @@ def test_large_is_the_published_size():
     [
         {"heads": 5},
         {"front_end": "tokens", "covariance_head": "factor"},
-        {"grid": {"region": {"range_m": (2, 2)}}},
+        {"grid": {"region": {"range_m": (2, 1)}}},
         {"width": -1},
         {"wdith": 32},
     ],
@@ -154,3 +156,18 @@ def test_large_is_the_published_size():
 def test_impossible_forms_are_refused(change):
     with pytest.raises(ConfigError):
         NetworkSpec.parse({**SMALL, **change})
+
+
+def test_a_row_of_elements_with_its_elevation_known_has_one_cell_in_it():
+    changes = {"geometry.num_horizontal": 16, "geometry.num_vertical": 1, "elevation_deg": (10.0, 10.0)}
+    scene = SceneSpec().replaced(changes)
+    grid = GridSpec().replaced({"region.elevation_deg": (10.0, 10.0)})
+    network = Network(NetworkSpec(**SMALL, geometry=scene.geometry, grid=grid))
+    assert network.spec.cells.num_w == 1
+    scenes = simulate(scene, 5, range(4))
+    outputs = network(*network.features(scenes))
+    assert (outputs.w - math.sin(math.radians(10))).abs().max() < 1e-6
+    index, offsets = cell_targets(scenes.truth, network.spec.cells)
+    assert offsets[:, 1].abs().max() < 1e-5
+    assert (index % network.spec.cells.num_w == 0).all()
+    assert index.max() < math.prod(network.spec.cells.shape)

@@ -62,8 +62,6 @@ class NetworkSpec(Spec):
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
         if self.front_end == "tokens" and self.covariance_head == "factor" and self.factor_basis == "atoms":
             raise ValueError("factor_basis 'atoms' needs the front_end 'spectra'; with tokens use 'free'")
-        if self.front_end == "spectra" and any(low == high for low, high in self.grid.region.bounds()):
-            raise ValueError("grid.region must have an extent in azimuth, elevation and range: cells divide it")
         return self
 
     @property
