@@ -136,6 +136,8 @@ def localize_covariance(
         raise ConfigError(f"covariance has shape {tuple(covariance.shape)}, expected [B, {n}, {n}]")
     if not bool(torch.view_as_real(covariance.to(torch.complex64)).isfinite().all()):
         raise NumericalError("covariance: not finite")
+    if method == "modified-music" and geometry.positions_m is not None:
+        raise ConfigError("modified-music needs rows and columns of elements; this surface lists its positions")
     if bool(((num_sources < 0) | (num_sources > max_sources)).any()):
         raise ConfigError(f"num_sources must lie within 0..{max_sources}")
     batch, device = len(covariance), covariance.device

@@ -16,7 +16,7 @@ from pydantic import SerializerFunctionWrapHandler, model_serializer, model_vali
 from ris_hpo.config import Spec, filled
 from ris_hpo.learning.inference import InferenceSpec
 from ris_hpo.learning.network import NetworkSpec
-from ris_hpo.migrations import Tree, put, take, value_at
+from ris_hpo.migrations import Tree, has, put, take, value_at
 from ris_hpo.physics.array import Geometry
 from ris_hpo.physics.scene import SECTOR, SceneSpec
 
@@ -56,9 +56,8 @@ class NetworkSettings(Spec):
     def _without_what_follows(self, handler: SerializerFunctionWrapHandler) -> Tree:
         tree: Tree = handler(self)
         followed = _following(tree["scene"]) if "scene" in tree else {}
-        for path in self.follows:
-            value = value_at(followed, path)
-            if value is not None and _plain(value_at(tree, path)) == _plain(value):
+        for path in self.follows if followed else ():
+            if has(tree, path) and _plain(value_at(tree, path)) == _plain(value_at(followed, path)):
                 take(tree, path)
         return tree
 

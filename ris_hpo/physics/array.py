@@ -18,6 +18,7 @@ The array response is a_n = exp(-j 2 pi delta_n / lambda) / sqrt(N), of unit nor
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Literal, NamedTuple
 
@@ -33,7 +34,7 @@ which drops q^2 and so holds near boresight alone, rho P / 2 - q (paraxial); -q 
 
 
 class Geometry(Spec):
-    """A uniform planar surface and the wave model used for it."""
+    """A planar surface, uniform or with its elements listed, and the wave model used for it."""
 
     num_horizontal: int = Field(12, ge=1, le=256, description="elements in a row, along y")
     num_vertical: int = Field(12, ge=1, le=256, description="elements in a column, along z")
@@ -42,22 +43,34 @@ class Geometry(Spec):
     wave: WaveModel = Field(
         "exact", description="path differences: exact, an approximation by Fresnel, or of plane waves"
     )
+    positions_m: tuple[tuple[float, float], ...] | None = Field(
+        None, min_length=1, description="(y, z) of each element instead of rows, columns and spacing"
+    )
 
     def __str__(self) -> str:
+        if self.positions_m is not None:
+            return f"{self.num_elements} listed elements, wavelength {self.wavelength_m:g} m, {self.wave} wave"
         spacing = f"{self.spacing_wavelengths:g} wavelengths apart, wavelength {self.wavelength_m:g} m"
         return f"{self.num_horizontal} x {self.num_vertical} elements, {spacing}, {self.wave} wave"
 
     @property
     def num_elements(self) -> int:
-        """N = N_H N_V."""
-        return self.num_horizontal * self.num_vertical
+        """N = N_H N_V, or as many as are listed."""
+        return self.num_horizontal * self.num_vertical if self.positions_m is None else len(self.positions_m)
 
     def element_positions(self, device: torch.device | None = None, dtype: torch.dtype = torch.float64) -> Tensor:
         """Positions [N, 2] of the elements on the (y, z) axes, in metres."""
+        if self.positions_m is not None:
+            return _listed(self.positions_m, device, dtype)
         d = self.spacing_wavelengths * self.wavelength_m
         y = (torch.arange(self.num_horizontal, device=device, dtype=dtype) - (self.num_horizontal - 1) / 2) * d
         z = (torch.arange(self.num_vertical, device=device, dtype=dtype) - (self.num_vertical - 1) / 2) * d
         return torch.stack([y.repeat(self.num_vertical), z.repeat_interleave(self.num_horizontal)], dim=-1)
+
+
+@functools.lru_cache(maxsize=16)
+def _listed(positions: tuple[tuple[float, float], ...], device: torch.device | None, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(positions, device=device, dtype=dtype)
 
 
 def require_sector(

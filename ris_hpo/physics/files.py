@@ -118,9 +118,11 @@ class SceneFile:
         if elements and self.geometry.num_elements != elements:
             surface = self.geometry
             hint = "" if self.states_surface else f"; {UNSTATED_SURFACE}"
+            rows = surface.positions_m is None
+            size = f"{surface.num_horizontal} x {surface.num_vertical} = " if rows else ""
             problems.add(
-                f"array 'bs_ris_channel' has N = {elements} elements, expected "
-                f"{surface.num_horizontal} x {surface.num_vertical} = {surface.num_elements} of the surface{hint}"
+                f"array 'bs_ris_channel' has N = {elements} elements, expected {size}{surface.num_elements} of the "
+                f"surface{hint}"
             )
         problems.raise_any()
         self.remarks = [remark for entry in self._used.values() for remark in entry.remarks]

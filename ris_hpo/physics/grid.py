@@ -48,11 +48,18 @@ def resolution(geometry: Geometry) -> tuple[float, float, float]:
     A row of n elements d apart resolves lambda / (n d) in the cosine. Its focus at boresight falls to half power at
     5 lambda / D^2 in 1/r to either side, D the diagonal, which is 10 / d_F for the Fraunhofer distance
     d_F = 2 D^2 / lambda (Bjornson, Demir and Sanguinetti, "A primer on near-field beamforming for arrays and
-    reconfigurable intelligent surfaces", Asilomar 2021, for a square).
+    reconfigurable intelligent surfaces", Asilomar 2021, for a square). Listed elements are as long as a uniform row of
+    the same standard deviation, sqrt(12) of it, or as far as they reach where that is more.
     """
-    counts = (geometry.num_horizontal, geometry.num_vertical)
-    beams = [1 / (count * geometry.spacing_wavelengths) if count > 1 else math.inf for count in counts]
-    squared = sum((count * geometry.spacing_wavelengths) ** 2 for count in counts if count > 1)  # in wavelengths
+    if geometry.positions_m is None:
+        counts = (geometry.num_horizontal, geometry.num_vertical)
+        lengths = [count * geometry.spacing_wavelengths if count > 1 else 0.0 for count in counts]  # in wavelengths
+    else:
+        place = geometry.element_positions() / geometry.wavelength_m
+        reach, spread = place.amax(0) - place.amin(0), math.sqrt(12) * place.std(0, correction=0)
+        lengths = reach.maximum(spread).tolist()
+    beams = [1 / length if length else math.inf for length in lengths]
+    squared = sum(length**2 for length in lengths)
     depth = 10 / (squared * geometry.wavelength_m) if squared else math.inf
     return beams[0], beams[1], depth
 
@@ -163,7 +170,9 @@ class Mirrored(NamedTuple):
 
 
 def is_symmetric(geometry: Geometry, grid: Grid) -> bool:
-    """Whether the mirror symmetries hold: even numbers of elements, and bounds symmetric about 0."""
+    """Whether the mirror symmetries hold: rows and columns, even numbers of elements, and bounds symmetric about 0."""
+    if geometry.positions_m is not None:
+        return False
     even = geometry.num_horizontal % 2 == 0 and geometry.num_vertical % 2 == 0
     return even and all(math.isclose(low, -high) for low, high in grid.region.bounds()[:2])
 

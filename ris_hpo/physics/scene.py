@@ -80,6 +80,10 @@ class SceneSpec(Spec):
         require_sector(self.azimuth_deg, self.elevation_deg, self.range_m)
         if not 0 <= self.num_sources[0] <= self.num_sources[1] <= self.max_sources:
             raise ValueError(f"num_sources: {self.num_sources} must lie within 0..max_sources={self.max_sources}")
+        if self.codes == "dft" and self.geometry.positions_m is not None:
+            raise ValueError(
+                "codes 'dft' are beams of rows and columns; with geometry.positions_m choose random or hadamard"
+            )
         if self.rician_factor[0] < 0:
             raise ValueError(f"rician_factor: lower bound {self.rician_factor[0]} must not be negative")
         return self

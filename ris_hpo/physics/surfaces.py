@@ -15,6 +15,7 @@ from ris_hpo.physics.array import Geometry
 from ris_hpo.physics.scene import SceneSpec
 from ris_hpo.process import study_directories
 
+_LISTED = ("positions_m", "wavelength_m")
 _STATED = ("num_horizontal", "num_vertical", "wavelength_m", "spacing_wavelengths")
 
 
@@ -47,7 +48,8 @@ def surface_changes(name_or_path: str | Path, prefix: str = "") -> dict[str, Any
         path = known[text]
     tree = read_toml(path)
     geometry = tree.pop("geometry", {})
-    missing = [name for name in _STATED if not isinstance(geometry, dict) or name not in geometry]
+    stated = _LISTED if isinstance(geometry, dict) and "positions_m" in geometry else _STATED
+    missing = [name for name in stated if not isinstance(geometry, dict) or name not in geometry]
     if missing:
         raise ConfigError(f"{path}: a surface must state geometry.{', geometry.'.join(missing)}")
     SceneSpec.parse({**tree, "geometry": geometry}, str(path))

@@ -1,11 +1,14 @@
 """Waves and arrays other than the default ones: the likelihood finds the sources once they are named."""
 
 import numpy as np
+import pytest
 import torch
 
-from ris_hpo.estimators import LikelihoodSpec, deterministic_ml
+from ris_hpo.errors import ConfigError
+from ris_hpo.estimators import EstimatorSpec, LikelihoodSpec, deterministic_ml, estimate
 from ris_hpo.estimators.goodness import misfit
 from ris_hpo.physics.array import Geometry
+from ris_hpo.physics.files import load_scenes, save_scenes
 from ris_hpo.physics.grid import GridSpec, Region
 from ris_hpo.physics.scene import Scenes, SceneSpec, simulate
 from ris_hpo.physics.sources import Sources
@@ -69,3 +72,18 @@ def test_a_row_of_elements_finds_azimuth_and_range_with_its_elevation_known():
     assert score(found, scenes.require_truth()).success >= 0.9
     assert (found.elevation[found.mask].rad2deg() - 10).abs().max().item() < 1e-3
     assert misfit(found) is None
+
+
+def test_listed_elements_find_sources_on_a_grid_of_their_own(tmp_path):
+    """80 elements on two rings, with a gap that rows and columns do not have; through a file that lists them."""
+    rings = [(r * np.cos(t), r * np.sin(t)) for r in (0.35, 0.6) for t in 2 * np.pi * np.arange(40) / 40]
+    spec = SceneSpec(geometry=Geometry(positions_m=rings), num_sources=(1, 2), range_m=(0.5, 3.0))
+    save_scenes(tmp_path / "rings.npz", simulate(spec, 63, range(10), snr_db=torch.full((10,), 20.0)))
+    scenes = load_scenes(tmp_path / "rings.npz")
+    found = deterministic_ml(scenes, LikelihoodSpec(grid=GridSpec(region=Region(range_m=(0.5, 3.0)))))
+    assert score(found, scenes.require_truth()).success >= 0.9
+    assert misfit(found) is None
+    with pytest.raises(ConfigError, match="needs rows and columns"):
+        estimate("modified-music", scenes, EstimatorSpec(), 1)
+    with pytest.raises(ConfigError, match="'dft'"):
+        spec.replaced({"codes": "dft"})

@@ -19,6 +19,7 @@ from ris_hpo.physics.array import (
     steering_jacobian,
     to_cosines,
 )
+from ris_hpo.physics.grid import GridSpec
 from ris_hpo.physics.sources import Sources
 from tests.properties import examples
 
@@ -178,3 +179,17 @@ def test_cosine_steering_at_zero_curvature_is_planar():
     zero = torch.zeros(1, dtype=torch.float64)
     flat = Cosines(zero + 0.3, zero + 0.1, zero)
     torch.testing.assert_close(cosine_steering(Geometry(), flat), cosine_steering(Geometry(wave="planar"), flat))
+
+
+def test_listed_elements_see_what_their_distances_say():
+    ring = [(0.4 * math.cos(t), 0.7 * math.sin(t)) for t in range(9)]
+    geometry = Geometry(positions_m=ring, wavelength_m=0.2)
+    az, el, r = tensors(0.5, -0.2, 1.4)
+    at = source_position(az, el, r).tolist()
+    distance = torch.tensor([math.dist(at, (0.0, *place)) for place in ring], dtype=torch.float64)
+    expected = torch.exp(-2j * math.pi * (distance - r) / 0.2) / 3
+    torch.testing.assert_close(steering(geometry, az, el, r), expected, atol=1e-12, rtol=0)
+    listed = Geometry(positions_m=Geometry().element_positions().tolist())
+    torch.testing.assert_close(steering(listed, az, el, r), steering(Geometry(), az, el, r))
+    assert GridSpec().on(listed) == GridSpec().on(Geometry())
+    assert "9 listed elements" in str(geometry)
