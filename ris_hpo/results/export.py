@@ -115,6 +115,7 @@ def replay_config(
         number=provenance.trial,
         threads=provenance.threads,
         fingerprint_agrees=True,
+        older=found.older,
     )
 
 

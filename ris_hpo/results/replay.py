@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class ReplayReport:
     steps: list[ReplayStep]
     fingerprint_agrees: bool
     stopped: bool
-    older: bool = False
+    older: bool
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON types."""
@@ -90,7 +90,7 @@ def replay(
     config = spec.config(trial.params, root, seed=seed)
     recorded_as = str(trial.user_attrs.get(names.CONFIG_FINGERPRINT, ""))
     with tempfile.TemporaryDirectory(prefix="ris-hpo-replay-") as scratch:
-        report = repeated(
+        return repeated(
             load_program(spec.program_name()),
             Repetition(
                 config.model_dump(mode="json"),
@@ -105,8 +105,8 @@ def replay(
             number=number,
             threads=trial.user_attrs.get(names.THREADS),
             fingerprint_agrees=spec.ran(recorded_as, trial.params, root, seed=seed),
+            older=schema_of(recorded_as) < SCHEMA,
         )
-    return replace(report, older=schema_of(recorded_as) < SCHEMA)
 
 
 class Repetition(TrialContext):
@@ -158,7 +158,14 @@ class Repetition(TrialContext):
 
 
 def repeated(
-    program: Program, context: Repetition, *, study: str, number: int, threads: int | None, fingerprint_agrees: bool
+    program: Program,
+    context: Repetition,
+    *,
+    study: str,
+    number: int,
+    threads: int | None,
+    fingerprint_agrees: bool,
+    older: bool,
 ) -> ReplayReport:
     """Train from the first step, as far as a recorded curve goes, and compare.
 
@@ -169,6 +176,7 @@ def repeated(
         number: the trial of the record, for the report.
         threads: torch threads of the record, in force meanwhile; None leaves those there are.
         fingerprint_agrees: for the report.
+        older: for the report.
     """
     torch: Any = sys.modules.get("torch")  # not imported for a program that does without
     before = torch.get_num_threads() if torch is not None else 1
@@ -192,4 +200,5 @@ def repeated(
         steps=steps,
         fingerprint_agrees=fingerprint_agrees,
         stopped=not complete and context.is_stopped(),
+        older=older,
     )

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 from pydantic import Field
 
 from ris_hpo.atomic import write_text
-from ris_hpo.config import SCHEMA_KEY, AnySettings, Spec, migrated, read_toml, to_toml
+from ris_hpo.config import SCHEMA, SCHEMA_KEY, AnySettings, Spec, migrated, read_toml, to_toml
 from ris_hpo.errors import ConfigError, reading
 from ris_hpo.physics.scene import SceneSpec
 from ris_hpo.training.config import RunConfig
@@ -58,10 +58,17 @@ class Provenance(Spec):
 
 
 class Exported(Spec):
-    """A configuration file as read: ``provenance`` is None for one written by hand."""
+    """A configuration file as read.
+
+    Attributes:
+        config: the settings.
+        provenance: where they came from; None for a file written by hand.
+        older: whether an export was written in an earlier schema version.
+    """
 
     config: RunConfig
     provenance: Provenance | None = None
+    older: bool = False
 
 
 class ExportedSettings(Spec):
@@ -105,7 +112,7 @@ def load_config(path: Path) -> Exported:
     provenance = Provenance.parse(origin, source=f"{path}: {PROVENANCE}")
     if RunConfig.is_fingerprint_of(provenance.config_fingerprint, tree, str(path)):  # an older version's, perhaps
         provenance = provenance.replaced({"config_fingerprint": config.fingerprint()})
-    return Exported(config=config, provenance=provenance)
+    return Exported(config=config, provenance=provenance, older=tree.get(SCHEMA_KEY, 0) < SCHEMA)
 
 
 def load_scene(path: Path) -> SceneSpec:
