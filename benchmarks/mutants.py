@@ -1,12 +1,18 @@
 """How many small faults in the code do its tests notice?
 
     python -m benchmarks.mutants run [ROOM ...]     # plants faults one at a time; goes on where it stopped
-    python -m benchmarks.mutants table              # the score of each module and the faults that survived
+    python -m benchmarks.mutants run --again        # those that survived, once more, after tests were added
+    python -m benchmarks.mutants table              # the score of each room and the faults that survived
 
-cosmic-ray knows the faults (another operator, a number one higher, a condition negated, a decorator dropped ...) and
-plants them in a copy of the tree. Its full list is days of work, since every operator has a dozen replacements, so a
-share of the places of each module is drawn with a seed, and one fault for each place. The tests of the room run until
-the first that fails.
+cosmic-ray knows the faults (another operator, a number one higher, a condition negated, a decorator dropped ...). Its
+full list is days of work, since every operator has a dozen replacements, so places of each module are drawn with a
+seed, and one fault for each place.
+
+The tests of a room are collected once, in a copy of the tree, and each fault is tried in a fork of that process, which
+costs no import. A first fork notes which tests call which functions: a fault is tried on the tests that call its function,
+until one fails. A fault within a function takes the place of the function's code;
+a fault elsewhere (a default of a specification, a decorator) is written to its file, and the fork imports everything
+of this tree once more and tries the tests that call anything in that file.
 
 ``mutants.json`` beside this file keeps the result. A survivor that no test can notice gets its reason there by hand,
 under ``equivalent``; it then leaves the score, and later runs keep the reason.
@@ -16,45 +22,57 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
+import gc
 import hashlib
 import json
 import os
 import random
+import select
 import shutil
+import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
+import cosmic_ray.plugins
+import pytest
 from cosmic_ray.commands.init import init
-from cosmic_ray.mutating import mutate_and_test
-from cosmic_ray.testing import run_tests
-from cosmic_ray.work_db import WorkDB, use_db
-from cosmic_ray.work_item import MutationSpec, TestOutcome, WorkItem
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.work_db import use_db
+from cosmic_ray.work_item import MutationSpec, TestOutcome, WorkerOutcome, WorkItem, WorkResult
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "build" / "mutants"
 RESULTS = Path(__file__).parent / "mutants.json"
+SERVICE = [f"tests/service/test_{of}.py" for of in ("space", "samplers", "studies", "trial_ends", "trials")]
 ROOMS = {
-    "training": "tests/training",
-    "learning": "tests/learning tests/training/test_step.py",
-    "scoring": "tests/scoring",
-    "trials": "tests/service/test_trials.py",
-    "search": "tests/service/test_space.py tests/service/test_samplers.py tests/service/test_studies.py",
+    "scoring": ["tests/scoring"],
+    "trials": SERVICE,
+    "search": SERVICE,
+    "learning": ["tests/learning", "tests/training/test_step.py"],
+    "training": ["tests/training"],
 }
+LONG = ("studies.py::test_every_dimension", "test_nobody.py", "test_units.py", "test_kill_9")
+"""Parts of names of tests that are left out, since they take long and say the same of many places."""
+OPTIONS = ["-q", "-s", "-x", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-m", "not slow and not postgres"]
+OPTIONS += ["-o", "tmp_path_retention_policy=none"]
+
+Calls = dict[str, dict[str, Any]]
+"""Of each test its seconds and the functions that it calls, as ``module:line``."""
 
 
-def tree(room: str) -> Path:
-    """A fresh copy of every tracked file, for faults to be planted in."""
-    copy = WORK / room
-    shutil.rmtree(copy, ignore_errors=True)
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, tracked.split("\0")):
-        (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, copy / name)
-    return copy
+# -- the faults of a module ------------------------------------------------------------------------------------------
+
+
+def session_of(module: Path) -> Path:
+    """Where the faults of a module and their results are kept, as long as it stays the same."""
+    digest = hashlib.sha256(module.read_bytes()).hexdigest()[:12]
+    return WORK / f"{'.'.join(module.with_suffix('').parts)}-{digest}.sqlite"
 
 
 def without_effect(source: str) -> set[tuple[int, int]]:
@@ -71,70 +89,311 @@ def without_effect(source: str) -> set[tuple[int, int]]:
     return found
 
 
-def sampled(items: Iterable[WorkItem], share: float, seed: int) -> list[WorkItem]:
-    """A share of the places of each module, five at least, and one fault for each; the same for one seed and source."""
-    places: dict[str, dict[tuple[int, int], list[WorkItem]]] = {}
-    skipped: dict[str, set[tuple[int, int]]] = {}
-    for item in items:
-        spec: MutationSpec = item.mutations[0]
-        module = str(spec.module_path)
-        if module not in skipped:
-            skipped[module] = without_effect(Path(module).read_text())
-        if spec.start_pos not in skipped[module]:
-            places.setdefault(module, {}).setdefault(spec.start_pos, []).append(item)
-    chosen: list[WorkItem] = []
-    for module, here in sorted(places.items()):
-        draw = random.Random(f"{seed} {module}")
-        for place in draw.sample(sorted(here), min(max(5, round(share * len(here))), len(here))):
-            chosen.append(draw.choice(sorted(here[place], key=lambda item: item.mutations[0].operator_name)))
-    return chosen
-
-
-def run(room: str, share: float, seed: int) -> None:
-    """Plant the sample of one room; what an interrupted run decided is kept as long as the sources stay the same."""
-    os.chdir(tree(room))
-    modules = sorted(Path("ris_hpo", room).rglob("*.py"))
-    content = b"".join(module.read_bytes() for module in modules)
-    session = WORK / f"{room}-{hashlib.sha256(content).hexdigest()[:12]}.sqlite"
-    command = f"{sys.executable} -m pytest -x -q -p no:cacheprovider {ROOMS[room]}"
-    os.environ |= {"PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
-    began = time.monotonic()
-    outcome, output = run_tests(command, 3600)
-    if outcome is not TestOutcome.SURVIVED:
-        raise SystemExit(f"{room}: the tests fail without a fault\n{output[-2000:]}")
-    limit_s = 60 + 3 * (time.monotonic() - began)
-    with use_db(str(session)) as work:
+def places_of(module: Path, seed: int) -> list[WorkItem]:
+    """One fault for each place of a module, in an order drawn with the seed, so that more faults contain fewer."""
+    with use_db(str(session_of(module))) as work:
         if work.num_work_items == 0:
-            init(modules, work, {})
-        chosen = sampled(work.work_items, share, seed)
-        decided = {job for job, _ in work.results}
-        for number, item in enumerate(chosen, 1):
-            if item.job_id not in decided:
-                result = mutate_and_test(item.mutations, command, limit_s)
-                work.set_result(item.job_id, result)
-                spec = item.mutations[0]
-                print(f"{number}/{len(chosen)} {result.test_outcome.value:8} {spec.module_path}:{spec.start_pos[0]}")
-        record(room, work, {item.job_id for item in chosen})
+            init([module], work, {})
+        skipped = without_effect(module.read_text())
+        places: dict[tuple[int, int], list[WorkItem]] = {}
+        for item in work.work_items:
+            if item.mutations[0].start_pos not in skipped:
+                places.setdefault(item.mutations[0].start_pos, []).append(item)
+    order = sorted(places)
+    random.Random(f"{seed} {module}").shuffle(order)
+    return [
+        random.Random(f"{seed} {module} {place}").choice(
+            sorted(places[place], key=lambda item: (item.mutations[0].operator_name, item.mutations[0].occurrence))
+        )
+        for place in order
+    ]
 
 
-def record(room: str, work: WorkDB, chosen: set[str]) -> None:
-    """Write the figures and survivors of one room beside those of the others."""
+def functions_in(code: CodeType) -> Iterator[CodeType]:
+    """The code of every function of a module or class, in order, but not of those within functions."""
+    for each in code.co_consts:
+        if isinstance(each, CodeType):
+            is_class = not each.co_flags & 0x2  # CO_NEWLOCALS: a function's
+            yield from functions_in(each) if is_class else (each,)
+
+
+def changed_functions(module: Path, source: str, mutant: str, line: int) -> list[tuple[CodeType, CodeType]]:
+    """The functions that a fault changes, as they were and as they are; none where it changes something else too."""
+    inside = any(
+        isinstance(node, ast.FunctionDef) and node.body[0].lineno <= line <= (node.end_lineno or 0)
+        for node in ast.walk(ast.parse(source))
+    )
+    try:
+        before, after = (list(functions_in(compile(text, str(module), "exec"))) for text in (source, mutant))
+    except SyntaxError:
+        return []
+    if not inside or len(before) != len(after):
+        return []
+    return [
+        (old, new)
+        for old, new in zip(before, after, strict=True)
+        if old != new and old.co_freevars == new.co_freevars and old.co_firstlineno == new.co_firstlineno
+    ]
+
+
+# -- running tests ---------------------------------------------------------------------------------------------------
+
+
+def forked(action: Callable[[], bool], limit_s: float) -> tuple[bool, str]:
+    """Return whether an action in a fork of this process came to a good end in time, and what it wrote."""
+    written = WORK / "output.txt"
+    child = os.fork()
+    if child == 0:
+        good = False
+        try:
+            os.setsid()
+            file = os.open(written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            for stream in (1, 2):
+                os.dup2(file, stream)
+            good = action()
+        finally:
+            sys.stdout.flush()
+            os._exit(not good)
+    waiting = os.pidfd_open(child)
+    ended, _, _ = select.select([waiting], [], [], limit_s)
+    os.close(waiting)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # whatever its tests have started
+    status = os.waitpid(child, 0)[1]
+    return bool(ended) and status == 0, written.read_text(errors="replace")
+
+
+def pass_all(session: pytest.Session, items: Sequence[pytest.Item]) -> bool:
+    """Run tests until the first that fails; return whether none did."""
+    for item, following in zip(items, [*items[1:], None], strict=True):
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        if session.testsfailed:
+            print(f"noticed by {item.nodeid}")
+            return False
+    return True
+
+
+class Recorder:
+    """Notes the functions of the package which each test calls, by itself and by its fixtures; a plugin of pytest."""
+
+    def __init__(self) -> None:
+        self.folder = str(Path("ris_hpo").resolve())
+        self.known: dict[CodeType, str] = {}
+        self.called: list[set[str]] = [set()]
+        self.of_fixture: dict[Any, set[str]] = {}
+        self.tests: Calls = {}
+
+    def _note(self, frame: FrameType, event: str, argument: object) -> None:
+        code = frame.f_code
+        place = self.known.get(code)
+        if place is None:
+            inside = code.co_filename.startswith(self.folder)
+            place = f"{os.path.relpath(code.co_filename)}:{code.co_firstlineno}" if inside else ""
+            self.known[code] = place
+        if place:
+            self.called[-1].add(place)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: Any) -> Generator[None, Any, Any]:
+        self.called.append(set())
+        try:
+            return (yield)
+        finally:
+            here = self.called.pop()
+            self.of_fixture.setdefault(fixturedef, set()).update(here)
+            self.called[-1] |= here
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: Any) -> Generator[None, Any, Any]:
+        self.called = [set()]
+        threading.settrace(self._note)
+        sys.settrace(self._note)
+        try:
+            return (yield)
+        finally:
+            sys.settrace(None)
+            fixtures = [one for several in item._fixtureinfo.name2fixturedefs.values() for one in several]
+            called = self.called[0].union(*(self.of_fixture.get(one, set()) for one in fixtures))
+            self.tests.setdefault(item.nodeid, {"seconds": 0.0})["calls"] = sorted(called)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.tests.setdefault(report.nodeid, {"seconds": 0.0})["seconds"] += report.duration
+
+
+# -- one room --------------------------------------------------------------------------------------------------------
+
+
+class Planter:
+    """Tries the faults of one room on its collected tests; a plugin of pytest, in place of its loop over the tests."""
+
+    def __init__(self, room: str, faults: int, seed: int, again: bool) -> None:
+        self.room = room
+        self.seed = seed
+        self.again = again
+        self.modules = sorted(Path("ris_hpo", room).rglob("*.py"))
+        self.places = {module: places_of(module, seed) for module in self.modules}
+        self.share = faults / sum(map(len, self.places.values()))
+        self.calls: Calls = {}
+        self.live: dict[tuple[str, int, str], list[FunctionType]] = {}
+        self.finished = False
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Leave the long tests out."""
+        items[:] = [item for item in items if not any(name in item.nodeid for name in LONG)]
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        """Try all faults, then write down what survived."""
+        self.calls = self._calls(session)
+        for each in gc.get_objects():
+            if type(each) is FunctionType:  # objects with a class of their own making may warn when asked
+                code = each.__code__
+                self.live.setdefault((code.co_filename, code.co_firstlineno, code.co_qualname), []).append(each)
+        mutants: dict[str, int] = {}
+        survivors: list[str] = []
+        for module in self.modules:
+            chosen = self.places[module][: max(1, round(self.share * len(self.places[module])))]
+            with use_db(str(session_of(module))) as work:
+                decided = dict(work.results)
+                for number, item in enumerate(chosen, 1):
+                    result = decided.get(item.job_id)
+                    if result is None or (self.again and result.test_outcome is TestOutcome.SURVIVED):
+                        result = self._try(session, item)
+                        work.set_result(item.job_id, result)
+                        line = item.mutations[0].start_pos[0]
+                        print(
+                            f"{number}/{len(chosen)} {result.test_outcome.value} {module}:{line}",
+                            *[row for row in result.output.splitlines() if row.startswith("noticed")][:1],
+                            flush=True,
+                        )
+                    mutants[str(module)] = mutants.get(str(module), 0) + 1
+                    if result.test_outcome is TestOutcome.SURVIVED:
+                        survivors.append(f"{module}: " + "  ->  ".join(row[2:] for row in result.diff.splitlines()))
+        record(self.room, mutants, survivors)
+        self.finished = True
+        return True
+
+    def _calls(self, session: pytest.Session) -> Calls:
+        """Run the tests without a fault, or take what such a run of the same tree left."""
+        content = b"".join(path.read_bytes() for path in sorted(Path().rglob("*.py")))
+        content += " ".join(ROOMS[self.room]).encode()
+        kept = WORK / f"calls-{hashlib.sha256(content).hexdigest()[:12]}.json"
+
+        def note() -> bool:
+            recorder = Recorder()
+            session.config.pluginmanager.register(recorder)
+            passed = pass_all(session, session.items)
+            kept.write_text(json.dumps(recorder.tests))
+            return passed
+
+        if not kept.exists():
+            passed, output = forked(note, 3600)
+            if not passed:
+                kept.unlink(missing_ok=True)
+                raise SystemExit(f"{self.room}: the tests fail without a fault\n{output[-3000:]}")
+        calls: Calls = json.loads(kept.read_text())
+        return calls
+
+    def _try(self, session: pytest.Session, item: WorkItem) -> WorkResult:
+        """Plant one fault and run its tests."""
+        spec: MutationSpec = item.mutations[0]
+        module = Path(spec.module_path)
+        source = module.read_text()
+        operator = cosmic_ray.plugins.get_operator(spec.operator_name)(**spec.operator_args)
+        mutant = mutate_code(source, operator, spec.occurrence)
+        pairs = changed_functions(module, source, mutant, spec.start_pos[0])
+        found = [self.live.get((str(module.resolve()), old.co_firstlineno, old.co_qualname), []) for old, _ in pairs]
+        if pairs and all(found):
+            wanted = {f"{module}:{old.co_firstlineno}" for old, _ in pairs}
+            tests = self._selected(session, lambda called: bool(wanted & called), everywhere=False)
+
+            def action() -> bool:
+                for (_, new), functions in zip(pairs, found, strict=True):
+                    for function in functions:
+                        function.__code__ = new
+                return pass_all(session, tests)
+
+        else:
+            tests = self._selected(
+                session, lambda called: any(one.startswith(f"{module}:") for one in called), everywhere=True
+            )
+
+            def action() -> bool:
+                for name in [name for name in sys.modules if name.split(".")[0] in ("ris_hpo", "tests")]:
+                    del sys.modules[name]
+                sys.dont_write_bytecode = True
+                module.write_text(mutant)
+                return pytest.main([*OPTIONS, *dict.fromkeys(test.nodeid for test in tests)]) == 0
+
+        limit_s = 60 + 5 * sum(self.calls[test.nodeid]["seconds"] for test in tests)
+        try:
+            passed, output = forked(action, limit_s) if tests else (True, "no test of the room calls it")
+        finally:
+            module.write_text(source)
+        changed = [
+            f"{sign} {line.strip()}"
+            for sign, lines, others in (("-", source, mutant), ("+", mutant, source))
+            for line in lines.splitlines()
+            if line not in others.splitlines()
+        ]
+        return WorkResult(
+            output=output[-3000:],
+            diff="\n".join(changed),
+            test_outcome=TestOutcome.SURVIVED if passed else TestOutcome.KILLED,
+            worker_outcome=WorkerOutcome.NORMAL,
+        )
+
+    def _selected(
+        self, session: pytest.Session, calls_it: Callable[[set[str]], bool], everywhere: bool
+    ) -> list[pytest.Item]:
+        """The tests that call it, short files first; where none does, all tests of the room if ``everywhere``."""
+        callers = [test for test, of in self.calls.items() if calls_it(set(of["calls"]))]
+        cost: dict[str, float] = {}
+        for test in callers:
+            file = test.split("::")[0]
+            cost[file] = cost.get(file, 0.0) + self.calls[test]["seconds"]
+        first = set(callers)
+        ranked = []
+        for place, item in enumerate(session.items):
+            file = item.nodeid.split("::")[0]
+            if item.nodeid in first or (everywhere and not first):
+                ranked.append((cost.get(file, 0.0), place, item))
+        return [item for *_, item in sorted(ranked, key=lambda row: row[:2])]
+
+
+def tree() -> Path:
+    """A copy of every tracked file, for faults to be planted in; what Python compiled for an earlier run stays."""
+    copy = WORK / "tree"
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    tracked = {copy / name: ROOT / name for name in listed.split("\0") if name and (ROOT / name).exists()}
+    for path in copy.rglob("*.py"):
+        if path not in tracked:
+            path.unlink()
+    for target, source in tracked.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, target)
+    return copy
+
+
+def run(room: str, faults: int, seed: int, again: bool) -> bool:
+    """Plant the sample of one room, in this process; what earlier runs decided holds while the module is the same."""
+    os.chdir(tree())
+    os.environ |= {"PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
+    sys.path[:] = [str(Path.cwd()), *(path for path in sys.path if path not in ("", str(ROOT)))]
+    planter = Planter(room, faults, seed, again)
+    pytest.main([*OPTIONS, *ROOMS[room]], [planter])
+    return planter.finished
+
+
+def record(room: str, mutants: dict[str, int], survivors: list[str]) -> None:
+    """Write the figures and survivors of one room beside those of the others; reasons written there stay."""
     known: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     reasons = {
         one["fault"]: one["equivalent"] for one in known.get(room, {}).get("survivors", []) if "equivalent" in one
     }
-    mutants: dict[str, int] = {}
-    survivors = []
-    for item, result in work.completed_work_items:
-        if item.job_id not in chosen:
-            continue
-        module = str(item.mutations[0].module_path)
-        mutants[module] = mutants.get(module, 0) + 1
-        if result.test_outcome is TestOutcome.SURVIVED:
-            changed = [line for line in result.diff.splitlines() if line[:1] in "-+" and line[:3] not in ("---", "+++")]
-            fault = f"{module}: " + "  ->  ".join(line[1:].strip() for line in changed)
-            survivors.append({"fault": fault} | ({"equivalent": reasons[fault]} if fault in reasons else {}))
-    known[room] = {"mutants": mutants, "survivors": sorted(survivors, key=lambda one: one["fault"])}
+    listed = [
+        {"fault": fault} | ({"equivalent": reasons[fault]} if fault in reasons else {}) for fault in sorted(survivors)
+    ]
+    known[room] = {"mutants": mutants, "survivors": listed}
     RESULTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
 
 
@@ -155,10 +414,17 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "table"))
     parser.add_argument("rooms", nargs="*", help=f"of {', '.join(ROOMS)}; all of them by default")
-    parser.add_argument("--share", type=float, default=0.15, help="of the places in each module")
+    parser.add_argument("--faults", type=int, default=50, help="in each room, spread over its modules by their length")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--again", action="store_true", help="try the survivors of earlier runs once more")
     arguments = parser.parse_args()
     if arguments.what == "table":
         table()
     for room in (arguments.rooms or ROOMS) if arguments.what == "run" else ():
-        run(room, arguments.share, arguments.seed)
+        chosen = (arguments.faults, arguments.seed, arguments.again)
+        # a process of its own for each room: what one has imported and collected is of no use to the next
+        child = os.fork()
+        if child == 0:
+            os._exit(not run(room, *chosen))
+        if os.waitpid(child, 0)[1]:
+            raise SystemExit(1)

@@ -112,7 +112,6 @@ def run(
 
     A study keeps what it was made with; run again, it changes only what the options name.
     """
-    from ris_hpo.physics.surfaces import surface_changes
     from ris_hpo.programs.program import source
     from ris_hpo.report.study_page import kept_current
     from ris_hpo.search.files import checked, load_study
@@ -143,7 +142,11 @@ def run(
     spec = known or load_study(space or "wide")
     if program is not None:
         spec = spec.replaced({"program": program})
-    base = {**(surface_changes(surface, "scene.") if surface else {}), **options.changes(set_)}
+    base = options.changes(set_)
+    if surface:
+        from ris_hpo.physics.surfaces import surface_changes  # imported late, since it brings torch
+
+        base = {**surface_changes(surface, "scene."), **base}
     if base:
         spec = spec.with_base(base)
     if epochs_per_trial is not None:
@@ -455,11 +458,11 @@ def init(
 
 def _proof(spec: StudySpec) -> str | None:
     """The proof for the form of this study's base network; made at small size if it is missing."""
+    if not spec.trains_networks:
+        return None
     from ris_hpo.process import storage_directory
     from ris_hpo.training.proof import SMALL_SCENES, find_certificate, prove, small_form
 
-    if not spec.trains_networks:
-        return None
     folder, config = storage_directory() / "proofs", spec.config({})
     found = find_certificate(folder, config)
     if found is None:

@@ -22,7 +22,6 @@ from optuna.samplers import (
 )
 from optuna.study import Study
 from optuna.trial import FrozenTrial
-from scipy.stats.qmc import Sobol
 
 from ris_hpo.search.spec import StudySpec, derived_seed
 
@@ -83,6 +82,8 @@ class _NumberedQMCSampler(BaseSampler):
     ) -> dict[str, Any]:
         if not search_space:
             return {}
+        from scipy.stats.qmc import Sobol  # imported late: it takes as long as all else that a worker imports
+
         sequence = Sobol(len(search_space), scramble=True, seed=self._seed)
         if self._point > 0:  # nothing to skip is an error to scipy
             sequence.fast_forward(self._point)

@@ -120,6 +120,7 @@ class Supervisor:
                 max_trials=self._max_trials,
             )
             try:
+                self._look_at_study(pool)  # first: where nothing is left to do no worker is started
                 while self.ending is None:
                     if not self._stop():
                         pool.start()

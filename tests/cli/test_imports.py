@@ -97,6 +97,13 @@ def test_model_commands_load_nothing_of_the_service(loaded):
     assert not set(LIBRARIES) & set(everything)
 
 
+def test_a_worker_loads_no_library_that_its_program_may_not_need():
+    listed = "import sys, ris_hpo.workers.worker; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", listed], capture_output=True, text=True, check=True)
+    assert {"optuna", "sqlalchemy"} <= set(done.stdout.split())
+    assert not {"torch", "scipy", "matplotlib", "ray", "rich"} & set(done.stdout.split())
+
+
 @pytest.mark.parametrize("name", ris_hpo.__all__)
 def test_public_names_are_there(name):
     assert getattr(ris_hpo, name).__name__ == name

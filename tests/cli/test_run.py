@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ris_hpo.errors import ConfigError, DeviceError, ProofError, SpaceError, StoreError, StudyError
+from tests.service.conftest import IMPORTABLE
 from tests.waiting import until
 
 STUDY = """
@@ -35,6 +34,17 @@ optimizer.batch_size = 16
 "optimizer.learning_rate" = { low = 1e-4, high = 2e-2, log = true }
 """
 
+PAUSED = """
+[study]
+program = "double:PROGRAM"
+worst = 7.0
+[base]
+budget = { scenes = 2000, validate_every = 100 }
+pause_s = 0.05
+[space]
+"shape.x" = { low = 0.0, high = 1.0 }
+"""
+
 
 @pytest.fixture
 def brief(cli, tmp_path: Path) -> Path:
@@ -44,17 +54,17 @@ def brief(cli, tmp_path: Path) -> Path:
 
 
 def test_a_run_ends_with_its_table_and_adds_nothing_when_repeated(cli, brief: Path, tmp_path: Path) -> None:
-    first = cli("run", "--space", brief, "--n-trials", 2, "--gpus", "none", "--no-proof")
+    first = cli("run", "--space", brief, "--n-trials", 1, "--gpus", "none", "--no-proof")
     assert first.code == 0, first.err
     assert "study 'brief'" in first.out
     assert "| floor " in first.out
-    assert "2 trials, 2 to add" in first.err
+    assert "1 trials, 1 to add" in first.err
     assert "next: ris-hpo best --study brief" in first.err
-    again = cli("run", "--space", brief, "--n-trials", 2, "--gpus", "none", "--no-proof", "--json")
+    again = cli("run", "--space", brief, "--n-trials", 1, "--gpus", "none", "--no-proof", "--json")
     assert again.code == 0, again.err
-    assert "2 trials, 0 to add" in again.err
+    assert "1 trials, 0 to add" in again.err
     trials = again.json["trials"]
-    assert trials["complete"] + trials["pruned"] + trials["fail"] == 2
+    assert trials["complete"] + trials["pruned"] + trials["fail"] == 1
     assert trials["running"] == trials["waiting"] == 0
 
     compared = cli("replay", 0, "--study", "brief", "--json")
@@ -72,7 +82,7 @@ def test_a_run_ends_with_its_table_and_adds_nothing_when_repeated(cli, brief: Pa
     assert not (tmp_path / "none.toml").exists()
 
     brief.write_text(STUDY.replace("high = 2e-2", "high = 1e-2"))
-    other = cli("run", "--space", brief, "--n-trials", 2, "--gpus", "none", "--no-proof")
+    other = cli("run", "--space", brief, "--n-trials", 1, "--gpus", "none", "--no-proof")
     assert other.code == SpaceError.exit_code
     assert "add --fork brief-2" in other.err
 
@@ -115,41 +125,32 @@ def test_a_worker_joins_a_study_and_leaves_when_nothing_is_left(cli, brief: Path
     assert cli("worker", "--study", "breif").code == StudyError.exit_code
 
 
-def test_ctrl_c_leaves_a_study_that_the_same_command_finishes(brief: Path, tmp_path: Path) -> None:
-    brief.write_text(STUDY.replace("budget.scenes = 64", "budget.scenes = 320"))
-    command = [
-        sys.executable,
-        "-m",
-        "ris_hpo",
-        "run",
-        "--space",
-        "brief.toml",
-        "--n-trials",
-        "1",
-        "--gpus",
-        "none",
-        "--no-proof",
-    ]
-    environment = {**os.environ, "RIS_HPO_STORAGE_DIR": str(tmp_path / "storage")}
-    with subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as running:
-        folder = tmp_path / "storage" / "trials" / "brief" / "0"
-        until(lambda: running.poll() is not None or (folder / "best.safetensors").exists(), "checkpoint")
+def test_ctrl_c_leaves_a_study_that_the_same_command_finishes(
+    cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "paused.toml").write_text(PAUSED)
+    monkeypatch.setenv("PYTHONPATH", IMPORTABLE)
+    command = ["run", "--space", "paused.toml", "--n-trials", "1", "--gpus", "none"]
+    written = tmp_path / "written"
+    with (
+        written.open("w") as stream,
+        subprocess.Popen(
+            [sys.executable, "-X", "importtime", "-m", "ris_hpo", *command], stdout=subprocess.DEVNULL, stderr=stream
+        ) as running,
+    ):
+        checkpoint = tmp_path / "storage" / "trials" / "paused" / "0" / "checkpoint.json"
+        until(lambda: running.poll() is not None or checkpoint.exists(), "checkpoint")
         running.send_signal(signal.SIGINT)
-        said = running.communicate(timeout=60)[1]
-        assert running.returncode == 130, said
+        running.wait(timeout=60)
+    said = written.read_text()
+    assert running.returncode == 130, said
+    assert " optuna\n" in said
+    assert " torch\n" not in said  # which this program does not need
     assert "the same command goes on" in said
-
-    def status() -> dict[str, dict[str, int]]:
-        query = [sys.executable, "-m", "ris_hpo", "status", "--json"]
-        done = subprocess.run(query, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-        return json.loads(done.stdout)
-
-    assert status()["trials"]["waiting"] == 1
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    trials = status()["trials"]
+    assert cli("status", "--json").json["trials"]["waiting"] == 1
+    done = cli(*command)
+    assert done.code == 0, done.err
+    trials = cli("status", "--json").json["trials"]
     assert (trials["complete"], trials["waiting"], trials["running"]) == (1, 0, 0)
 
 

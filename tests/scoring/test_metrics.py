@@ -147,7 +147,7 @@ def test_errors_are_capped_one_by_one():
 
 
 @pytest.mark.parametrize(
-    ("error", "hit"), [((4.9, 4.9, 0.99), 1), ((5.1, 0, 0), 0), ((0, 5.1, 0), 0), ((0, 0, 1.01), 0)]
+    ("error", "hit"), [((4.9, 4.9, 0.99), 1), ((5.1, 0, 0), 0), ((0, 5.1, 0), 0), ((0, 0, 1.01), 0), ((0, 0, 1), 0)]
 )
 def test_a_hit_needs_all_three_tolerances(error, hit):
     found = score(at([[error[0]]], [[error[1]]], [[3.0 + error[2]]]), at([[0.0]], [[0.0]], [[3.0]]))
@@ -268,6 +268,23 @@ def test_floor_errors_are_drawn_from_the_bound(monkeypatch):
     assert float(product) == pytest.approx(0.7180, rel=0.03)  # E|xy| at correlation 1/2: (sqrt 3 + pi / 6) / pi
     assert len(floor_errors(scenes, draws=3)) == 6
     assert found.scores().k_acc == 1
+
+
+@pytest.mark.parametrize("coordinate", range(3))
+def test_a_floor_error_in_one_coordinate_moves_the_source_that_far(coordinate, monkeypatch):
+    scenes = simulate(SceneSpec(), 3, range(4), num_sources=torch.ones(4, dtype=torch.int64))
+    truth = scenes.require_truth()
+    bound = torch.zeros(4, truth.max_sources, 3, 3, dtype=torch.float64)
+    bound[..., coordinate, coordinate] = 0.02**2
+    monkeypatch.setattr(metrics, "deterministic_crb", lambda _: bound)
+    found = floor_errors(scenes, draws=3)
+    error, distance = found.error[:, 0, coordinate], found.distance[:, 0]
+    away, elevation = (value[:, 0].double().repeat(3) for value in (truth.range_m, truth.elevation))
+    chord = 2 * away * (error / 2).sin()  # an angle moves it on a circle about the surface
+    expected = (chord * elevation.cos(), chord, error)[coordinate]
+    assert torch.equal(found.error[:, 0].count_nonzero(-1), torch.ones(12, dtype=torch.int64))
+    assert torch.allclose(distance, expected, rtol=1e-4)
+    assert torch.allclose(found.gospa, expected, rtol=1e-4)
 
 
 def test_the_floor_is_that_of_the_true_noise_power():

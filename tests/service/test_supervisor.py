@@ -344,3 +344,13 @@ def test_a_trial_that_comes_back_opens_closed_slots(sqlite_store: Store) -> None
         if len(executor.workers) == 2:
             supervisor.stop()
     assert supervisor.ending == "interrupted"
+
+
+def test_where_nothing_is_left_to_do_no_worker_starts(sqlite_store: Store) -> None:
+    study = begin(sqlite_store, 1)
+    study.tell(claim(sqlite_store, study, 0), 2.0)
+    executor = ScriptedExecutor([[], []])
+    supervisor = Supervisor(sqlite_store, study, executor, job_for(sqlite_store, study))
+    snapshot = list(supervisor.run(interval=0.0))[-1]
+    assert (supervisor.ending, snapshot.tally.complete) == ("finished", 1)
+    assert executor.started == []
