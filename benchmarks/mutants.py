@@ -9,10 +9,10 @@ full list is days of work, since every operator has a dozen replacements, so pla
 seed, and one fault for each place.
 
 The tests of a room are collected once, in a copy of the tree, and each fault is tried in a fork of that process, which
-costs no import. A first fork notes which tests call which functions: a fault is tried on the tests that call its function,
-until one fails. A fault within a function takes the place of the function's code;
-a fault elsewhere (a default of a specification, a decorator) is written to its file, and the fork imports everything
-of this tree once more and tries the tests that call anything in that file.
+costs no import. A first fork notes which tests call which functions: a fault is tried on the tests that call its
+function, until one fails. A fault within a function takes the place of the function's code. A fault elsewhere (a
+default of a specification, a decorator) is written to its file: the fork imports everything of this tree once more, and
+tries the tests that call anything in that file.
 
 ``mutants.json`` beside this file keeps the result. A survivor that no test can notice gets its reason there by hand,
 under ``equivalent``; it then leaves the score, and later runs keep the reason.
