@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ris_hpo.cli import display, methods, options
+from ris_hpo.cli import display, options, scene_files
 
 if TYPE_CHECKING:
     from ris_hpo.physics.bounds import SourceBounds
@@ -43,7 +43,7 @@ def bound(
     if out is not None:
         options.check_output(out, suffix=".csv")
     if scenes is not None:
-        batch = methods.read_scenes(scenes, None, "the default", surface)
+        batch = scene_files.read_scenes(scenes, surface)
     else:
         scene = options.with_surface(load_scene(config) if config else SceneSpec(), surface, "")
         spec = options.changed(scene, set_)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import ris_hpo
 from ris_hpo.cli import display, options
 from ris_hpo.config import suggestion
-from ris_hpo.errors import CheckpointError, ConfigError, SceneFileError
+from ris_hpo.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ris_hpo.cli.scene_files import DrawnScenes, OwnScenes
     from ris_hpo.physics.array import Geometry
     from ris_hpo.physics.grid import GridSpec
     from ris_hpo.physics.scene import Scenes, SceneSpec
@@ -35,37 +37,6 @@ def run_config(path: Path | None, surface: str | None = None) -> RunConfig:
     return options.with_surface(found, surface)
 
 
-def read_scenes(
-    path: Path, geometry: Geometry | None, owner: str, surface: str | None, *, truth: bool = True
-) -> Scenes:
-    """All scenes of a file; where neither the file nor ``--surface`` states the surface, say which one is assumed.
-
-    Args:
-        path: the scene file.
-        geometry: the surface to assume; None for the default one.
-        owner: whose surface that is, for the message.
-        surface: value of ``--surface``.
-        truth: whether to read the truth.
-
-    Raises:
-        SceneFileError: a file that does not fit, or that states another surface than ``--surface``.
-    """
-    from ris_hpo.physics.files import open_scenes
-    from ris_hpo.physics.surfaces import load_surface
-
-    scene = None if surface is None else load_surface(surface)
-    stated = None if scene is None else scene.geometry
-    with open_scenes(path, stated or geometry, truth=truth) as file:
-        if stated is not None and file.geometry != stated:
-            raise SceneFileError(f"{path}: states {file.geometry}, --surface {surface} states {stated}; leave one out")
-        if not file.states_surface and stated is None:
-            display.print_note(
-                f"{path} does not say its surface; assumed is that of {owner}: {file.geometry}; state it by --surface"
-            )
-        found = file.read_all()
-        return found if scene is None else found.knowing(scene)
-
-
 @dataclass(frozen=True)
 class Method:
     """A function from scenes to sources, with what the commands need to know of it.
@@ -77,6 +48,7 @@ class Method:
         geometry: the surface it was made for; None for any.
         scene: the kind of scenes it was trained on, or the default kind.
         grid: that its likelihood searches.
+        noise_known: whether it takes the noise power.
         needs_truth: one of its settings makes the truth an input.
     """
 
@@ -86,6 +58,7 @@ class Method:
     geometry: Geometry | None
     scene: SceneSpec
     grid: GridSpec
+    noise_known: bool = True
     needs_truth: bool = False
 
 
@@ -137,6 +110,48 @@ def _classical(name: str, pairs: Sequence[str] | None, surface: str | None) -> M
     return Method(name, located, 64, None, scene, spec.likelihood.grid, needs_truth=spec.covariance == "truth")
 
 
+class Located:
+    """The sources of scenes, found part by part as they are iterated over, with progress.
+
+    Args:
+        method: finds them.
+        scenes: a file, or drawn scenes.
+        num_sources: value of ``--num-sources``.
+        device: where the scenes go.
+    """
+
+    def __init__(self, method: Method, scenes: OwnScenes | DrawnScenes, num_sources: str | None, device: str) -> None:
+        self.seconds = 0.0
+        self._method, self._scenes, self._count, self._device = method, scenes, num_sources, device
+        self._found: list[Sources] = []
+
+    def __iter__(self) -> Iterator[tuple[Sources, Scenes]]:
+        from ris_hpo.physics.sources import Sources
+
+        method, done, warned = self._method, 0, False
+        with display.progress(len(self._scenes), "scenes") as advance:
+            for part in self._scenes.parts():
+                for words in () if warned else method.grid.coarseness(part.geometry):
+                    display.print_note(f"warning: the grid's {words}; sources may be missed")
+                known, parts, warned = known_counts(self._count, part), [], True
+                for first in range(0, len(part), method.chunk):
+                    chosen = slice(first, first + method.chunk)
+                    few = None if known is None else known[chosen].to(self._device)
+                    began = time.perf_counter()
+                    parts.append(method.localize(part[chosen].to(self._device), few).to("cpu"))
+                    self.seconds += time.perf_counter() - began
+                    done += len(parts[-1])
+                    advance(done, "")
+                self._found.append(Sources.cat(parts))
+                yield self._found[-1], part
+
+    def sources(self) -> Sources:
+        """The sources of all scenes that were iterated over."""
+        from ris_hpo.physics.sources import Sources
+
+        return Sources.cat(self._found)
+
+
 def shipped_weights(name: str) -> Path:
     """The weights file of a network that ships with the package.
 
@@ -174,7 +189,9 @@ def _learned(checkpoint: Path, name: str, pairs: Sequence[str] | None, device: s
             return explained(network, scenes, outputs, network_sources(outputs, spec, counts))
         return localize(network, scenes, spec, num_sources=counts)
 
-    return Method(f"{name} ({path})", located, 64, scene.geometry, scene, spec.likelihood.grid)
+    return Method(
+        f"{name} ({path})", located, 64, scene.geometry, scene, spec.likelihood.grid, network.spec.noise_known
+    )
 
 
 def known_counts(text: str | None, scenes: Scenes) -> Tensor | None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ris_hpo.cli import display, evaluation_tables, methods, options, standing
+from ris_hpo.cli import display, evaluation_tables, methods, options, scene_files, standing
 from ris_hpo.errors import SceneFileError
 from ris_hpo.text import duration, file_size
 
 if TYPE_CHECKING:
-    from ris_hpo.cli.methods import Method
     from ris_hpo.physics.grid import Region
     from ris_hpo.physics.scene import Scenes
     from ris_hpo.physics.sources import Sources
@@ -139,7 +139,7 @@ def train(
         spec = with_curriculum(spec)
     geometry = spec.scene.geometry
     own, held = (
-        methods.read_scenes(path, geometry, "the configuration", surface).knowing(spec.scene) if path else None
+        scene_files.read_scenes(path, surface, geometry, "the configuration").knowing(spec.scene) if path else None
         for path in (scenes, validation)
     )
     trainer = Trainer(spec, out, device=device, scenes=own, validation=held)
@@ -264,7 +264,7 @@ def evaluate(
     from ris_hpo.physics.device import find_device
     from ris_hpo.physics.files import load_estimates
     from ris_hpo.physics.scene import grid_of_cells
-    from ris_hpo.scoring.evaluate import evaluate as table_of
+    from ris_hpo.scoring.evaluate import evaluate_parts as table_of
 
     if plot is not None:
         options.check_output(plot, suffix=options.PLOT_SUFFIXES)
@@ -274,25 +274,31 @@ def evaluate(
     if estimates is not None:
         if scenes is None or checkpoint is not None or estimator is not None:
             raise options.UsageError("--estimates needs --scenes, and excludes --checkpoint and --estimator")
-        batch = methods.read_scenes(scenes, None, "the default", surface)
-        batch.known_truth()
-        name, seconds, found = str(estimates), None, load_estimates(estimates)
-        if len(found) != len(batch):
-            raise SceneFileError(f"{estimates}: holds {len(found)} scenes, {scenes} holds {len(batch)}")
+        name, seconds, given = str(estimates), None, load_estimates(estimates)
+        with scene_files.opened(scenes, surface, estimates_noise=False) as own:
+            if len(given) != len(own):
+                raise SceneFileError(f"{estimates}: holds {len(given)} scenes, {scenes} holds {len(own)}")
+            own.require_truth()
+            starts = range(0, len(own), scene_files.PART)
+            pairs = zip((given[i : i + scene_files.PART] for i in starts), own.parts(), strict=True)
+            evaluation, found = table_of(pairs), given
     else:
         method = methods.choose(checkpoint, weights, estimator, set_, device, path, surface)
+        source: AbstractContextManager[scene_files.OwnScenes | scene_files.DrawnScenes]
         if scenes is not None:
-            batch = methods.read_scenes(scenes, method.geometry, method.name, surface).knowing(method.grid.region)
+            source = scene_files.opened(scenes, surface, method.geometry, method.name, region=method.grid.region)
         else:
             cells = [options.numbers("--snr-db", snr_db, float), options.numbers("--counts", counts, int)]
-            batch = grid_of_cells(method.scene, seed, cells[0], [int(count) for count in cells[1]], per_cell)
-        batch.known_truth()
-        name = method.name
-        found, seconds = _located(method, batch, num_sources, device)
-    evaluation = table_of(found, batch)
+            drawn = grid_of_cells(method.scene, seed, cells[0], [int(count) for count in cells[1]], per_cell)
+            source = nullcontext(scene_files.DrawnScenes(drawn))
+        with source as given_scenes:
+            given_scenes.require_truth()
+            located = methods.Located(method, given_scenes, num_sources, device)
+            evaluation = table_of(located)
+        name, seconds, found = method.name, located.seconds, located.sources()
     if scenes is not None:
         _warn_of_misfit(found)
-    rate = None if seconds is None else len(batch) / seconds
+    rate = None if seconds is None else len(found) / seconds
     if plot is not None:
         from ris_hpo.cli import plots
 
@@ -300,7 +306,7 @@ def evaluate(
     if csv is not None:
         display.write_csv(csv, evaluation.flat())
     if json_:
-        head = {"method": name, "scenes": len(batch), "seconds": seconds, "scenes_per_second": rate}
+        head = {"method": name, "scenes": len(found), "seconds": seconds, "scenes_per_second": rate}
         head["scenes_that_do_not_fit"] = _unfit(found)
         display.print_json({**head, "num_sources": num_sources, **evaluation.as_dict()})
         return
@@ -330,24 +336,6 @@ def _warn_of_data(scenes: Scenes, region: Region) -> None:
         return
     sample = scenes[:: -(-len(scenes) // SAMPLE)]
     _warn_of_misfit(with_goodness_of_fit(sample, sample.require_truth(), region=region))
-
-
-def _located(method: Method, batch: Scenes, num_sources: str | None, device: str) -> tuple[Sources, float]:
-    """Sources of all scenes, and the seconds that finding them took."""
-    from ris_hpo.physics.sources import Sources
-
-    for words in method.grid.coarseness(batch.geometry):
-        display.print_note(f"warning: the grid's {words}; sources may be missed")
-    known = methods.known_counts(num_sources, batch)
-    parts: list[Sources] = []
-    started = time.perf_counter()
-    with display.progress(len(batch), "scenes") as advance:
-        for first in range(0, len(batch), method.chunk):
-            chosen = slice(first, first + method.chunk)
-            few = None if known is None else known[chosen].to(device)
-            parts.append(method.localize(batch[chosen].to(device), few).to("cpu"))
-            advance(min(first + method.chunk, len(batch)), "")
-    return Sources.cat(parts), time.perf_counter() - started
 
 
 def prove(
@@ -421,18 +409,23 @@ def localize(
     find_device(device)
     method = methods.choose(checkpoint, weights, estimator, set_, device, surface=surface)
     wants_truth = num_sources == "truth" or method.needs_truth
-    batch = methods.read_scenes(scenes, method.geometry, method.name, surface, truth=wants_truth)
-    found, seconds = _located(method, batch, num_sources, device)
+    with scene_files.opened(
+        scenes, surface, method.geometry, method.name, truth=wants_truth, estimates_noise=method.noise_known
+    ) as own:
+        located = methods.Located(method, own, num_sources, device)
+        for _ in located:
+            pass
+    found, seconds = located.sources(), located.seconds
     save_estimates(target, found)
     _warn_of_misfit(found)
     result = {
         "file": str(target),
         "method": method.name,
-        "scenes": len(batch),
+        "scenes": len(found),
         "sources": int(found.num_sources.sum()),
         "scenes_that_do_not_fit": _unfit(found),
         "seconds": round(seconds, 3),
-        "scenes_per_second": round(len(batch) / seconds, 2),
+        "scenes_per_second": round(len(found) / seconds, 2),
     }
     if json_:
         display.print_json(result)

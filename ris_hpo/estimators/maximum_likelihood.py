@@ -31,11 +31,19 @@ from ris_hpo.physics.grid import spectrum
 from ris_hpo.physics.scene import Scenes
 from ris_hpo.physics.sources import Sources
 
+_SEEN_BYTES = 1 << 26
+"""Of all cells as the receiver sees them, a scene: beyond that the search looks at maxima of spectra alone."""
+_BATCH_BYTES = 1 << 29
+_MAXIMA = 256  # of the spectrum of what each order leaves
+
 
 def deterministic_ml(
     scenes: Scenes, spec: LikelihoodSpec | None = None, num_sources: Tensor | int | None = None
 ) -> Sources:
     """Sources by maximum likelihood over the whole box, no start needed.
+
+    Every order adds the best cell of the grid. Where all cells as the receiver sees them, [L, M, G], take over 64 MiB a
+    scene, it adds the best of the 256 highest maxima of the whitened spectrum of what the order below leaves.
 
     Args:
         scenes: what was received.
@@ -51,8 +59,19 @@ def deterministic_ml(
     """
     spec = spec or LikelihoodSpec()
     points = GridPoints.of(spec.grid.on(scenes.geometry), scenes.device)
+    if _is_large(scenes, len(points)):
+        require_finite(scenes)
+
+        def maxima(seen: Observation, _: Tensor) -> Atoms:
+            return residual_maxima(seen, None, spec, _MAXIMA)
+
+        return _in_batches(scenes, spec, num_sources, None, None, maxima, _MAXIMA, anew=True)
     response = box_steering(scenes.geometry, points.u).to(torch.complex64)
-    return _in_batches(scenes, spec, num_sources, None, None, lambda seen, _: Atoms.of(seen, points.u, response))
+
+    def all_cells(seen: Observation, _: Tensor) -> Atoms:
+        return Atoms.of(seen, points.u, response)
+
+    return _in_batches(scenes, spec, num_sources, None, None, all_cells, len(points))
 
 
 def ols(
@@ -87,13 +106,15 @@ def ols(
     def atoms_of(observation: Observation, rows: Tensor) -> Atoms:
         return Atoms.of(observation, u[rows])
 
-    return _in_batches(scenes, spec, num_sources, log_prior, weights, atoms_of, noise_known=noise_known)
+    count = u.shape[1]
+    return _in_batches(scenes, spec, num_sources, log_prior, weights, atoms_of, count, noise_known=noise_known)
 
 
 def spectrum_maxima(scenes: Scenes, count: int, spec: LikelihoodSpec | None = None) -> Cosines:
     """The ``count`` highest local maxima of the plain whitened spectrum on the grid, cosine coordinates [B, count].
 
-    The spectrum is the likelihood gain of a single source. Where it has fewer maxima the highest other points follow.
+    The spectrum is the likelihood gain of a single source, or, where that takes too much memory, of back-projections.
+    Where it has fewer maxima the highest other points follow.
 
     Raises:
         ConfigError: no scene.
@@ -102,28 +123,34 @@ def spectrum_maxima(scenes: Scenes, count: int, spec: LikelihoodSpec | None = No
     require_finite(scenes)
     spec = spec or LikelihoodSpec()
     points = GridPoints.of(spec.grid.on(scenes.geometry), scenes.device)
-    response = box_steering(scenes.geometry, points.u).to(torch.complex64)
+    large = _is_large(scenes, len(points))
+    response = None if large else box_steering(scenes.geometry, points.u).to(torch.complex64)
     count = min(count, len(points))
     chosen = []
-    for start in range(0, len(scenes), spec.batch):
-        part = scenes[start : start + spec.batch]
+    for start in range(0, len(scenes), _batch(scenes, spec, count if large else len(points))):
+        part = scenes[start : start + _batch(scenes, spec, count if large else len(points))]
         observation = Observation.of(part, channel_error_db=spec.channel_error_db)
-        power = gains(observation, Atoms.of(observation, points.u, response), None, spec.search)
-        chosen.append(points.maxima(power, count))
-    return to_cosine_coordinates(points.u[torch.cat(chosen)])
+        if large:
+            chosen.append(residual_maxima(observation, None, spec, count).u)
+        else:
+            power = gains(observation, Atoms.of(observation, points.u, response), None, spec.search)
+            chosen.append(points.u[points.maxima(power, count)])
+    return to_cosine_coordinates(torch.cat(chosen))
 
 
-def residual_maxima(observation: Observation, fit: Fit, spec: LikelihoodSpec) -> Atoms:
-    """Atoms at the highest local maxima of the whitened spectrum of what a fit leaves, P_perp(G_l) y_l.
+def residual_maxima(observation: Observation, fit: Fit | None, spec: LikelihoodSpec, count: int) -> Atoms:
+    """Atoms at the ``count`` highest local maxima of the whitened spectrum of what a fit leaves, P_perp(G_l) y_l.
 
     One product with the dictionary instead of one with every atom's snapshots: cheap enough for a second look.
     """
     snapshots, antennas = observation.y.shape[1:]
-    g = observation.see(box_steering(observation.geometry, fit.u))
-    y = observation.y.unsqueeze(-1).to(g.dtype)
-    factor = cholesky(g.mH @ g, "Gram matrix of the sources", ridged=True)
-    basis = torch.linalg.solve_triangular(factor, g.mH, upper=False)
-    residual = y - basis.mH @ (basis @ y)
+    y = observation.y.unsqueeze(-1).to(observation.sensing.dtype)
+    residual = y
+    if fit is not None:
+        g = observation.see(box_steering(observation.geometry, fit.u))
+        factor = cholesky(g.mH @ g, "Gram matrix of the sources", ridged=True)
+        basis = torch.linalg.solve_triangular(factor, g.mH, upper=False)
+        residual = y - basis.mH @ (basis @ y)
     rows = observation.sensing.unflatten(1, (snapshots, antennas))
     gram = rows[:, 0] @ rows[:, 0].mH  # H H^H, since codes have unit modulus
     level = gram.diagonal(dim1=-2, dim2=-1).real.mean(-1).clamp(min=1e-30)
@@ -135,7 +162,7 @@ def residual_maxima(observation: Observation, fit: Fit, spec: LikelihoodSpec) ->
     grid = spec.grid.on(observation.geometry)
     points = GridPoints.of(grid, z.device)
     power = spectrum(observation.geometry, z.to(torch.complex64), grid).flatten(1)[:, points.valid]
-    chosen = points.maxima(power, min(spec.search.residual_maxima, len(points)))
+    chosen = points.maxima(power, min(count, len(points)))
     return Atoms.of(observation, points.u[chosen])
 
 
@@ -155,7 +182,7 @@ def order_evidence(
     u = clipped(from_cosine_coordinates(candidates), spec.grid.region)
     needed = _orders_needed(scenes, spec, None, log_prior)
     result = torch.full((len(scenes), spec.max_sources + 1), torch.inf, dtype=torch.float64, device=scenes.device)
-    for rows, most in _alike(needed[1], spec.batch):
+    for rows, most in _alike(needed[1], _batch(scenes, spec, u.shape[1])):
         observation = Observation.of(scenes[rows], channel_error_db=spec.channel_error_db)
         orders = _all_orders(observation, Atoms.of(observation, u[rows]), spec, needed[0][rows], most)
         scores, _ = order_scores(observation, orders, spec.grid.region, spec.evidence)
@@ -171,18 +198,23 @@ def _in_batches(
     log_prior: Tensor | None,
     weights: CountWeights | None,
     atoms_of: Callable[[Observation, Tensor], Atoms],
+    num_atoms: int,
     *,
     noise_known: bool = True,
+    anew: bool = False,
 ) -> Sources:
-    """Estimate in batches; what is found for a scene does not depend on the others of its batch."""
+    """Estimate in batches; what is found for a scene does not depend on the others of its batch.
+
+    With ``anew`` each order looks for atoms again, in what the one below leaves.
+    """
     require_finite(scenes)
     count = None if num_sources is None else known_count(scenes, num_sources, spec.max_sources)
     lowest, highest = _orders_needed(scenes, spec, count, log_prior)
     order, parts = [], []
-    for rows, most in _alike(highest, spec.batch):
+    for rows, most in _alike(highest, _batch(scenes, spec, num_atoms)):
         observation = Observation.of(scenes[rows], channel_error_db=spec.channel_error_db)
         atoms = atoms_of(observation, rows)
-        orders = _all_orders(observation, atoms, spec, lowest[rows], most)
+        orders = _all_orders(observation, atoms, spec, lowest[rows], most, anew=anew)
         if count is None:
             scores, chances = order_scores(
                 observation, orders, spec.grid.region, spec.evidence, noise_known=noise_known
@@ -200,6 +232,17 @@ def _in_batches(
         parts.append(answer(observation, atoms, orders, chosen, at_least, spec, **known))
         order.append(rows)
     return Sources.cat(parts)[torch.argsort(torch.cat(order))]
+
+
+def _is_large(scenes: Scenes, cells: int) -> bool:
+    """Whether all cells as the receiver sees them take more memory than a search should."""
+    return 8 * scenes.y[0].numel() * cells > _SEEN_BYTES
+
+
+def _batch(scenes: Scenes, spec: LikelihoodSpec, num_atoms: int) -> int:
+    """Scenes at once: ``spec.batch``, or as many as memory allows for atoms and sensing matrices."""
+    size = scenes.y[0].numel() * (8 * num_atoms + 24 * scenes.geometry.num_elements)
+    return max(1, min(spec.batch, _BATCH_BYTES // size))
 
 
 def _alike(highest: Tensor, batch: int) -> Iterator[tuple[Tensor, int]]:
@@ -232,13 +275,14 @@ def _orders_needed(
 
 
 def _all_orders(
-    observation: Observation, atoms: Atoms, spec: LikelihoodSpec, lowest: Tensor, highest: int
+    observation: Observation, atoms: Atoms, spec: LikelihoodSpec, lowest: Tensor, highest: int, *, anew: bool = False
 ) -> list[Fit]:
     """Fits of orders 1..highest (index 0 is order 1); those below every ``lowest`` are unpolished."""
     region, needed = spec.grid.region, (int(lowest.min()), highest)
-    orders = search_orders(
-        observation, atoms, needed, region, spec.search, lambda fit: residual_maxima(observation, fit, spec)
-    )[:highest]
+    count = max(spec.search.residual_maxima, _MAXIMA if anew else 0)
+    look_again = None if count == 0 else lambda fit: residual_maxima(observation, fit, spec, count)
+    first = 2 if anew else highest + 1
+    orders = search_orders(observation, atoms, needed, region, spec.search, look_again, first)[:highest]
     if spec.search.sweeps:
         strongest = gains(observation, atoms, None, spec.search)
         few = atoms.chosen(strongest.topk(min(spec.search.sweep_atoms, strongest.shape[-1]), dim=-1).indices)

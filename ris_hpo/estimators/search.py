@@ -145,7 +145,8 @@ def search_orders(
     orders_needed: tuple[int, int],
     region: Region,
     spec: SearchSpec,
-    look_again: Callable[[Fit], Atoms],
+    look_again: Callable[[Fit], Atoms] | None,
+    first_look: int,
 ) -> list[Fit]:
     """Best fits found of orders 1..highest + ``extra_order`` (index 0 is order 1), all scenes at every order.
 
@@ -155,15 +156,16 @@ def search_orders(
         orders_needed: lowest and highest order that can be the answer; lower ones are only passed through.
         region: allowed positions.
         spec: how much work.
-        look_again: other candidates beside a fit, for the extra orders: what the candidates missed comes in there, and
-            on the way back the source that is missed least goes.
+        look_again: other candidates beside a fit: what the candidates missed comes in there, and on the way back the
+            source that is missed least goes; None for the same candidates at every order.
+        first_look: order from which on there are other candidates.
     """
     orders: list[Fit] = []
     fit: Fit | None = None
     least, most = orders_needed
     max_order = most + spec.extra_order
     for order in range(1, max_order + 1):
-        offered = look_again(fit) if fit is not None and order > most and spec.residual_maxima else atoms
+        offered = look_again(fit) if fit is not None and look_again is not None and order >= first_look else atoms
         steps = spec.greedy_steps if order >= least else min(spec.greedy_steps, 1)
         fit = extended(observation, offered, fit, region, spec, steps)
         orders.append(fit)

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from ris_hpo.estimators.channel import posterior_mean_channel, split_channel
-from ris_hpo.physics.array import Geometry
-from ris_hpo.physics.grid import Grid, dictionary, spectrum
+from ris_hpo.physics.array import Cosines, Geometry
+from ris_hpo.physics.grid import Grid, responses, spectrum
 from ris_hpo.physics.scene import Scenes
 
 _LOADINGS = (0.003, 5.0, 28)  # an estimate of 1 / snr averages over 28 values between these two
@@ -75,10 +75,11 @@ def spectral_features(scenes: Scenes, grid: Grid, *, passes: int, noise_known: b
     codes, geometry = scenes.ris_codes, scenes.geometry
     logs = [_log_spectrum(geometry, grid, back_projection(channel, codes, y))]
     residual, basis, energies = y, y.new_zeros(*y.shape, 0), [_energy(y)]
-    atoms = dictionary(geometry, grid, scenes.device)
+    cells = grid.cells(scenes.device)
     highest = logs[0].flatten(1).argmax(-1)
     for _ in range(passes):
-        column = (codes * atoms.mT[highest].unsqueeze(1)) @ channel.mT  # T_l a behind W^1/2, [B, L, M]
+        response = responses(geometry, Cosines(*(axis[highest] for axis in cells)))
+        column = (codes * response.unsqueeze(1)) @ channel.mT  # T_l a behind W^1/2, [B, L, M]
         column = column - (basis @ (basis.mH @ column.unsqueeze(-1))).squeeze(-1)
         column = column / column.abs().square().sum(-1, keepdim=True).clamp(min=_SMALL).sqrt()
         basis = torch.cat([basis, column.unsqueeze(-1)], -1)

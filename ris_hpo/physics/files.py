@@ -17,10 +17,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final
 
 import numpy as np
 import torch
@@ -29,59 +28,16 @@ from torch import Tensor
 from ris_hpo.config import suggestion
 from ris_hpo.errors import ConfigError, SceneFileError
 from ris_hpo.physics.array import Geometry
-from ris_hpo.physics.containers import Array, Arrays, LazyArray, open_arrays, write_arrays
+from ris_hpo.physics.containers import Array, Arrays, open_arrays, write_arrays
+from ris_hpo.physics.layouts import TRUTH, Problems, cast_values, fitted
 from ris_hpo.physics.scene import Scenes
 from ris_hpo.physics.sources import Sources
 
-_TRUTH: Final = ("num_sources", "azimuth", "elevation", "range_m")
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """What an array has to look like.
-
-    Attributes:
-        axes: its axes by letter or size, for example ``B L M``.
-        kind: what its numbers are.
-        shared: whether it may lack the axis B, and then serves every scene.
-    """
-
-    axes: str
-    kind: Literal["complex", "real", "integer"]
-    shared: bool = False
-
-    @property
-    def legend(self) -> list[str]:
-        return self.axes.split()
-
-
-_LAYOUTS: Final = {
-    "y": _Layout("B L M", "complex"),
-    "bs_ris_channel": _Layout("B M N", "complex", shared=True),
-    "ris_codes": _Layout("B L N", "complex", shared=True),
-    "noise_power": _Layout("B", "real", shared=True),
-    "num_sources": _Layout("B", "integer"),
-    "azimuth": _Layout("B K", "real"),
-    "elevation": _Layout("B K", "real"),
-    "range_m": _Layout("B K", "real"),
-    "power": _Layout("B K", "real"),
-    "given": _Layout("B 3", "integer"),
-    "snr_db": _Layout("B", "real"),
-    "symbols": _Layout("B L K", "complex"),
-    "true_channel": _Layout("B M N", "complex", shared=True),
-    "true_noise_power": _Layout("B", "real", shared=True),
-    "existence": _Layout("B K", "real"),
-    "covariance_m2": _Layout("B K 3 3", "real"),
-    "on_border": _Layout("B K", "integer"),
-    "residual": _Layout("B", "real"),
-    "residual_range": _Layout("B 2", "real"),
-}
 UNSTATED_SURFACE: Final = (
     "the file does not say its surface: state it with --surface, or write 'geometry_json' into the file"
 )
 _GOODNESS: Final = ("on_border", "residual", "residual_range")
 _REQUIRED: Final = ("y", "bs_ris_channel", "ris_codes")
-_TYPES: Final = {"complex": np.complex64, "real": np.float32, "integer": np.int64}
 
 
 class SceneFile:
@@ -96,16 +52,17 @@ class SceneFile:
         has_noise_power: whether the file gives the noise power.
         has_truth: whether it gives the truth.
         remarks: one line on each array that is not as files are written: cast, or shared by all scenes.
+        unused: names of arrays that nothing reads.
     """
 
     def __init__(self, arrays: Arrays, geometry: Geometry | None, *, truth: bool = True) -> None:
         self._arrays = arrays
         self.path, self.kind = arrays.path, arrays.kind
-        problems = _Problems(arrays.path)
+        problems = Problems(arrays.path)
         self.sizes: dict[str, int] = {}
         self.has_noise_power = "noise_power" in arrays
-        self.has_truth = truth and any(name in arrays for name in _TRUTH)
-        self._used = _fitted(arrays, self._wanted(arrays), self.sizes, problems)
+        self.has_truth = truth and any(name in arrays for name in TRUTH)
+        self._used = fitted(arrays, self._wanted(arrays), self.sizes, problems)
         for axis, meaning in (("B", "scenes"), ("L", "snapshots"), ("M", "antennas"), ("N", "elements")):
             if self.sizes.get(axis) == 0:
                 owner = "bs_ris_channel" if axis == "N" else "y"
@@ -125,13 +82,14 @@ class SceneFile:
                 f"surface{hint}"
             )
         problems.raise_any()
+        self.unused = [name for name in arrays if name not in self._used and name != "geometry_json"]
         self.remarks = [remark for entry in self._used.values() for remark in entry.remarks]
 
     def _wanted(self, arrays: Arrays) -> list[str]:
         optional = ["noise_power", "snr_db"]
         if self.has_truth:
-            optional += [*_TRUTH[1:], "power", "given", "symbols", "true_channel", "true_noise_power"]
-        counts = _TRUTH[:1] if self.has_truth else ()
+            optional += [*TRUTH[1:], "power", "given", "symbols", "true_channel", "true_noise_power"]
+        counts = TRUTH[:1] if self.has_truth else ()
         return [*_REQUIRED, *counts, *(name for name in optional if name in arrays)]
 
     def __len__(self) -> int:
@@ -154,14 +112,14 @@ class SceneFile:
             SceneFileError: values that are not finite, out of bounds, or lost in single precision.
         """
         part = slice(start, len(self) if stop is None else min(stop, len(self)))
-        problems = _Problems(self.path)
-        values = {name: _values(name, entry, part, problems) for name, entry in self._used.items()}
+        problems = Problems(self.path)
+        values = {name: cast_values(name, entry, part, problems) for name, entry in self._used.items()}
         count = len(range(*part.indices(len(self))))
         for name in ("noise_power", "true_noise_power"):
             if name in values:
                 problems.require(name, values[name] > 0, "every value must be positive")
         truth = _truth(values, self._slots(), problems) if self.has_truth else None
-        complete = all(name in values for name in _TRUTH)
+        complete = all(name in values for name in TRUTH)
         problems.raise_any()
 
         def tensor(name: str) -> Tensor | None:
@@ -298,11 +256,11 @@ def load_estimates(path: Path | str) -> Sources:
     """
     path = Path(path)
     with open_arrays(path) as arrays:
-        problems = _Problems(path)
+        problems = Problems(path)
         optional = [name for name in ("power", "covariance_m2", *_GOODNESS) if name in arrays]
-        used = _fitted(arrays, [*_TRUTH, "existence", *optional], {}, problems)
+        used = fitted(arrays, [*TRUTH, "existence", *optional], {}, problems)
         problems.raise_any()
-        values = {name: _values(name, entry, slice(None), problems) for name, entry in used.items()}
+        values = {name: cast_values(name, entry, slice(None), problems) for name, entry in used.items()}
     sources = _truth(values, values["azimuth"].shape[1], problems)
     existence = values["existence"]
     problems.require("existence", (existence >= 0) & (existence <= 1), "every value must be a probability")
@@ -318,145 +276,14 @@ def load_estimates(path: Path | str) -> Sources:
     return dataclasses.replace(sources, existence=torch.from_numpy(existence), covariance_m2=covariance, **goodness)
 
 
-# -- checks ----------------------------------------------------------------------------------------------------------
-
-
-class _Problems:
-    """Collects what does not fit in a file, for one message."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._found: list[str] = []
-
-    def add(self, text: str) -> None:
-        self._found.append(text)
-
-    def require(self, name: str, holds: Array, rule: str) -> None:
-        if not holds.all():
-            bad = int(np.size(holds) - np.count_nonzero(holds))
-            self.add(f"array '{name}': {rule}; {bad} of {np.size(holds)} values do not fit")
-
-    def raise_any(self) -> None:
-        if len(self._found) == 1:
-            raise SceneFileError(f"{self._path}: {self._found[0]}")
-        if self._found:
-            listed = "; ".join(f"({number}) {text}" for number, text in enumerate(self._found, 1))
-            raise SceneFileError(f"{self._path}: {len(self._found)} things do not fit: {listed}")
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """An array of a file whose shape and type fit its layout."""
-
-    array: LazyArray
-    layout: _Layout
-    is_shared: bool
-    shape: tuple[int, ...]
-    remarks: list[str]
-
-
-def _fitted(arrays: Arrays, names: Sequence[str], sizes: dict[str, int], problems: _Problems) -> dict[str, _Entry]:
-    """Check shapes and types; ``sizes`` gets the axes that are met first."""
-    fitted: dict[str, _Entry] = {}
-    for name in names:
-        if name not in arrays:
-            told = any(each in arrays for each in _TRUTH) and "y" in arrays
-            hint = "; a truth needs it" if name in _TRUTH and told else suggestion(name, list(arrays))
-            problems.add(f"array '{name}' is missing{hint}")
-            continue
-        entry = _entry(name, arrays, sizes, problems)
-        if entry is not None:
-            fitted[name] = entry
-    return fitted
-
-
-def _entry(name: str, arrays: Arrays, sizes: dict[str, int], problems: _Problems) -> _Entry | None:
-    array, layout = arrays[name], _LAYOUTS[name]
-    legend = layout.legend
-    shape = tuple(array.shape)
-    if arrays.kind.startswith("MATLAB"):  # no vectors there, and no ones at the end of a shape
-        if len(legend) == 1:
-            shape = tuple(size for size in shape if size != 1) or ((1,) if sizes.get("B") == 1 else ())
-        elif not layout.shared:
-            shape += (1,) * (len(legend) - len(shape))
-    shared = layout.shared and len(shape) == len(legend) - 1
-    if layout.shared and len(legend) == 1 and shape == (1,) and sizes.get("B", 1) != 1:
-        shared, shape = True, ()
-    axes = legend[1:] if shared else legend
-    expected = [int(axis) if axis.isdigit() else sizes.get(axis) for axis in axes]
-    fits = len(shape) == len(axes) and all(size in (None, found) for size, found in zip(expected, shape, strict=True))
-    if not fits:
-        wanted = ", ".join(axis if size is None else str(size) for axis, size in zip(axes, expected, strict=True))
-        hint = _exchanged(shape, expected, axes)
-        problems.add(f"array '{name}' has shape {shape}, expected ({wanted}) = [{', '.join(axes)}]{hint}")
-    remarks = []
-    target = np.dtype(_TYPES[layout.kind])
-    problem = _type_problem(array.dtype, layout.kind, real_is_enough=name == "ris_codes")
-    if problem is not None:
-        problems.add(f"array '{name}' has dtype {array.dtype}, {problem}")
-    elif array.dtype != target:
-        remarks.append(f"'{name}' is {array.dtype} and read as {target}")
-    if not fits or problem is not None:
-        return None
-    for axis, size in zip(axes, shape, strict=True):
-        if not axis.isdigit():
-            sizes.setdefault(axis, size)
-    if shared:
-        remarks.append(f"one '{name}' serves all scenes")
-    return _Entry(array, layout, shared, shape, remarks)
-
-
-def _exchanged(shape: tuple[int, ...], expected: Sequence[int | None], axes: Sequence[str]) -> str:
-    """A hint where the last two axes stand in the other order."""
-    if len(shape) != len(expected) or len(shape) < 2:
-        return ""
-    swapped = (*shape[:-2], shape[-1], shape[-2])
-    if all(size in (None, found) for size, found in zip(expected, swapped, strict=True)):
-        found = [*axes[:-2], axes[-1], axes[-2]]
-        return f"; it looks like [{', '.join(found)}]: exchange the last two axes"
-    return ""
-
-
-def _type_problem(dtype: np.dtype[Any], kind: str, *, real_is_enough: bool) -> str | None:
-    if kind == "complex":
-        fits = dtype.kind == "c" or (real_is_enough and dtype.kind in "fiu")
-        return None if fits else "expected complex64 or complex128"
-    return None if dtype.kind in "fiu" else f"expected {'whole' if kind == 'integer' else 'real'} numbers"
-
-
-def _values(name: str, entry: _Entry, part: slice, problems: _Problems) -> Array:
-    """Read scenes ``part`` of an array, cast as files are written, and check that the cast keeps the values."""
-    everything: Any = slice(None) if entry.array.shape else ()
-    if entry.is_shared:
-        raw = np.asarray(entry.array[everything]).reshape(entry.shape)
-    elif len(entry.shape) == 1:  # MATLAB writes a vector as a row or as a column
-        raw = np.asarray(entry.array[everything]).reshape(-1)[part]
-    else:
-        raw = np.asarray(entry.array[part]).reshape(-1, *entry.shape[1:])
-    target = np.dtype(_TYPES[entry.layout.kind])
-    if raw.dtype.kind == "c" or name not in ("azimuth", "elevation", "range_m", "covariance_m2", "residual_range"):
-        problems.require(name, np.isfinite(raw), "every value must be finite")
-    with np.errstate(over="ignore", invalid="ignore"):
-        cast = raw.astype(target, order="C")
-    if entry.layout.kind == "integer":
-        problems.require(name, cast == raw, "whole numbers are expected")
-    else:
-        finite = np.isfinite(raw)
-        kept = np.isfinite(cast) & ((cast != 0) | (raw == 0))
-        problems.require(
-            name, kept | ~finite, "every value must fit single precision, 1e-38 .. 1e38; choose another unit"
-        )
-    return cast
-
-
-def _truth(values: dict[str, Array], slots: int, problems: _Problems) -> Sources:
+def _truth(values: dict[str, Array], slots: int, problems: Problems) -> Sources:
     """The sources of checked arrays; a value beyond ``num_sources`` has no meaning, a coordinate not given is NaN."""
     count = values["num_sources"]
     problems.require("num_sources", (count >= 0) & (count <= slots), f"every value must lie within 0..{slots}")
     mask = np.arange(slots) < count[:, None]
     nowhere = np.full(mask.shape, np.nan, np.float32)
-    azimuth, elevation, range_m = (values.get(name, nowhere) for name in _TRUTH[1:])
-    for name, value in zip(_TRUTH[1:], (azimuth, elevation, range_m), strict=True):
+    azimuth, elevation, range_m = (values.get(name, nowhere) for name in TRUTH[1:])
+    for name, value in zip(TRUTH[1:], (azimuth, elevation, range_m), strict=True):
         if name in values:
             problems.require(name, np.isfinite(value[mask]), "values of a source must be finite")
     for name, value in (("azimuth", azimuth), ("elevation", elevation)):
@@ -475,7 +302,7 @@ def _truth(values: dict[str, Array], slots: int, problems: _Problems) -> Sources
     )
 
 
-def _surface(arrays: Arrays, geometry: Geometry | None, problems: _Problems) -> Geometry:
+def _surface(arrays: Arrays, geometry: Geometry | None, problems: Problems) -> Geometry:
     if "geometry_json" not in arrays:
         return geometry or Geometry()
     text = np.asarray(arrays["geometry_json"][()])

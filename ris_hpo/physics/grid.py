@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -38,6 +38,8 @@ class Region(Spec):
         return (v[0], v[1]), (w[0], w[1]), (1 / self.range_m[1], 1 / self.range_m[0])
 
 
+_KEPT_BYTES, _CHUNK_BYTES = 1 << 30, 1 << 27
+"""Largest dictionary that is kept, and memory of one product with it."""
 _CELL_WIDTH, _CELL_DEPTH = 0.375, 0.6
 """Largest distance between cells, in beam widths and in depths of focus."""
 
@@ -144,11 +146,15 @@ class Grid(NamedTuple):
         return Cosines(v_map.reshape(-1), w_map.reshape(-1), rho_map.reshape(-1))
 
 
-@functools.lru_cache(maxsize=8)
+def responses(geometry: Geometry, cells: Cosines) -> Tensor:
+    """Array responses of cells, complex64 [..., N], computed in double precision."""
+    return cosine_steering(geometry, Cosines(*(axis.double() for axis in cells))).to(torch.complex64)
+
+
+@functools.lru_cache(maxsize=2)
 def dictionary(geometry: Geometry, grid: Grid, device: torch.device) -> Tensor:
     """Array responses of all cells, complex64 [N, G]; kept per (geometry, grid, device)."""
-    cells = Cosines(*(axis.double() for axis in grid.cells(device)))
-    return cosine_steering(geometry, cells).to(torch.complex64).mT.contiguous()
+    return _responses_of_planes(geometry, grid.cells(device), grid.num_rho)
 
 
 class Mirrored(NamedTuple):
@@ -177,25 +183,42 @@ def is_symmetric(geometry: Geometry, grid: Grid) -> bool:
     return even and all(math.isclose(low, -high) for low, high in grid.region.bounds()[:2])
 
 
-@functools.lru_cache(maxsize=8)
-def mirrored_dictionary(geometry: Geometry, grid: Grid, device: torch.device) -> Mirrored:
-    """The quarter-size dictionary; only where :func:`is_symmetric`."""
+def mirrored_dictionary(geometry: Geometry, grid: Grid, axes: Cosines) -> Mirrored:
+    """The quarter-size dictionary of a grid's cells at some of its planes; only where :func:`is_symmetric`."""
     middle_v, middle_w = grid.num_v // 2, grid.num_w // 2
-    atoms = dictionary(geometry, grid, device).unflatten(0, (geometry.num_vertical, geometry.num_horizontal))
-    atoms = atoms.unflatten(-1, grid.shape)[..., middle_v:, middle_w:].flatten(2)
+    planes, device = len(axes.rho), axes.rho.device
+    rho, v_map, w_map = torch.meshgrid(axes.rho, axes.v[middle_v:], axes.w[middle_w:], indexing="ij")
+    quarter = Cosines(v_map.reshape(-1), w_map.reshape(-1), rho.reshape(-1))
+    atoms = _responses_of_planes(geometry, quarter, planes)
     parts = []
-    for part in mirror_parts(atoms, 0):
+    for part in mirror_parts(atoms.unflatten(0, (geometry.num_vertical, geometry.num_horizontal)), 0):
         parts.append(torch.cat([torch.cat([part.real, part.imag], -1), torch.cat([part.imag, -part.real], -1)], 0))
     # distance of every cell from the middle; an even axis has no cell of its own there
     v, w = torch.arange(grid.num_v, device=device), torch.arange(grid.num_w, device=device)
     far_v = torch.where(v >= middle_v, v - middle_v, grid.num_v - 1 - v - middle_v)
     far_w = torch.where(w >= middle_w, w - middle_w, grid.num_w - 1 - w - middle_w)
     half_v, half_w = grid.num_v - middle_v, grid.num_w - middle_w
-    plane = torch.arange(grid.num_rho, device=device)[:, None, None]
+    plane = torch.arange(planes, device=device)[:, None, None]
     place = (plane * half_v + far_v[:, None]) * half_w + far_w
     quadrant = (v < middle_v).long()[:, None] + 2 * (w < middle_w).long()
-    cell = quadrant * (grid.num_rho * half_v * half_w) + place
+    cell = quadrant * (planes * half_v * half_w) + place
     return Mirrored(torch.stack(parts).contiguous(), cell.flatten())
+
+
+@functools.lru_cache(maxsize=2)
+def _kept_mirrored(geometry: Geometry, grid: Grid, device: torch.device) -> Mirrored:
+    return mirrored_dictionary(geometry, grid, grid.axes(device))
+
+
+def _responses_of_planes(geometry: Geometry, cells: Cosines, planes: int) -> Tensor:
+    """Array responses [N, G] of cells whose planes are computed one by one, which bounds the memory."""
+    if 64 * len(cells.v) * geometry.num_elements < _CHUNK_BYTES:
+        return responses(geometry, cells).mT.contiguous()
+    whole = torch.empty(geometry.num_elements, len(cells.v), dtype=torch.complex64, device=cells.v.device)
+    for place in torch.arange(len(cells.v)).chunk(planes):
+        part = slice(int(place[0]), int(place[-1]) + 1)
+        whole[:, part] = responses(geometry, Cosines(*(axis[part] for axis in cells))).mT
+    return whole
 
 
 def mirror_parts(value: Tensor, start: int) -> list[Tensor]:
@@ -210,26 +233,65 @@ def mirror_parts(value: Tensor, start: int) -> list[Tensor]:
 
 
 def spectrum(geometry: Geometry, z: Tensor, grid: Grid) -> Tensor:
-    """sum_l |a_g^H z_l|^2, float32 [B, num_rho, num_v, num_w], for z [B, L, N]."""
+    """sum_l |a_g^H z_l|^2, float32 [B, num_rho, num_v, num_w], for z [B, L, N].
+
+    The dictionary is kept from call to call, or, where it is too large for that, computed plane by plane.
+    """
+    mirrored = is_symmetric(geometry, grid)
+    size = math.prod(grid.shape) * geometry.num_elements * (4 if mirrored else 8)
+    if size <= _KEPT_BYTES:
+        if mirrored:
+            found = [_mirrored_spectrum(geometry, z, _kept_mirrored(geometry, grid, z.device))]
+        else:
+            found = [_plain_spectrum(z, dictionary(geometry, grid, z.device))]
+        return found[0].view(-1, *grid.shape)
+    axes, found = grid.axes(z.device), []
+    for plane in axes.rho.split(1):
+        if mirrored:
+            part = mirrored_dictionary(geometry, grid, axes._replace(rho=plane))
+            found.append(_mirrored_spectrum(geometry, z, part))
+        else:
+            v_map, w_map = torch.meshgrid(axes.v, axes.w, indexing="ij")
+            flat = Cosines(v_map.reshape(-1), w_map.reshape(-1), plane.expand(v_map.numel()))
+            found.append(_plain_spectrum(z, responses(geometry, flat).mT))
+    return torch.stack(found, 1).view(-1, *grid.shape)
+
+
+def _pieces(z: Tensor, cells: int) -> Iterator[tuple[Tensor, ...]]:
+    """Scenes of z [B, L, ..] a few at a time, each group in pieces of its snapshots."""
     chunk = 256 if z.is_cuda else 8  # on a CPU, 8 scenes at a time stay in cache
-    if not is_symmetric(geometry, grid):
-        atoms = dictionary(geometry, grid, z.device)
-        parts = [torch.view_as_real(part.conj() @ atoms).square().sum((1, 3)) for part in z.split(chunk)]
-        plain: Tensor = torch.cat(parts).unflatten(-1, grid.shape)
-        return plain
-    mirrored = mirrored_dictionary(geometry, grid, z.device)
-    quadrants = []
-    for part in z.unflatten(-1, (geometry.num_vertical, geometry.num_horizontal)).split(chunk):
-        split = torch.stack(mirror_parts(part, 2)).flatten(1, 2)
-        products = torch.bmm(torch.cat([split.real, split.imag], -1), mirrored.atoms).unflatten(1, part.shape[:2])
-        even, odd_y, odd_z, both = products
-        right, left = even + odd_y, even - odd_y
-        upper, lower = odd_z + both, odd_z - both
-        corners = (right + upper, left + lower, right - upper, left - lower)
-        squares = torch.stack([corner.square_().sum(1) for corner in corners], 1)
-        quadrants.append((squares[..., : squares.shape[-1] // 2] + squares[..., squares.shape[-1] // 2 :]).flatten(1))
-    whole: Tensor = torch.cat(quadrants)[:, mirrored.cell].unflatten(-1, grid.shape)
-    return whole
+    most = max(1, _CHUNK_BYTES // (8 * cells))
+    for part in z.split(max(1, min(chunk, most // z.shape[1]))):
+        yield part.split(most, dim=1)
+
+
+def _plain_spectrum(z: Tensor, atoms: Tensor) -> Tensor:
+    """The spectrum at G cells, float32 [B, G], by their dictionary [N, G]."""
+    found: list[Tensor] = []
+    for pieces in _pieces(z, atoms.shape[1]):
+        parts = [torch.view_as_real(piece.conj() @ atoms).square().sum((1, 3)) for piece in pieces]
+        found.append(sum(parts[1:], parts[0]))
+    return torch.cat(found)
+
+
+def _mirrored_spectrum(geometry: Geometry, z: Tensor, mirrored: Mirrored) -> Tensor:
+    """The spectrum at G cells, float32 [B, G], by their quarter-size dictionary."""
+    rows = (geometry.num_vertical, geometry.num_horizontal)
+    found: list[Tensor] = []
+    for pieces in _pieces(z, len(mirrored.cell)):
+        parts = []
+        for piece in pieces:
+            split = torch.stack(mirror_parts(piece.unflatten(-1, rows), 2)).flatten(1, 2)
+            products = torch.bmm(torch.cat([split.real, split.imag], -1), mirrored.atoms).unflatten(1, piece.shape[:2])
+            even, odd_y, odd_z, both = products
+            right, left = even + odd_y, even - odd_y
+            upper, lower = odd_z + both, odd_z - both
+            corners = (right + upper, left + lower, right - upper, left - lower)
+            squares = torch.stack([corner.square_().sum(1) for corner in corners], 1)
+            half = squares.shape[-1] // 2
+            parts.append((squares[..., :half] + squares[..., half:]).flatten(1))
+        found.append(sum(parts[1:], parts[0]))
+    return torch.cat(found)[:, mirrored.cell]
 
 
 def local_maxima(values: Tensor, count: int, *, periodic: bool = False) -> Tensor:

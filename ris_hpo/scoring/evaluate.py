@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ris_hpo.errors import ConfigError
 from ris_hpo.physics.scene import Scenes
 from ris_hpo.physics.sources import Sources
 from ris_hpo.scoring.k_loc import efficiency
@@ -117,16 +118,40 @@ def evaluate(estimate: Sources, scenes: Scenes, *, draws: int = 8) -> Evaluation
         ConfigError: scenes without truth, none at all, or not as many as estimates.
         NumericalError: an estimate that is not finite.
     """
-    truth = scenes.known_truth()
-    errors = scene_errors(estimate, truth)
-    floor = None if scenes.truth is None else floor_errors(scenes, draws)
+    return evaluate_parts([(estimate, scenes)], draws=draws)
+
+
+def evaluate_parts(parts: Iterable[tuple[Sources, Scenes]], *, draws: int = 8) -> Evaluation:
+    """Score estimates of scenes that come part by part; only errors and truth of a part are kept.
+
+    Args:
+        parts: estimates with their scenes; the floor's draws are those of the part.
+        draws: as :func:`evaluate`.
+
+    Raises:
+        ConfigError: scenes without truth, none at all, or not as many as estimates.
+        NumericalError: an estimate that is not finite.
+    """
+    truths, found, floors, levels = [], [], [], []
+    for number, (estimate, scenes) in enumerate(parts):
+        truths.append(scenes.known_truth())
+        found.append(scene_errors(estimate, truths[-1]))
+        levels.append(scenes.snr_db)
+        if scenes.truth is not None:
+            floors.append(floor_errors(scenes, draws, seed=number))
+    if not truths:
+        raise ConfigError("no scenes to score")
+    truth, errors = Sources.cat(truths), SceneErrors.cat(found)
+    floor = SceneErrors.cat(floors, draws) if len(floors) == len(truths) else None
+    known_levels = [level for level in levels if level is not None]
+    snr_db = torch.cat(known_levels) if len(known_levels) == len(levels) else None
 
     def row(label: str, chosen: Tensor) -> Row:
         bound = None if floor is None else floor[chosen.repeat(len(floor) // len(errors))].scores()
         return Row(label, errors[chosen].scores(), bound)
 
     everything = torch.ones(len(errors), dtype=torch.bool, device=errors.num_true.device)
-    snr = {} if scenes.snr_db is None else _snr_groups(scenes.snr_db)
+    snr = {} if snr_db is None else _snr_groups(snr_db)
     by_snr = [row(label, mask) for label, mask in snr.items()]
     counts = {f"K = {k}": errors.num_true == k for k in sorted(set(errors.num_true.tolist()))}
     by_count = [row(label, mask) for label, mask in counts.items()]

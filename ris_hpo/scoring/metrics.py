@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +106,20 @@ class SceneErrors:
 
     def __len__(self) -> int:
         return len(self.num_true)
+
+    @staticmethod
+    def cat(parts: Sequence[SceneErrors], draws: int = 1) -> SceneErrors:
+        """Join parts of one kind of truth, of whose scenes each has ``draws`` errors, draws outermost."""
+        width = max(part.paired.shape[1] for part in parts)
+        fields: dict[str, Any] = {}
+        for name in (field.name for field in dataclasses.fields(SceneErrors) if field.name not in ("known", "given")):
+            values = [getattr(part, name) for part in parts]
+            if name in ("distance", "paired"):
+                values = [F.pad(value, (0, width - value.shape[1])) for value in values]
+            elif name == "error":
+                values = [F.pad(value, (0, 0, 0, width - value.shape[1])) for value in values]
+            fields[name] = torch.cat([value.unflatten(0, (draws, -1)) for value in values], 1).flatten(0, 1)
+        return dataclasses.replace(parts[0], **fields)
 
     def hits(self) -> Tensor:
         """[B, W] bool: paired and within 5 deg, 5 deg, 1 m, as far as these are known."""

@@ -271,3 +271,16 @@ def test_the_entry_reaches_every_estimator(mixed: Scenes):
         assert torch.isfinite(blind.range_m).all()
     assert SMALL.geometry.num_elements == 64
     assert GridSpec().on(Geometry()).shape == (8, 33, 17)
+
+
+def test_what_is_too_large_for_every_cell_is_searched_among_maxima(monkeypatch: pytest.MonkeyPatch):
+    from ris_hpo.estimators import maximum_likelihood as module
+
+    scenes = grid_of_cells(SMALL, 11, [15.0], [1, 2], 5)
+    every = deterministic_ml(scenes, FAST)
+    monkeypatch.setattr(module, "_SEEN_BYTES", 0)
+    monkeypatch.setattr(module, "_BATCH_BYTES", 1)  # and one scene at once
+    few = deterministic_ml(scenes, FAST)
+    same = every.num_sources == few.num_sources
+    assert float(same.float().mean()) >= 0.9
+    torch.testing.assert_close(few.azimuth[same], every.azimuth[same], atol=0.02, rtol=0)

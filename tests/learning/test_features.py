@@ -146,3 +146,16 @@ def test_a_hidden_noise_brings_what_the_channel_tells_of_its_own_error():
     torch.testing.assert_close(context[:, 0], -loading.log10())
     _, gain = posterior_mean_channel(scenes.bs_ris_channel, (loading / 2).clamp(1e-3, 0.05))
     torch.testing.assert_close(context[:, 3], gain.clamp(0.01, 0.99).logit(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("columns", [6, 7])
+def test_a_dictionary_too_large_to_keep_gives_the_same_spectrum(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ris_hpo.physics import grid as module
+
+    geometry = Geometry(num_horizontal=columns, num_vertical=4)
+    grid = GridSpec().on(geometry)
+    z = torch.randn(3, 5, geometry.num_elements, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    kept = module.spectrum(geometry, z, grid)
+    monkeypatch.setattr(module, "_KEPT_BYTES", 0)
+    monkeypatch.setattr(module, "_CHUNK_BYTES", 16 * grid.num_v * grid.num_w)  # two snapshots at once
+    torch.testing.assert_close(module.spectrum(geometry, z, grid), kept, rtol=1e-4, atol=1e-4)
