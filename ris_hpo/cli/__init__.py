@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from ris_hpo.cli import bound, check, display, model, options, store, study
+from ris_hpo.cli import bound, check, display, model, options, store, study, upkeep
 from ris_hpo.errors import OutputError, RisHpoError
 
 _CANNOT_WRITE = {errno.EDQUOT, errno.ENOSPC, errno.EROFS}
@@ -55,6 +55,7 @@ def settings(
 
 study.register(app)
 store.register(app)
+upkeep.register(app)
 model.register(app)
 bound.register(app)
 check.register(app)
@@ -85,7 +86,7 @@ def execute(arguments: Sequence[str]) -> int:
     except RisHpoError as error:
         display.print_error(str(error))
         return error.exit_code
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):  # the latter at a question
         return options.INTERRUPTED
     except OSError as error:
         if error.errno in _NO_PATH:

@@ -52,7 +52,12 @@ def get_study(store: Store, name: str) -> Study:
         raise StudyError(f"no study '{name}' in {store.redacted}{hint}") from None
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Refuse a name that a study cannot have.
+
+    Raises:
+        StudyError: it has other characters, or too many.
+    """
     if re.fullmatch(NAME, name) is None:
         raise StudyError(
             f"study '{name}': a name has letters, digits, '.', '_' and '-', begins with one of the former two, and has "
@@ -66,7 +71,7 @@ def stored_spec(study: Study) -> StudySpec:
     Raises:
         StudyError: the study was not made by this program.
     """
-    _check_name(study.study_name)
+    check_name(study.study_name)
     tree = study.user_attrs.get(names.SPEC)
     if tree is None:
         raise StudyError(f"study '{study.study_name}' was not made by ris-hpo: it carries no specification")
@@ -119,7 +124,7 @@ def create_or_resume_study(
     quiet_optuna()
     source = name or spec.name
     title = fork or source
-    _check_name(title)
+    check_name(title)
     existing = [study.study_name for study in store.get_all_studies()]
     if fork is not None:
         if fork in existing:

@@ -138,6 +138,10 @@ class Store(BaseStorage):
         if identity is not None:
             folders.remove_folder(self, identity)
 
+    def rename(self, study_id: int, name: str) -> None:
+        """See ``TicketStorage.rename``; the study's folder is found by its identity."""
+        retried(self.tickets.rename)(study_id, name)
+
     def _forget(self, study_id: int) -> _Known:
         for seen in self._studies.pop(study_id, _Known()).seen.values():
             self._finished.pop(seen.trial_id, None)

@@ -36,14 +36,19 @@ class Process:
     start: str
 
     @property
+    def is_here(self) -> bool:
+        """Whether the process is of this host, boot and PID namespace, so that it can be looked up."""
+        here = this_process()
+        return (self.host, self.boot, self.namespace) == (here.host, here.boot, here.namespace)
+
+    @property
     def is_gone(self) -> bool:
         """Whether this process is known not to exist any more.
 
         Only a process of this host, boot and PID namespace can be looked up. Of any other the answer is False: whether
         it lives shows in its heartbeat alone, so that containers that share a host name do not declare each other dead.
         """
-        here = this_process()
-        if (self.host, self.boot, self.namespace) != (here.host, here.boot, here.namespace):
+        if not self.is_here:
             return False
         if not _IS_LINUX:
             try:

@@ -15,7 +15,7 @@ What this package knows of Optuna beyond its documented interface stands in this
 - ``RDBStorage.engine`` and ``RDBStorage.scoped_session``, attributes without documentation: ``transaction`` binds the
   session to its own connection.
 - Five tables with the columns declared below, at revision ``SCHEMA`` of the database schema: reads of a few columns,
-  row locks, blank trials in bulk, and several attributes at once, for which there is no call.
+  row locks, blank trials in bulk, several attributes at once, and another name of a study, for which there is no call.
 
 No name with a leading underscore is used here or anywhere else; a test searches for them.
 """
@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import sqlalchemy
-from optuna.exceptions import ExperimentalWarning
+from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Connection, Select, column
@@ -52,7 +52,7 @@ SCHEMA: Final = "v3.2.0.a"
 
 GONE: Final = "the study or trial is not in the store any more: it was deleted or renamed while it was in use"
 
-_STUDIES = sqlalchemy.table("studies", column("study_id"))
+_STUDIES = sqlalchemy.table("studies", column("study_id"), column("study_name"))
 _STUDY_MARKS = sqlalchemy.table("study_user_attributes", column("study_id"), column("key"), column("value_json"))
 _TRIALS = sqlalchemy.table(
     "trials",
@@ -239,6 +239,21 @@ class TicketStorage(_Transactions):
                 cluster = connection.exec_driver_sql("SELECT system_identifier FROM pg_control_system()").scalar()
             number = "SELECT oid FROM pg_database WHERE datname = current_database()"
             return f"postgresql:{cluster}", int(connection.exec_driver_sql(number).scalar_one())
+
+    def rename(self, study_id: int, name: str) -> None:
+        """Give a study another name.
+
+        Raises:
+            DuplicatedStudyError: another study has it.
+            StudyGoneError: no such study.
+        """
+        with self.transaction(study_id) as connection:
+            named = sqlalchemy.select(_STUDIES.c.study_id).where(_STUDIES.c.study_name == name)
+            if connection.scalar(named) not in (None, study_id):
+                raise DuplicatedStudyError(name)
+            connection.execute(
+                sqlalchemy.update(_STUDIES).where(_STUDIES.c.study_id == study_id).values(study_name=name)
+            )
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
