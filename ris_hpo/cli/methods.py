@@ -100,8 +100,9 @@ def _classical(name: str, pairs: Sequence[str] | None, surface: str | None) -> M
     if name not in known:
         raise ConfigError(f"unknown estimator '{name}'{suggestion(name, known)}")
     scene = options.with_surface(SceneSpec(), surface, "")
-    region = {f"likelihood.grid.region.{axis}": getattr(scene, axis) for axis in SECTOR}
-    spec = options.changed(EstimatorSpec().replaced(region), pairs)
+    follow: dict[str, Any] = {f"likelihood.grid.region.{axis}": getattr(scene, axis) for axis in SECTOR}
+    follow |= {"likelihood.max_sources": scene.max_sources, "likelihood.num_sources": (0, scene.max_sources)}
+    spec = options.changed(EstimatorSpec().replaced(follow), pairs)
     chosen: Any = name
 
     def located(scenes: Scenes, counts: Tensor | None) -> Sources:

@@ -41,7 +41,7 @@ def simulate(
     out: Annotated[Path, typer.Option(help="The scene file to write, .npz.")],
     num_scenes: Annotated[int, typer.Option(min=1, help="How many scenes.")] = 1000,
     seed: options.Seed = 0,
-    num_sources: Annotated[int | None, typer.Option(min=0, max=5, help="Sources in every scene; else drawn.")] = None,
+    num_sources: Annotated[int | None, typer.Option(min=0, help="Sources in every scene; else drawn.")] = None,
     snr_db: Annotated[
         float | None, typer.Option(min=-60, max=100, help="SNR of every scene in dB; else drawn.")
     ] = None,

@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ris_hpo.config import Spec
+from ris_hpo.errors import NumericalError
 from ris_hpo.estimators.box import limits, polar_slopes
 from ris_hpo.estimators.cost import stochastic_cost
 from ris_hpo.estimators.fit import Fit
@@ -79,7 +80,11 @@ def order_scores(
     columns, chances = [null_nll(observation, noise_known=noise_known)], [torch.ones_like(null)]
     for fit in orders:
         k = fit.u.shape[1]
-        covariance, log_det = inverse_information(_precision(observation, fit, region), "information on an order")
+        try:
+            covariance, log_det = inverse_information(_precision(observation, fit, region), "information on an order")
+        except NumericalError:  # as for the moments of positions
+            precise = _precision(observation.double(), fit, region)
+            covariance, log_det = inverse_information(precise, "information on an order")
         if spec.kind == "penalty":
             columns.append(fit.nll + spec.gamma * k)
         else:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ris_hpo.errors import NumericalError
 from ris_hpo.estimators.box import limits, polar_slopes, to_polar
 from ris_hpo.estimators.cost import stochastic_cost
 from ris_hpo.estimators.fit import Fit
@@ -60,7 +61,12 @@ def position_moments(observation: Observation, fit: Fit, region: Region, *, mean
     # rounding may take more than the data gave: a diagonal entry is never less than the prior's
     diagonal = (information.diagonal(dim1=-2, dim2=-1) + prior).maximum(prior)
     information = information.diagonal_scatter(diagonal, dim1=-2, dim2=-1)
-    covariance, _ = inverse_information(information, "information on the positions", ridged=True)
+    try:
+        covariance, _ = inverse_information(information, "information on the positions", ridged=True)
+    except NumericalError:  # single precision cannot tell two strong sources at almost one place apart
+        if observation.sensing.dtype == torch.complex128:
+            raise
+        return position_moments(observation.double(), fit, region, mean=mean)
     newton = x - (covariance @ gradient.unsqueeze(-1)).squeeze(-1)
     centre = newton[:, : 3 * k].unflatten(-1, (k, 3))[..., 2]
     blocks = torch.stack([covariance[:, 3 * i : 3 * i + 3, 3 * i : 3 * i + 3] for i in range(k)], dim=1)

@@ -63,6 +63,9 @@ class LossSpec(Spec):
 TERMS = tuple(name for name in LossSpec.model_fields if name not in NMSE_PARTS)
 """Names of the loss terms, in their order."""
 
+EMPTY_TERMS = ("detection", "count", "disturbance", "orthogonality", "cross")
+"""Terms that a scene without a source has a share in."""
+
 
 def label_factor(truth: Sources, geometry: Geometry) -> Tensor:
     """B [batch, N, K_max] with B B^H = A diag(p) A^H scaled to trace N; columns of absent sources are zero."""
@@ -233,9 +236,24 @@ def peak_contrast(predicted: Tensor, truth: Sources, geometry: Geometry, grid: G
 
 
 def loss_terms(
-    spec: LossSpec, network: Network, outputs: Outputs, covariances: Covariances, scenes: Scenes
+    spec: LossSpec,
+    network: Network,
+    outputs: Outputs,
+    covariances: Covariances,
+    scenes: Scenes,
+    *,
+    may_be_empty: bool = False,
 ) -> dict[str, Tensor]:
     """Unweighted value of every active term.
+
+    Args:
+        spec: weights; a term of weight 0 is not computed.
+        network: whose outputs these are.
+        outputs: of the network, with its dense maps.
+        covariances: that it predicts, and effective.
+        scenes: with truth.
+        may_be_empty: some scenes may hold no source; terms about sources are then means over the others. To look for
+            one costs a wait for the device.
 
     Raises:
         ConfigError: scenes without truth, or without the symbols that the disturbance needs.
@@ -245,6 +263,9 @@ def loss_terms(
     label = label_factor(truth, geometry)
     covariance = label @ label.mH
     parts = (spec.diagonal, spec.off_diagonal)
+    active = spec.active(noise_known=network.spec.noise_known)
+    if may_be_empty and not bool((some := truth.mask.any(-1)).all()):
+        return _with_empty_scenes(spec, network, outputs, covariances, scenes, some)
     compute = {
         "covariance": lambda: nmse(covariances.effective, covariance, *parts).mean(),
         "covariance_pred": lambda: nmse(covariances.predicted, covariance, *parts).mean(),
@@ -260,7 +281,24 @@ def loss_terms(
         "subspace_alignment": lambda: subspace_alignment(covariances.predicted, label),
         "peak_contrast": lambda: peak_contrast(covariances.predicted, truth, geometry, grid),
     }
-    return {name: compute[name]() for name in spec.active(noise_known=network.spec.noise_known)}
+    return {name: compute[name]() for name in active}
+
+
+def _with_empty_scenes(
+    spec: LossSpec, network: Network, outputs: Outputs, covariances: Covariances, scenes: Scenes, some: Tensor
+) -> dict[str, Tensor]:
+    """Terms of a batch of which only ``some`` scenes hold a source: of these alone where a term is about sources."""
+    active = spec.active(noise_known=network.spec.noise_known)
+    of_all = {name: getattr(spec, name) if name in EMPTY_TERMS else 0.0 for name in active}
+    terms = loss_terms(spec.only(**of_all), network, outputs, covariances, scenes)
+    rest = [name for name in active if name not in EMPTY_TERMS]
+    if rest and bool(some.any()):
+        chosen = Outputs._make(None if value is None else value[some] for value in outputs)
+        both = Covariances(*(value[some] for value in covariances))
+        weights = {**dict.fromkeys(TERMS, 0.0), **{name: getattr(spec, name) for name in rest}}
+        terms |= loss_terms(spec.model_copy(update=weights), network, chosen, both, scenes[some])
+    nothing = outputs.existence.sum() * 0.0
+    return {name: terms.get(name, nothing) for name in active}
 
 
 def _logit(share: Tensor, edge: float) -> Tensor:

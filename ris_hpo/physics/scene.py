@@ -42,7 +42,7 @@ class SceneSpec(Spec):
     geometry: Geometry = Geometry()
     num_antennas: int = Field(16, ge=1, le=1024, description="antennas M of the base station")
     num_snapshots: int = Field(16, ge=1, le=4096, description="snapshots L of a scene, each with a code of its own")
-    max_sources: int = Field(5, ge=1, le=5, description="slots of the truth, K_max")
+    max_sources: int = Field(5, ge=1, le=8, description="slots of the truth, K_max")
     num_sources: tuple[int, int] = Field((1, 5), description="fewest and most sources in a scene")
     azimuth_deg: Interval = Field((-60.0, 60.0), description="where sources are drawn, from +x toward +y")
     elevation_deg: Interval = Field((-30.0, 30.0), description="where sources are drawn, from x-y toward +z")

@@ -110,10 +110,8 @@ class RunConfig(NetworkSettings):
             )
         if self.phases and abs(sum(phase.share for phase in self.phases) - 1) > 1e-6:
             raise ValueError("the shares of the phases must add up to 1")
-        if self.scene.num_sources[0] == 0:
-            raise ValueError(
-                f"scene.num_sources {self.scene.num_sources}: training needs a source in each scene, from 1 up"
-            )
+        if self.scene.num_sources[1] == 0:
+            raise ValueError(f"scene.num_sources {self.scene.num_sources}: training needs scenes with sources")
         validations = math.ceil(self.budget.scenes / self.budget.validate_every)
         if len(self.phases) > validations:
             raise ValueError(

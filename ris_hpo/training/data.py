@@ -99,7 +99,11 @@ def checked(config: RunConfig, scenes: Scenes, purpose: str) -> Scenes:
     if differing:
         raise ConfigError(f"the {purpose} scenes are of another surface: {', '.join(differing)}; set scene.geometry")
     most, counts = config.network.max_sources, truth.num_sources
-    _refuse(counts == 0, purpose, "no source", "training needs at least one in each; leave those scenes out")
+    if config.scene.num_sources[0] > 0:
+        advice = (
+            f"set scene.num_sources = [0, {config.scene.num_sources[1]}] to train on such scenes, or leave them out"
+        )
+        _refuse(counts == 0, purpose, "no source", advice)
     _refuse(counts > most, purpose, f"more than {most} sources", f"scene.max_sources is {most}; leave them out")
     outside = _outside(config, truth).any(-1)
     _refuse(outside, purpose, "a source outside the searched region", "widen network.grid.region or leave them out")

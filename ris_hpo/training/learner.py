@@ -138,7 +138,14 @@ class Learner:
             outputs: Outputs = self.network(*batch.features)
         beta = self._beta(batch.scenes_seen, place)
         mixed = covariances(outputs, batch.scenes, self.config.inference.hybrid, beta)
-        terms = loss_terms(place.loss, self.network, outputs, mixed, batch.scenes)
+        terms = loss_terms(
+            place.loss,
+            self.network,
+            outputs,
+            mixed,
+            batch.scenes,
+            may_be_empty=self.config.scene.num_sources[0] == 0,
+        )
         detached = [name for name, value in terms.items() if not value.requires_grad]
         if detached:
             raise TrainingDivergedError(f"loss term '{detached[0]}' depends on no parameter: it was detached")

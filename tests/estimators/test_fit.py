@@ -18,6 +18,7 @@ from ris_hpo.estimators.cost import (
     power_statistics,
     stochastic_cost,
 )
+from ris_hpo.estimators.counting import EvidenceSpec, order_scores
 from ris_hpo.estimators.descent import descend
 from ris_hpo.estimators.fit import Fit, deterministic_fit, stochastic_fit
 from ris_hpo.estimators.moments import position_moments
@@ -406,3 +407,17 @@ def test_an_untold_range_has_the_moments_of_its_prior():
     torch.testing.assert_close(
         covariance[..., 0, 0], torch.full((2, 1), 9.5**2 / 12, dtype=torch.float64), rtol=0.05, atol=0
     )
+
+
+def test_two_strong_sources_at_almost_one_place_have_moments_in_single_precision(caplog):
+    loud = torch.full((8,), 50.0)
+    scenes = simulate(SMALL, 3, range(8), num_sources=torch.ones(8, dtype=torch.long), snr_db=loud)
+    truth = scenes.truth
+    u = to_box_coordinates(truth.azimuth, truth.elevation, truth.range_m)[:, :1].clamp(-0.8, 0.8)
+    twice = torch.cat([u, u + 1e-5], dim=1)
+    fit = Fit(twice, torch.full((8, 2), 15.0, dtype=torch.float64), torch.zeros(8, dtype=torch.float64))
+    moments = position_moments(Observation.of(scenes), fit, Region())
+    exact = position_moments(Observation.of(scenes, dtype=torch.complex128), fit, Region())
+    torch.testing.assert_close(moments.position, exact.position)
+    scores, _ = order_scores(Observation.of(scenes), [fit], Region(), EvidenceSpec())
+    assert scores.isfinite().all()

@@ -87,3 +87,13 @@ def test_listed_elements_find_sources_on_a_grid_of_their_own(tmp_path):
         estimate("modified-music", scenes, EstimatorSpec(), 1)
     with pytest.raises(ConfigError, match="'dft'"):
         spec.replaced({"codes": "dft"})
+
+
+def test_eight_sources_are_drawn_and_answered():
+    spec = SceneSpec(max_sources=8, num_sources=(0, 8), min_separation_deg=12.0, range_m=(0.5, 4.0), num_snapshots=32)
+    count = torch.tensor([6, 8])
+    scenes = simulate(spec, 72, range(2), num_sources=count, snr_db=torch.full((2,), 25.0))
+    found = deterministic_ml(scenes, LikelihoodSpec(max_sources=8, num_sources=(0, 8)))
+    assert found.num_sources.tolist() == [6, 8]
+    assert score(found, scenes.truth).success == 1
+    assert simulate(spec, 73, range(60)).truth.num_sources.unique().tolist() == list(range(9))

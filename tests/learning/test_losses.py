@@ -327,6 +327,28 @@ def test_peak_contrast_by_hand(scenes):
 # -- all terms -------------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def test_a_scene_without_a_source_has_a_share_in_existence_and_count_alone(network, scenes):
+    outputs = network(*network.features(scenes))
+    both = covariances(outputs, scenes, HybridSpec())
+    spec = LossSpec(**dict.fromkeys(TERMS, 1.0), diagonal=0.5)
+    keep = torch.arange(len(scenes)) % 2 == 0
+    emptied = dataclasses.replace(scenes.truth, mask=scenes.truth.mask & keep.unsqueeze(-1))
+    half = dataclasses.replace(scenes, truth=emptied)
+    found = loss_terms(spec, network, outputs, both, half, may_be_empty=True)
+    few = Outputs(*(None if value is None else value[keep] for value in outputs))
+    rest = loss_terms(spec, network, few, Covariances(*(value[keep] for value in both)), scenes[keep])
+    grid = network.spec.cells
+    for name in ("covariance", "covariance_pred", "offset", "auxiliary", "gap", "peak", "subspace_alignment"):
+        assert float(found[name]) == pytest.approx(float(rest[name]), rel=1e-5), name
+    assert float(found["detection"]) == pytest.approx(float(losses.detection(outputs, emptied, grid)), rel=1e-5)
+    assert float(found["count"]) == pytest.approx(float(losses.count(outputs, emptied)), rel=1e-5)
+    nobody = dataclasses.replace(scenes, truth=dataclasses.replace(emptied, mask=emptied.mask & False))
+    alone = loss_terms(spec, network, outputs, both, nobody, may_be_empty=True)
+    assert all(value.isfinite() for value in alone.values())
+    assert float(alone["covariance"]) == 0
+
+
 def test_each_term_is_computed_from_its_own_inputs(network, scenes):
     outputs = network(*network.features(scenes))
     label = label_factor(scenes.truth, scenes.geometry)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -189,3 +190,14 @@ def test_a_run_is_resumed_on_its_own_scenes_alone(tiny, scenes, tmp_path, first)
         ):
             Trainer(tiny, tmp_path, scenes=other)
     assert checkpoint.read(tmp_path / BEST)[1]["data"] == (fingerprint(scenes) if first else None)
+
+
+def test_scenes_without_a_source_are_trained_on_and_eight_sources_too(tiny, tmp_path):
+    changes = {"scene.max_sources": 8, "scene.num_sources": (0, 8), "budget.scenes": 32, "optimizer.batch_size": 4}
+    many = tiny.replaced(changes)
+    own = simulate(many.scene, 78, range(40), num_sources=torch.arange(40) % 9)
+    for name, options in {"drawn": {}, "own": {"scenes": own}}.items():
+        trainer = Trainer(many, tmp_path / name, **options)
+        (only,) = trainer.run()
+        assert math.isfinite(only.loss)
+        assert 0 in trainer.data.frozen().scenes.truth.num_sources

@@ -55,8 +55,8 @@ def poison(monkeypatch, term, value, when):
     """Replace one loss term by ``value`` at the steps in ``when``."""
     real, calls = learner_module.loss_terms, iter(range(10**6))
 
-    def poisoned(*arguments):
-        terms = real(*arguments)
+    def poisoned(*arguments, **options):
+        terms = real(*arguments, **options)
         if next(calls) in when:
             terms[term] = terms[term] * value
         return terms

@@ -41,7 +41,7 @@ class NetworkSpec(Spec):
     )
     dropout: float = Field(0.0, ge=0, lt=0.9, description="share of activations set to zero in training")
     candidates: int = Field(64, ge=5, le=512, description="proposals handed to the refinement")
-    max_sources: int = Field(5, ge=1, le=5, description="K_max: slots, and the largest count; that of the scenes")
+    max_sources: int = Field(5, ge=1, le=8, description="K_max: slots, and the largest count; that of the scenes")
     covariance_atoms: int = Field(16, ge=5, le=512, description="proposals that span the structured covariance")
     cell_width: int = Field(
         96,
@@ -58,6 +58,9 @@ class NetworkSpec(Spec):
 
     @model_validator(mode="after")
     def _check(self) -> NetworkSpec:
+        for name in ("candidates", "covariance_atoms"):
+            if self.front_end == "spectra" and getattr(self, name) < self.max_sources:
+                raise ValueError(f"{name} {getattr(self, name)} must not be below max_sources {self.max_sources}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
         if self.front_end == "tokens" and self.covariance_head == "factor" and self.factor_basis == "atoms":
