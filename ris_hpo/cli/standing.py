@@ -30,14 +30,9 @@ def choose_study(store: Store, name: str | None) -> str:
     Raises:
         StudyError: none in the store, or several and no name.
     """
-    if name is not None:
-        return name
-    known = sorted(study.study_name for study in store.get_all_studies())
-    if not known:
-        raise StudyError(f"{store.redacted} holds no study yet; start one with 'ris-hpo run'")
-    if len(known) > 1:
-        raise StudyError(f"{store.redacted} holds several studies: {', '.join(known)}; choose one with --study")
-    return known[0]
+    from ris_hpo.search.lifecycle import only_study
+
+    return name or only_study(store)
 
 
 def show_status(store: Store, name: str, *, json_: bool) -> None:

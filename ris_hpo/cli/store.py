@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ris_hpo.cli import display, options
-from ris_hpo.cli.study import PANEL, Storage
+from ris_hpo.cli.options import PANEL, Storage
 
 
 def dashboard(

@@ -52,6 +52,20 @@ def get_study(store: Store, name: str) -> Study:
         raise StudyError(f"no study '{name}' in {store.redacted}{hint}") from None
 
 
+def only_study(store: Store) -> str:
+    """Return the name of the only study of a store.
+
+    Raises:
+        StudyError: none, or several.
+    """
+    known = sorted(study.study_name for study in store.get_all_studies())
+    if not known:
+        raise StudyError(f"{store.redacted} holds no study yet; start one with 'ris-hpo run'")
+    if len(known) > 1:
+        raise StudyError(f"{store.redacted} holds several studies: {', '.join(known)}; choose one with --study")
+    return known[0]
+
+
 def check_name(name: str) -> None:
     """Refuse a name that a study cannot have.
 

@@ -1,0 +1,1 @@
+"""Studies from Python, as a notebook or a script uses them."""
