@@ -244,7 +244,10 @@ def load_program(name: str) -> Program:
         place = f"{error.filename}:{error.lineno}" if isinstance(error, SyntaxError) else f"{where[0]}:{where[1]}"
         raise ConfigError(f"program '{name}' cannot be imported ({type(error).__name__}: {error}, {place})") from error
     if not hasattr(module, attribute):
-        raise ConfigError(f"program '{name}': module '{path}' has no '{attribute}'")
+        file, own = getattr(module, "__file__", None), source(name)
+        other = own is not None and file is not None and own.resolve() not in (Path(file), *Path(file).parents)
+        hint = f"; {own} is not seen because of it: give yours another name" if other else ""
+        raise ConfigError(f"program '{name}': module '{path}' ({file or 'built in'}) has no '{attribute}'{hint}")
     found = getattr(module, attribute)
     if isinstance(found, Program):
         return found

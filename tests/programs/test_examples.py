@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +18,7 @@ from ris_hpo.store.cache import Store
 from ris_hpo.store.open import open_store
 from ris_hpo.workers.supervisor import Supervisor
 from tests.cli.conftest import Cli, cli
+from tests.cli.test_readme import commands
 from tests.service.pools import kill_and_resume, supervisor_of
 
 __all__ = ["cli"]
@@ -68,3 +73,15 @@ def test_scikit_learn_as_its_file_says(cli: Cli, tmp_path: Path, monkeypatch: py
     again = cli("replay", 1, "--study", "digits", "--json")
     assert again.json["identical"]
     assert [step["step"] for step in again.json["steps"]] == [2, 4, 6]
+
+
+def test_the_how_to_page_runs_as_printed(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (EXAMPLES.parent / "docs" / "how-to" / "own-trainer.md").read_text()
+    enter, *lines = commands(page)
+    assert enter == "cd examples/own_trainer"
+    monkeypatch.chdir(shutil.copytree(EXAMPLES / "own_trainer", tmp_path / "own_trainer"))
+    monkeypatch.delitem(sys.modules, "spirals", raising=False)
+    for line in lines:
+        outcome = cli(*shlex.split(line)[1:])
+        assert outcome.code == 0, f"{line}\n{outcome.err}"
+    assert {"spirals.py", "spirals.toml", "storage", "report.html", "best.toml"} <= set(os.listdir())

@@ -188,7 +188,8 @@ def test_a_program_runs_without_a_study(home: Path) -> None:
         ("own_trainer", "expected package.module:function"),
         ("own_trainer:", "expected package.module:function"),
         ("no_such_module:train", "cannot be imported (No module named 'no_such_module')"),
-        ("own_trainer:trian", "module 'own_trainer' has no 'trian'"),
+        ("own_trainer:trian", "own_trainer.py) has no 'trian'"),
+        ("sys:train", "module 'sys' (built in) has no 'train'"),
         ("own_trainer:__doc__", "is not a function but NoneType"),
     ],
 )
@@ -198,6 +199,16 @@ def test_a_program_that_cannot_be_found_is_named_in_one_line(name: str, words: s
         load_study(home / "own.toml")
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_module_that_hides_behind_another_one_is_told_apart(home: Path) -> None:
+    (home / "wave.py").write_text(PROGRAM)  # a name that the standard library has
+    (home / "own.toml").write_text(STUDY.replace("own_trainer:", "wave:"))
+    sys.path.remove(str(home))  # as when the command line runs: the current folder comes last
+    with pytest.raises(
+        ConfigError, match=r"wave\.py\) has no 'train'; .*wave\.py is not seen because of it: give yours"
+    ):
+        load_study(home / "own.toml")
 
 
 @pytest.mark.parametrize(
