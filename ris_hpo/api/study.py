@@ -12,7 +12,6 @@ from ris_hpo.api.table import LiveTable, in_notebook
 from ris_hpo.errors import ConfigError
 from ris_hpo.process import storage_directory
 from ris_hpo.report.collect import Report, Trial, collect
-from ris_hpo.report.html import write_report
 from ris_hpo.report.study_page import kept_current
 from ris_hpo.results.notices import notified
 from ris_hpo.results.replay import ReplayReport, replay
@@ -24,7 +23,6 @@ from ris_hpo.search.spec import StudySpec
 from ris_hpo.search.status import StudyStatus
 from ris_hpo.store.cache import Store
 from ris_hpo.store.open import open_store
-from ris_hpo.training.files import Exported, ExportedSettings, write_config
 from ris_hpo.workers.devices import plan_slots
 from ris_hpo.workers.local import LocalProcesses
 from ris_hpo.workers.pool import Executor
@@ -33,6 +31,8 @@ from ris_hpo.workers.worker import job_for
 
 if TYPE_CHECKING:
     import pandas
+
+    from ris_hpo.training.files import Exported, ExportedSettings
 
 NO_PROOF = "no-proof"
 """What a study records that was made without a proof."""
@@ -230,6 +230,8 @@ class Study:
         Raises:
             OutputError: the file cannot be written.
         """
+        from ris_hpo.report.html import write_report  # imported late, since it brings a plotting library
+
         return write_report(self._study, Path(out))
 
     def export(self, out: str | Path, trial: int | None = None) -> Exported | ExportedSettings:
@@ -239,7 +241,8 @@ class Study:
             StudyError: no such trial, or none has completed.
             OutputError: the file cannot be written.
         """
-        from ris_hpo.results.export import exported  # imported late, since it brings torch
+        from ris_hpo.results.export import exported  # imported late, since they bring torch
+        from ris_hpo.training.files import write_config
 
         found = exported(self._study, self.spec, trial)
         write_config(found, Path(out))
