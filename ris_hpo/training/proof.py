@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import ris_hpo
 from ris_hpo.atomic import make_folder, write_text
 from ris_hpo.config import fingerprint
 from ris_hpo.errors import ProofError
@@ -74,7 +73,7 @@ class Certificate:
 def code_fingerprint(rooms: Sequence[str] = LEARNING_CODE) -> str:
     """Sixteen hexadecimal digits over the source of the package's sub-packages ``rooms``."""
     digest = hashlib.sha256()
-    root = Path(ris_hpo.__file__).parent
+    root = Path(__file__).parents[1]
     for room in rooms:
         for file in sorted((root / room).rglob("*.py")):
             digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
