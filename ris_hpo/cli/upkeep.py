@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ris_hpo.cli import display, options, standing
-from ris_hpo.cli.study import PANEL, Storage, StudyName
+from ris_hpo.cli.options import PANEL, Storage, StudyName
 from ris_hpo.errors import StudyError
 from ris_hpo.text import file_size
 
