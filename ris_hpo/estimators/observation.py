@@ -58,6 +58,7 @@ class Observation:
             dtype: precision of the sensing matrices.
 
         Raises:
+            ConfigError: a channel error for a channel that changes with the snapshot.
             NumericalError: y, channel, codes or noise power are not finite, or the noise power is not positive.
         """
         require_finite(scenes)
@@ -66,6 +67,8 @@ class Observation:
         received = y.abs().square().mean((1, 2))
         noise = scenes.noise_power.double().maximum(_LEAST_NOISE * received)
         if channel_error_db is not None:
+            if scenes.bs_ris_channel.dim() == 4:
+                raise ConfigError("channel_error_db needs one channel for all snapshots of a scene")
             error = torch.full_like(scenes.noise_power, 10 ** (channel_error_db / 10))
             channel, gain = posterior_mean_channel(scenes.bs_ris_channel, error)
             noise = noise + (error * gain).double() * (received - noise).clamp(min=0)

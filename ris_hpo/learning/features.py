@@ -63,7 +63,9 @@ def num_context(passes: int | None, *, noise_known: bool) -> int:
 
 
 def back_projection(channel: Tensor, codes: Tensor, y: Tensor) -> Tensor:
-    """z_l = diag(c_l)^* H^H y_l, complex64 [B, L, N]."""
+    """z_l = diag(c_l)^* H^H y_l, complex64 [B, L, N]; H [B, M, N], or [B, L, M, N] with one for each snapshot."""
+    if channel.dim() == 4:
+        return torch.einsum("blm,blmn->bln", y, channel.conj()) * codes.conj()
     return (y @ channel.conj()) * codes.conj()
 
 
@@ -79,7 +81,9 @@ def spectral_features(scenes: Scenes, grid: Grid, *, passes: int, noise_known: b
     highest = logs[0].flatten(1).argmax(-1)
     for _ in range(passes):
         response = responses(geometry, Cosines(*(axis[highest] for axis in cells)))
-        column = (codes * response.unsqueeze(1)) @ channel.mT  # T_l a behind W^1/2, [B, L, M]
+        wave = codes * response.unsqueeze(1)
+        # T_l a behind W^1/2, [B, L, M]
+        column = wave @ channel.mT if channel.dim() == 3 else torch.einsum("blmn,bln->blm", channel, wave)
         column = column - (basis @ (basis.mH @ column.unsqueeze(-1))).squeeze(-1)
         column = column / column.abs().square().sum(-1, keepdim=True).clamp(min=_SMALL).sqrt()
         basis = torch.cat([basis, column.unsqueeze(-1)], -1)
@@ -142,7 +146,11 @@ def whiten(scenes: Scenes, loading: Tensor) -> tuple[Tensor, Tensor]:
     gram, scale = _gram(scenes)
     identity = torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype)
     # positive definite by its loading; the plain form would make a training step wait for the device
-    root, _ = torch.linalg.cholesky_ex(gram / scale[:, None, None] + loading[:, None, None] * identity)
+    loaded = loading.view(-1, *(1,) * (gram.dim() - 1)) * identity
+    root, _ = torch.linalg.cholesky_ex(gram / scale[..., None, None] + loaded)
+    if gram.dim() == 4:
+        y = torch.linalg.solve_triangular(root, scenes.y.unsqueeze(-1), upper=False).squeeze(-1)
+        return y, torch.linalg.solve_triangular(root, channel, upper=False)
     y = torch.linalg.solve_triangular(root, scenes.y.mT, upper=False).mT
     return y, torch.linalg.solve_triangular(root, channel, upper=False)
 
@@ -161,7 +169,7 @@ def noise_loading(scenes: Scenes, *, noise_known: bool) -> Tensor:
 
 
 def _gram(scenes: Scenes) -> tuple[Tensor, Tensor]:
-    """H H^H [B, M, M] and its mean eigenvalue [B]."""
+    """H H^H [B, M, M] and its mean eigenvalue [B]; with an axis L more where the channel has it."""
     gram = scenes.bs_ris_channel @ scenes.bs_ris_channel.mH
     return gram, gram.diagonal(dim1=-2, dim2=-1).real.mean(-1).clamp(min=_SMALL)
 

@@ -21,6 +21,7 @@ is of that kind too.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal, NamedTuple
 
 import torch
@@ -180,7 +181,7 @@ def _received(scenes: Scenes) -> tuple[Tensor, Tensor, Tensor]:
     present = truth.mask.to(a.dtype)
     atoms = torch.cat([a * present[..., None], (da * present[..., None, None]).flatten(1, 2)], dim=1)
     channel = scenes.bs_ris_channel if scenes.true_channel is None else scenes.true_channel
-    sensing = (channel.unsqueeze(1) * scenes.ris_codes.unsqueeze(2)).to(a.dtype)
+    sensing = dataclasses.replace(scenes, bs_ris_channel=channel).sensing_matrices().to(a.dtype)
     seen = torch.bmm(sensing.flatten(1, 2), atoms.mT).unflatten(1, sensing.shape[1:3])
     k = truth.max_sources
     noise = (scenes.noise_power if scenes.true_noise_power is None else scenes.true_noise_power).double()

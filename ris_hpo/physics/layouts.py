@@ -118,6 +118,8 @@ def fitted(arrays: Arrays, names: Sequence[str], sizes: dict[str, int], problems
 
 def _entry(name: str, arrays: Arrays, sizes: dict[str, int], problems: Problems) -> Entry | None:
     array, layout = arrays[name], LAYOUTS[name]
+    if layout.axes == "B M N" and len(array.shape) == 4:  # a channel of its own in every snapshot
+        layout = Layout("B L M N", layout.kind)
     legend = layout.legend
     shape = tuple(array.shape)
     if arrays.kind.startswith("MATLAB"):  # no vectors there, and no ones at the end of a shape

@@ -65,6 +65,9 @@ class SceneSpec(Spec):
     codes: Literal["random", "dft", "hadamard"] = Field(
         "random", description="phases of the elements, snapshot by snapshot"
     )
+    channel: Literal["constant", "per_snapshot"] = Field(
+        "constant", description="scattered part of H: one in a scene, or another in each snapshot"
+    )
     code_bits: int = Field(3, ge=1, le=8, description="bits of a random phase")
     channel_error_db: Interval | None = Field(
         None, description="power of the error of the known channel over the mean power of its entries; unset: no error"
@@ -96,13 +99,13 @@ class Scenes:
     Attributes:
         geometry: the surface.
         y: complex64 [B, L, M] snapshots.
-        bs_ris_channel: complex64 [B, M, N], H as the receiver knows it.
+        bs_ris_channel: complex64 [B, M, N], H as the receiver knows it; [B, L, M, N] with another in each snapshot.
         ris_codes: complex64 [B, L, N], unit modulus.
         noise_power: float32 [B], per complex entry of y, as the receiver knows it.
         truth: the sources, or None where they are not known, or not completely.
         snr_db: float32 [B], or None.
         symbols: complex64 [B, L, K_max] as sent (power included), or None; the deterministic bound needs them.
-        true_channel: complex64 [B, M, N] where it differs from the known one, else None.
+        true_channel: of the shape of ``bs_ris_channel`` where it differs from the known one, else None.
         true_noise_power: float32 [B] where it differs from the known one, else None.
         partial_truth: the sources where a coordinate is not known; it is NaN there, and ``truth`` is None.
     """
@@ -155,21 +158,22 @@ class Scenes:
             the scenes, and what a power in these units is to be multiplied with, float64 [B].
         """
         received = _power_of_two(self.y, 1)
-        channel = _power_of_two(self.bs_ris_channel, self.bs_ris_channel.shape[1])
+        channel = _power_of_two(self.bs_ris_channel, self.bs_ris_channel.shape[-2])
         true, noise = self.true_channel, self.true_noise_power
         scaled = dataclasses.replace(
             self,
             y=self.y / received.to(self.y.real.dtype)[:, None, None],
-            bs_ris_channel=self.bs_ris_channel / channel.to(self.bs_ris_channel.real.dtype)[:, None, None],
+            bs_ris_channel=_divided(self.bs_ris_channel, channel),
             noise_power=(self.noise_power / received.square()).to(self.noise_power.dtype),
-            true_channel=None if true is None else true / channel.to(true.real.dtype)[:, None, None],
+            true_channel=None if true is None else _divided(true, channel),
             true_noise_power=None if noise is None else (noise / received.square()).to(noise.dtype),
         )
         return scaled, (received / channel).square()
 
     def sensing_matrices(self) -> Tensor:
         """T_l = H diag(c_l), complex [B, L, M, N]."""
-        return self.bs_ris_channel.unsqueeze(1) * self.ris_codes.unsqueeze(2)
+        channel = self.bs_ris_channel
+        return (channel if channel.dim() == 4 else channel.unsqueeze(1)) * self.ris_codes.unsqueeze(2)
 
     def require_truth(self) -> Sources:
         """The true sources, all of their coordinates.
@@ -233,9 +237,14 @@ def _given(sector: SceneSpec | Region, truth: Sources) -> Tensor | None:
     return torch.tensor(fixed, device=truth.mask.device).expand(len(truth), -1) if any(fixed) else None
 
 
+def _divided(values: Tensor, unit: Tensor) -> Tensor:
+    """Each scene's values over its own unit [B]."""
+    return values / unit.to(values.real.dtype).view(-1, *(1,) * (values.dim() - 1))
+
+
 def _power_of_two(values: Tensor, count: int) -> Tensor:
     """The power of two nearest to the root of ``count`` times the mean square of each scene, float64 [B]; 1 for 0."""
-    square = values.abs().double().square().mean((1, 2)) * count
+    square = values.abs().double().square().flatten(1).mean(1) * count
     known = (square > 0) & square.isfinite()
     exponent = torch.round(torch.where(known, square, torch.ones_like(square)).log2() / 2)
     return torch.exp2(exponent)
@@ -300,12 +309,14 @@ def simulate(
     channel = rician_channel(spec, random)
     codes = code_book(spec, random)
     wave = torch.einsum("bkn,blk->bln", steering(geometry, azimuth, elevation, range_m), symbols)
-    clean = torch.einsum("bmn,bln->blm", channel, codes * wave)
+    per_snapshot = spec.channel == "per_snapshot"
+    clean = torch.einsum("blmn,bln->blm" if per_snapshot else "bmn,bln->blm", channel, codes * wave)
     if snr_db is None:
         snr_db = random.between("snr", spec.snr_db)
     snr_db = snr_db.to(where, torch.float32)
     received = clean.abs().square().mean((1, 2))
-    received = torch.where(num_sources > 0, received, channel.abs().square().mean((1, 2)))
+    entries = channel.abs().square().mean(tuple(range(1, channel.dim())))
+    received = torch.where(num_sources > 0, received, entries)
     noise_power = received / 10 ** (snr_db / 10)
     noise = random.complex_normal("noise", num_snapshots, num_antennas)
     y = clean + noise * noise_power.sqrt()[:, None, None]
@@ -313,9 +324,9 @@ def simulate(
     known, true_channel, true_noise_power = channel, None, None
     if spec.channel_error_db is not None:
         error_db = random.between("channel_error_db", spec.channel_error_db)
-        scale = (10 ** (error_db / 10) * channel.abs().square().mean((1, 2))).sqrt()
-        error = random.complex_normal("channel_error", num_antennas, geometry.num_elements)
-        known, true_channel = channel + scale[:, None, None] * error, channel
+        scale = (10 ** (error_db / 10) * entries).sqrt()
+        error = random.complex_normal("channel_error", *channel.shape[1:])
+        known, true_channel = channel + scale.view(-1, *(1,) * (channel.dim() - 1)) * error, channel
     if spec.noise_power_error_db:
         bound = spec.noise_power_error_db
         true_noise_power = noise_power
@@ -363,7 +374,8 @@ def rician_channel(spec: SceneSpec, random: SceneRandom) -> Tensor:
     """H [B, M, N] = (sqrt(kappa/(kappa+1)) a_bs a_ris^H + sqrt(1/(kappa+1)) W) / sqrt(M), W iid CN(0, 1).
 
     The line of sight leaves the surface as a plane wave inside the sources' sector and reaches a half-wavelength
-    linear array at the base station from a direction uniform in its sine; |a_bs,m| = |a_ris,n| = 1.
+    linear array at the base station from a direction uniform in its sine; |a_bs,m| = |a_ris,n| = 1. With a channel per
+    snapshot W is another in each and H is [B, L, M, N]; the line of sight stays.
     """
     geometry, num_antennas = spec.geometry, spec.num_antennas
     kappa = random.between("rician", spec.rician_factor)[:, None, None]
@@ -374,8 +386,12 @@ def rician_channel(spec: SceneSpec, random: SceneRandom) -> Tensor:
     azimuth = random.between("ris_azimuth", spec.azimuth_deg).deg2rad()
     elevation = random.between("ris_elevation", spec.elevation_deg).deg2rad()
     a_ris = steering(planar, azimuth, elevation, torch.ones_like(azimuth)) * math.sqrt(geometry.num_elements)
-    scattered = random.complex_normal("scattered", num_antennas, geometry.num_elements)
     sight = a_bs.unsqueeze(-1) * a_ris.conj().unsqueeze(-2)
+    if spec.channel == "per_snapshot":
+        sight, kappa = sight.unsqueeze(1), kappa.unsqueeze(1)
+        scattered = random.complex_normal("scattered", spec.num_snapshots, num_antennas, geometry.num_elements)
+    else:
+        scattered = random.complex_normal("scattered", num_antennas, geometry.num_elements)
     return ((kappa / (kappa + 1)).sqrt() * sight + (1 / (kappa + 1)).sqrt() * scattered) / math.sqrt(num_antennas)
 
 

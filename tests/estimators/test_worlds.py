@@ -1,18 +1,26 @@
 """Waves and arrays other than the default ones: the likelihood finds the sources once they are named."""
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+import ris_hpo
 from ris_hpo.errors import ConfigError
 from ris_hpo.estimators import EstimatorSpec, LikelihoodSpec, deterministic_ml, estimate
 from ris_hpo.estimators.goodness import misfit
+from ris_hpo.learning.inference import InferenceSpec, localize
+from ris_hpo.learning.network import Network
 from ris_hpo.physics.array import Geometry
+from ris_hpo.physics.bounds import deterministic_crb
 from ris_hpo.physics.files import load_scenes, save_scenes
 from ris_hpo.physics.grid import GridSpec, Region
 from ris_hpo.physics.scene import Scenes, SceneSpec, simulate
 from ris_hpo.physics.sources import Sources
 from ris_hpo.scoring.metrics import score
+from ris_hpo.training.finished import load_network
 from tests.estimators.conftest import COARSE
 
 PLACES = ((0.5, 0.2, 1.2), (-0.6, -0.1, 0.8), (0.1, 0.3, 2.0))
@@ -97,3 +105,42 @@ def test_eight_sources_are_drawn_and_answered():
     assert found.num_sources.tolist() == [6, 8]
     assert score(found, scenes.truth).success == 1
     assert simulate(spec, 73, range(60)).truth.num_sources.unique().tolist() == list(range(9))
+
+
+def shipped() -> tuple[Network, InferenceSpec]:
+    network, config = load_network(Path(ris_hpo.__file__).parent / "weights" / "default.safetensors")
+    return network, config.inference
+
+
+def test_a_channel_of_its_own_in_every_snapshot(tmp_path):
+    """The model equation in numpy; then bound, likelihood and the network that ships use each snapshot's own H."""
+    spec = SceneSpec(channel="per_snapshot", num_sources=(1, 2), channel_error_db=None)
+    scenes = simulate(spec, 64, range(8), snr_db=torch.full((8,), 20.0))
+    assert scenes.bs_ris_channel.shape == (8, 16, 16, 144)
+    truth, place = scenes.truth, Geometry().element_positions().numpy()
+    h, c, s = (value[0].numpy() for value in (scenes.bs_ris_channel, scenes.ris_codes, scenes.symbols))
+    clean = np.zeros((16, 16), complex)
+    for k in range(int(truth.num_sources[0])):
+        az, el, r = (float(value[0, k]) for value in (truth.azimuth, truth.elevation, truth.range_m))
+        at = r * np.array([np.cos(el) * np.cos(az), np.cos(el) * np.sin(az), np.sin(el)])
+        distance = np.linalg.norm(np.concatenate([np.zeros((144, 1)), place], 1) - at, axis=1)
+        a = np.exp(-2j * np.pi * (distance - r) / 0.3) / 12
+        clean += np.stack([h[snapshot] @ (c[snapshot] * a) * s[snapshot, k] for snapshot in range(16)])
+    noise = np.mean(np.abs(scenes.y[0].numpy() - clean) ** 2) / float(scenes.noise_power[0])
+    assert 0.7 < noise < 1.3
+
+    save_scenes(tmp_path / "moving.npz", scenes)
+    scenes = load_scenes(tmp_path / "moving.npz")
+    network, inference = shipped()
+    for found in (deterministic_ml(scenes), localize(network, scenes, inference)):
+        assert score(found, scenes.require_truth()).success >= 0.85
+        assert misfit(found) is None
+    constant = dataclasses.replace(scenes, bs_ris_channel=scenes.bs_ris_channel[:, 0])
+    repeated = dataclasses.replace(
+        scenes, bs_ris_channel=scenes.bs_ris_channel[:, :1].expand(-1, 16, -1, -1).contiguous()
+    )
+    torch.testing.assert_close(deterministic_crb(constant), deterministic_crb(repeated), rtol=1e-6, atol=1e-15)
+    for one, other in zip(network.features(constant), network.features(repeated), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ConfigError, match="one channel for all snapshots"):
+        deterministic_ml(scenes, LikelihoodSpec(channel_error_db=-10.0))

@@ -86,11 +86,13 @@ class Network(nn.Module):
         """Fixed part of the front-end; no parameters, no gradient.
 
         Raises:
-            ConfigError: scenes of another surface.
+            ConfigError: scenes of another surface, or a channel per snapshot where the noise power is not given.
         """
         for (name, found), (_, expected) in zip(scenes.geometry, self.spec.geometry, strict=True):
             if found != expected:
                 raise ConfigError(f"scenes of another surface than the network's: {name} is {found}, not {expected}")
+        if scenes.bs_ris_channel.dim() == 4 and not self.spec.noise_known:
+            raise ConfigError("a network without the noise power needs one channel for all snapshots of a scene")
         scenes = scenes.single()
         with torch.no_grad():
             if self.spec.front_end == "spectra":
