@@ -17,6 +17,7 @@ run: $(VENV)/installed  ## environment, then a study of 8 trials on CPU and SQLi
 	$(BIN)/ris-hpo run --space $(SPACE) --n-trials $(TRIALS) --gpus none
 
 # One thread in each of several processes: the tests are many small problems, where more threads only wait for each other.
+# One process more than cores (tests/conftest.py), since many tests wait for other processes and for clocks.
 # The tests of a file stay together, since they share what it trains or starts; folders in order, the long ones come first.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 

@@ -19,6 +19,13 @@ settings.load_profile("short")
 # drawn among others: constants of the modules that happen to be imported by then, and other tests import more of them
 providers._get_local_constants = lambda: providers._local_constants
 
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than there are cores, since many tests wait for other processes and for clocks."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
 FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1400,1000",

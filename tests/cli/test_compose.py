@@ -18,10 +18,22 @@ import pytest
 import yaml
 
 from tests.postgres import Postgres
+from tests.service.conftest import IMPORTABLE
 from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 SERVICES: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+
+PAUSED = """
+[study]
+program = "double:PROGRAM"
+worst = 7.0
+[base]
+budget = { scenes = 800, validate_every = 100 }
+pause_s = 0.05
+[space]
+"shape.x" = { low = 0.0, high = 1.0 }
+"""
 
 pytestmark = pytest.mark.postgres
 
@@ -57,8 +69,10 @@ def test_what_finishes_is_not_started_again() -> None:
 
 
 def test_two_workers_share_a_study_exactly(database: str, tmp_path: Path) -> None:
-    command = [*command_of("worker", {"SPACE": "smoke", "TRIALS": "3"}), "--gpus", "none", "--no-proof", "--json"]
-    environment = environment_of("worker", database, tmp_path)
+    (tmp_path / "paused.toml").write_text(PAUSED)
+    space = {"SPACE": str(tmp_path / "paused.toml"), "TRIALS": "5"}
+    command = [*command_of("worker", space), "--gpus", "none", "--json"]
+    environment = environment_of("worker", database, tmp_path) | {"PYTHONPATH": IMPORTABLE}
     pair = [
         subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(2)
@@ -67,7 +81,7 @@ def test_two_workers_share_a_study_exactly(database: str, tmp_path: Path) -> Non
     for process, (out, err) in zip(pair, ends, strict=True):
         assert process.returncode == 0, err
         trials = json.loads(out)["trials"]
-        assert trials["complete"] + trials["pruned"] + trials["fail"] == 3
+        assert trials["complete"] + trials["pruned"] + trials["fail"] == 5
         assert trials["running"] == trials["waiting"] == 0
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ris_hpo.errors import CheckpointError, ConfigError, DeviceError, GateError, OutputError, ProofError, SceneFileError
 from ris_hpo.physics.files import load_estimates
@@ -286,15 +286,17 @@ def test_outputs_and_devices_are_checked_before_any_work(cli, workshop: Path, tm
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_training_told_to_stop_saves_and_goes_on_to_the_same_end(tmp_path: Path) -> None:
-    (tmp_path / "long.toml").write_text(SMALL.replace("scenes = 64", "scenes = 320", 1))
-    command = [sys.executable, "-m", "ris_hpo", "train", "--config", "long.toml", "--json", "--out"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    whole = subprocess.run(
-        [*command, "whole"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-    )
+def test_training_told_to_stop_saves_and_goes_on_to_the_same_end(cli, tmp_path: Path) -> None:
+    (tmp_path / "long.toml").write_text(SMALL.replace("scenes = 64", "scenes = 256", 1))
+    command = ["train", "--config", "long.toml", "--json", "--out"]
+    whole = cli(*command, "whole")
+    assert whole.code == 0, whole.err
     with subprocess.Popen(
-        [*command, "cut"], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "ris_hpo", *command, "cut"],
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as training:
         telemetry = tmp_path / "cut" / "telemetry.jsonl"
 
@@ -306,11 +308,11 @@ def test_training_told_to_stop_saves_and_goes_on_to_the_same_end(tmp_path: Path)
         said = training.communicate(timeout=60)[1]
         assert training.returncode == 130, said
     assert "saved; the same command continues" in said
-    rest = subprocess.run([*command, "cut"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert "continuing at" in rest.stderr
-    first, second = json.loads(whole.stdout), json.loads(rest.stdout)
-    assert first["network"] == second["network"]
-    assert first["pipeline"] == second["pipeline"]
+    rest = cli(*command, "cut")
+    assert rest.code == 0, rest.err
+    assert "continuing at" in rest.err
+    assert rest.json["network"] == whole.json["network"]
+    assert rest.json["pipeline"] == whole.json["pipeline"]
 
 
 def test_a_bundle_finds_the_same_sources_as_its_checkpoint(cli, workshop: Path, tmp_path: Path) -> None:

@@ -94,10 +94,10 @@ def test_judge_names_the_right_one_of_three_and_its_peers():
 def test_simultaneous_intervals_hold_as_often_as_promised(candidates):
     generator = np.random.default_rng(candidates)
     covered = 0
-    for _ in range(1000):
+    for _ in range(300):
         verdict = judge([str(i) for i in range(candidates)], generator.normal(size=(1 + candidates, 5)))
         covered += all(item.low <= 0 <= item.high for item in verdict.candidates)
-    assert covered >= 940  # 95 % and three standard errors of a count
+    assert covered >= 274  # 95 % less three standard errors of a count
 
 
 def test_intervals_pair_by_seed():

@@ -146,13 +146,12 @@ def test_clocks_are_kept_and_the_password_reaches_the_actors_and_no_log(
         open_store(url)
     monkeypatch.setenv(PASSWORD_VARIABLE, CANARY)  # of this process, and not of the nodes, which run by now
     store = open_store(url)
-    study = begin(store, 2, base={"fault": "hang"}, pruner={"name": "none"}, retries={"timeout": 3})
+    study = begin(store, 1, base={"fault": "hang"}, pruner={"name": "none"}, retries={"timeout": 3})
     supervisor = supervisor_of(store, study, cluster, tmp_path, workers=1, stall_timeout_s=2.0)
     snapshots = list(supervisor.run(interval=0.2))
-    assert (snapshots[-1].tally.complete, snapshots[-1].tally.open) == (2, 0)
-    failed = study.get_trials(states=[TrialState.FAIL])
-    assert {trial.user_attrs[names.CAUSE] for trial in failed} == {Cause.TIMEOUT}
-    assert len(failed) == 2  # each hung once, was killed, and went on from its checkpoint
+    assert (snapshots[-1].tally.complete, snapshots[-1].tally.open) == (1, 0)
+    (failed,) = study.get_trials(states=[TrialState.FAIL])  # it hung, was killed, and went on from its checkpoint
+    assert failed.user_attrs[names.CAUSE] == Cause.TIMEOUT
     monkeypatch.setenv("DOUBLE_STEADY", "1")
     same_curves(store, study)
     store.close()
