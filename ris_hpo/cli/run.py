@@ -109,7 +109,7 @@ def run(
     """
     from ris_hpo.api.study import NO_PROOF, Study, certificate_of
     from ris_hpo.programs.program import source
-    from ris_hpo.search.files import checked, load_study
+    from ris_hpo.search.files import checked, load_study, with_own_scenes
     from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget, find_spec, stored_spec
     from ris_hpo.search.spec import StopSpec
     from ris_hpo.store.credentials import redact
@@ -144,6 +144,7 @@ def run(
         spec = spec.with_base(base)
     if epochs_per_trial is not None:
         spec = spec.with_epochs(epochs_per_trial)
+    spec = with_own_scenes(spec)
     checked(spec.replaced(changes))
     chosen = _gpus(gpus)
     if engine == "ray" and chosen:

@@ -95,6 +95,20 @@ def checked(spec: StudySpec) -> StudySpec:
     return spec
 
 
+def with_own_scenes(spec: StudySpec) -> StudySpec:
+    """Return the study with the files of ``data.scenes`` fixed: absolute paths, and the scenes' fingerprint.
+
+    Raises:
+        SceneFileError: a file that is missing or does not fit.
+        ConfigError: scenes that cannot be trained on.
+    """
+    if not spec.trains_networks or spec.base.get("data.scenes") is None or spec.base_schema != SCHEMA:
+        return spec
+    from ris_hpo.training.data import with_fingerprint  # late, since it takes torch
+
+    return spec.with_base(with_fingerprint(spec.config({})))
+
+
 def _with_decimal_keys(spec: StudySpec) -> StudySpec:
     base = dict(leaves(spec.config({}).model_dump(mode="json")))
     space = {

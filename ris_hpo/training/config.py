@@ -37,6 +37,18 @@ class BudgetSpec(Spec):
     )
 
 
+class DataSpec(Spec):
+    """One's own scenes: which files, and how simulated ones are mixed with them."""
+
+    scenes: str | None = Field(None, description="scene file to train on; none: simulated scenes alone")
+    validation: str | None = Field(None, description="scene file to validate on; none: part of data.scenes")
+    scenes_fingerprint: str | None = Field(None, description="of these scenes; others are refused. 'run' states it")
+    simulated_share: float = Field(0.0, ge=0, lt=1, description="share of simulated scenes beside one's own")
+    simulated_first: float = Field(
+        0.0, ge=0, lt=1, description="share of the budget, at its start, that is trained on simulated scenes alone"
+    )
+
+
 class BalanceSpec(Spec):
     """How loss terms are weighed against each other, on top of their fixed weights."""
 
@@ -100,6 +112,7 @@ class RunConfig(NetworkSettings):
     balance: BalanceSpec = BalanceSpec()
     optimizer: OptimizerSpec = OptimizerSpec()
     budget: BudgetSpec = BudgetSpec()
+    data: DataSpec = DataSpec()
     phases: list[PhaseSpec] = Field(default_factory=list, description="of the curriculum; none is one plain run")
 
     @model_validator(mode="after")

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,6 +21,7 @@ from ris_hpo.errors import ConfigError
 from ris_hpo.learning.features import Features
 from ris_hpo.learning.network import Network
 from ris_hpo.physics.array import to_cosines
+from ris_hpo.physics.files import load_scenes
 from ris_hpo.physics.scene import Scenes, simulate
 from ris_hpo.physics.sources import Sources
 from ris_hpo.scoring.metrics import Scores, floor_scores
@@ -68,6 +71,11 @@ class OwnScenes:
         if scenes is None:
             raise ConfigError("scenes to validate on are given without scenes to train on; give both, or none")
         mark = fingerprint(*(batch for batch in (scenes, validation) if batch is not None))
+        if config.data.scenes_fingerprint not in (None, mark):
+            raise ConfigError(
+                f"the scenes have fingerprint {mark}, expected {config.data.scenes_fingerprint}: another file, or a "
+                "changed one; give the same scenes, or leave data.scenes_fingerprint out"
+            )
         scenes = checked(config, scenes, "training")
         count, share = len(scenes), len(scenes) // HELD_OUT
         held = min(budget.validation_scenes, share) if validation is None else 0
@@ -82,6 +90,32 @@ class OwnScenes:
             validation = checked(config, validation, "validation")[: budget.validation_scenes]
         calibration = scenes[calibrated] if fits else None
         return cls(scenes[trained.sort().values], validation, calibration, held + fitted > 0, mark)
+
+
+def load_own(config: RunConfig) -> tuple[Scenes | None, Scenes | None]:
+    """The scenes that ``data.scenes`` and ``data.validation`` name, None where they name none.
+
+    Raises:
+        SceneFileError: a file that is missing or does not fit.
+    """
+    files = (config.data.scenes, config.data.validation)
+    first, second = (None if file is None else load_scenes(file, config.scene.geometry) for file in files)
+    return first, second
+
+
+def with_fingerprint(config: RunConfig) -> dict[str, str]:
+    """Changes that fix which scenes a study is about: absolute paths of its files, and their fingerprint.
+
+    Raises:
+        SceneFileError: as :func:`load_own`.
+        ConfigError: scenes that cannot be trained or validated on.
+    """
+    if config.data.scenes is None:
+        return {}
+    own = OwnScenes.divide(config, *load_own(config))
+    files = {"data.scenes": config.data.scenes, "data.validation": config.data.validation}
+    found = {key: str(Path(file).resolve()) for key, file in files.items() if file is not None}
+    return {**found, "data.scenes_fingerprint": own.fingerprint}
 
 
 def checked(config: RunConfig, scenes: Scenes, purpose: str) -> Scenes:
@@ -164,10 +198,24 @@ class RunData:
         network: whose front-end makes the features.
         device: where the scenes are.
         own: a user's scenes instead of simulated ones.
+
+    Raises:
+        ConfigError: simulated scenes cannot be mixed with these.
     """
 
     def __init__(self, config: RunConfig, network: Network, device: torch.device, own: OwnScenes | None) -> None:
         self.config, self.network, self.device, self.own = config, network, device, own
+        shares = (config.data.simulated_share, config.data.simulated_first)
+        if own is None and any(shares):
+            raise ConfigError("data.simulated_share and data.simulated_first are for training on your own scenes")
+        if own is not None and shares[0]:
+            shape = (config.scene.num_snapshots, config.scene.num_antennas)
+            if own.training.y.shape[1:] != shape:
+                raise ConfigError(
+                    f"your scenes have {own.training.y.shape[1]} snapshots and {own.training.y.shape[2]} antennas, "
+                    f"simulated ones {shape[0]} and {shape[1]}; to mix them set scene.num_snapshots and "
+                    "scene.num_antennas"
+                )
         fixed = config.budget.fixed_scenes
         self._set = own.training.to(device) if own else training_scenes(config, range(fixed), device) if fixed else None
         self._features: Features | None = None
@@ -180,11 +228,43 @@ class RunData:
         return self.own.fingerprint if self.own else None
 
     def batch(self, start: int, size: int) -> tuple[Scenes, Features]:
-        """Scenes ``start`` .. ``start + size`` of the run: drawn afresh, or from the fixed set in shuffled epochs."""
+        """Scenes ``start`` .. ``start + size`` of the run: drawn afresh, or from the fixed set in shuffled epochs.
+
+        Of a run on one's own scenes the first ``data.simulated_first`` of the budget are drawn, and after that every so
+        many that they are ``data.simulated_share`` of all.
+        """
+        end = start + size
+        own = [position for position in range(start, end) if not self._is_simulated(position)]
+        drawn = [position for position in range(start, end) if self._is_simulated(position)]
+        parts = []
+        if drawn:
+            index = torch.tensor(drawn, device=self.device)
+            scenes = training_scenes(self.config, index, self.device)
+            parts.append((scenes, self.network.features(scenes)))
+        if own:
+            parts.append(self._of_the_set(own))
+        if len(parts) == 1:
+            return parts[0]
+        features = zip(*(part[1] for part in parts), strict=True)
+        return Scenes.cat([part[0] for part in parts]), Features(*(torch.cat(fields) for fields in features))
+
+    def _is_simulated(self, position: int) -> bool:
         if self._set is None:
-            scenes = training_scenes(self.config, range(start, start + size), self.device)
-            return scenes, self.network.features(scenes)
-        index = torch.tensor([self._place(position) for position in range(start, start + size)], device=self.device)
+            return True
+        if self.own is None:
+            return False
+        data, first = self.config.data, self._simulated_first
+        rest = position - first
+        return rest < 0 or math.floor((rest + 1) * data.simulated_share) > math.floor(rest * data.simulated_share)
+
+    @property
+    def _simulated_first(self) -> int:
+        return round(self.config.data.simulated_first * self.config.budget.scenes)
+
+    def _of_the_set(self, positions: list[int]) -> tuple[Scenes, Features]:
+        """Scenes of the fixed set at positions of the run."""
+        assert self._set is not None
+        index = torch.tensor([self._place(position) for position in positions], device=self.device)
         scenes = self._set[index]
         if self._features is None:
             numbers = sum(field.numel() for field in self.network.features(scenes[:1]))
@@ -231,6 +311,9 @@ class RunData:
 
     def _place(self, position: int) -> int:
         assert self._set is not None
+        if self.own is not None:  # simulated scenes before it do not count
+            rest = position - self._simulated_first
+            position = rest - math.floor(rest * self.config.data.simulated_share)
         number, place = divmod(position, len(self._set))
         return int(self.epoch(number)[place])
 
@@ -238,7 +321,7 @@ class RunData:
         return [self.network.features(scenes[i : i + CHUNK]) for i in range(0, len(scenes), CHUNK)]
 
 
-def training_scenes(config: RunConfig, index: range, device: torch.device | str = "cpu") -> Scenes:
+def training_scenes(config: RunConfig, index: Tensor | range, device: torch.device | str = "cpu") -> Scenes:
     """Simulated scenes of a run by their index; their seeds are far from those of validation and test scenes."""
     return simulate(config.scene, TRAINING_FAMILY + config.seed, index, device=device)
 

@@ -25,7 +25,7 @@ from ris_hpo.scoring.metrics import Scores, score
 from ris_hpo.training import checkpoint, telemetry
 from ris_hpo.training.checkpoint import BEST, LAST, refuse_another_run
 from ris_hpo.training.config import RunConfig
-from ris_hpo.training.data import OwnScenes, RunData
+from ris_hpo.training.data import OwnScenes, RunData, load_own
 from ris_hpo.training.finished import finish, load_network
 from ris_hpo.training.learner import Learner
 from ris_hpo.training.phases import PhaseEnd
@@ -43,7 +43,8 @@ class Trainer:
         directory: gets ``last.safetensors`` (whole state), ``best.safetensors`` (weights by ``k_loc``), telemetry.
         device: "cpu" or "cuda[:i]".
         resume: continue from ``last.safetensors`` where there is one; False refuses a directory that has one.
-        scenes: train on these instead of simulated ones; part of them is held out to validate and calibrate on.
+        scenes: train on these instead of simulated ones or ``data.scenes``; part of them is held out to validate and
+            calibrate on.
         validation: validate on these; only with ``scenes``.
 
     Raises:
@@ -79,6 +80,8 @@ class Trainer:
         self._telemetry_offset = 0
         self._first_bad_term: str | None = None
 
+        if scenes is None and validation is None:
+            scenes, validation = load_own(config)
         simulated = scenes is None and validation is None
         own = None if simulated else OwnScenes.divide(config, scenes, validation)
         self.learner = Learner(config, self.device)
