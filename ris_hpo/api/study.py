@@ -204,23 +204,29 @@ class Study:
             import pandas
         except ImportError:
             raise ConfigError("a table of trials needs pandas; install ris-hpo[notebook]") from None
-        metric = self.spec.score
-        rows = [
+        rows = self.records()
+        return pandas.DataFrame(rows).set_index("number") if rows else pandas.DataFrame()
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return the trials as flat records of the same keys: number, state, score, parameters, metrics, cost."""
+        metric, trials = self.spec.score, self.trials()
+        params = list(dict.fromkeys(name for trial in trials for name in trial.params))
+        metrics = [name for trial in trials for name in trial.metrics if name not in params]
+        return [
             {
                 "number": trial.number,
                 "state": trial.state,
                 metric: trial.value if trial.value is not None else trial.last_value,
-                **trial.params,
-                **{name: value for name, value in trial.metrics.items() if name not in trial.params},
+                **{name: trial.params.get(name) for name in params},
+                **{name: trial.metrics.get(name) for name in dict.fromkeys(metrics)},
                 "steps": trial.scenes,
                 "seconds": trial.seconds,
                 "device": trial.device,
                 "origin": trial.origin,
                 "cause": trial.cause,
             }
-            for trial in self.trials()
+            for trial in trials
         ]
-        return pandas.DataFrame(rows).set_index("number") if rows else pandas.DataFrame()
 
     # -- results -----------------------------------------------------------------------------------------------------
 

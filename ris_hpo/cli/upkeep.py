@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -99,6 +100,33 @@ def rename(
     display.print_result(f"study '{study}' is called '{new}' from now on")
 
 
+def trials(
+    study: StudyName = None,
+    storage: Storage = None,
+    csv: Annotated[Path | None, typer.Option(help="Write them into a CSV file instead.")] = None,
+    json_: options.Json = False,
+) -> None:
+    """List the trials that have begun: state, score, parameters, metrics, cost, cause where one failed."""
+    from ris_hpo.api.study import Study
+    from ris_hpo.search.lifecycle import get_study
+    from ris_hpo.store.open import open_store
+
+    if csv is not None:
+        options.check_output(csv, suffix=".csv")
+    store = open_store(storage, create=False)
+    title = standing.choose_study(store, study)
+    rows = Study(store, get_study(store, title)).records()
+    if csv is not None:
+        display.write_csv(csv, rows)
+        display.print_result(f"written: {csv}, {len(rows)} trials")
+    elif json_:
+        display.print_json(rows)
+    else:
+        titles = [name for name in rows[0] if any(row[name] is not None for row in rows)] if rows else []
+        words = [place for place, name in enumerate(titles) if any(isinstance(row[name], str) for row in rows)]
+        display.table(f"study '{title}'", titles, [[row[name] for name in titles] for row in rows], text=words)
+
+
 def log(
     number: Annotated[int, typer.Argument(min=0, help="Number of the trial.")],
     study: StudyName = None,
@@ -147,6 +175,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands, each with an example that the tests read."""
     examples: dict[Callable[..., None], str] = {
         studies: "ris-hpo studies",
+        trials: "ris-hpo trials --study wide --csv trials.csv",
         delete: "ris-hpo delete smoke --dry-run",
         rename: "ris-hpo rename smoke smoke-2",
         log: "ris-hpo log 3 --study wide",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +43,20 @@ def test_a_study_is_renamed(cli, made_study: str) -> None:
     assert cli("status", "--study", made_study).code == 0
     assert cli("rename", made_study, "new").code == 0
     assert cli("status", "--json").json["study"] == "new"
+
+
+def test_trials_are_a_table_a_file_and_records(cli, made_study: str, tmp_path: Path) -> None:
+    rows = cli("trials", "--json").json
+    assert [(row["number"], row["state"], row["k_loc"]) for row in rows] == [
+        (0, "complete", 2.5), (1, "complete", 1.75), (2, "pruned", 4.0), (3, "fail", 5.0),
+    ]  # fmt: skip
+    assert [row["optimizer.learning_rate"] for row in rows] == pytest.approx([1e-3, 2e-3, 3e-3, 4e-3])
+    assert "learning_rate" in cli("trials").out
+    assert cli("trials", "--csv", "trials.csv").code == 0
+    with (tmp_path / "trials.csv").open() as stream:
+        read = list(csv.DictReader(stream))
+    assert [float(row["k_loc"]) for row in read] == [2.5, 1.75, 4.0, 5.0]
+    assert cli("trials", "--csv", "trials.txt").code == 2
 
 
 def test_the_log_of_a_failed_trial_names_its_cause(cli, made_study: str) -> None:
