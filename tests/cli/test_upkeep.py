@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ris_hpo.errors import StudyError
+from ris_hpo.errors import OutputError, StudyError
 
 
 def test_studies_are_listed_for_people_and_programs(cli, made_study: str) -> None:
@@ -56,7 +56,7 @@ def test_trials_are_a_table_a_file_and_records(cli, made_study: str, tmp_path: P
     with (tmp_path / "trials.csv").open() as stream:
         read = list(csv.DictReader(stream))
     assert [float(row["k_loc"]) for row in read] == [2.5, 1.75, 4.0, 5.0]
-    assert cli("trials", "--csv", "trials.txt").code == 2
+    assert cli("trials", "--csv", "trials.txt").code == OutputError.exit_code
 
 
 def test_the_log_of_a_failed_trial_names_its_cause(cli, made_study: str) -> None:
