@@ -28,7 +28,7 @@ from ris_hpo.physics.sources import Sources
 BEYOND_BORDER = 3.5
 """Standard deviations by which the best position must lie beyond the region for a source to be on its border."""
 
-_BY_CHANCE = 5e-4  # share of scenes that do not fit though the model is right (measured: 1 of 1,700)
+_BY_CHANCE = 5e-4  # share of scenes that do not fit though the model is right (measured: 1 of 4,800)
 _TAIL = 1e-4  # chance that noise alone leaves more than the upper end of the range, or less than the lower
 _NOISE_ESTIMATE = 1.6  # factor within which a network's estimate of the noise power is right
 _POOR_OPTIMUM = 1.1  # factor that a fit which stopped short of the best positions may leave more
