@@ -49,12 +49,12 @@ from cosmic_ray.work_item import MutationSpec, TestOutcome, WorkerOutcome, WorkI
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "build" / "mutants"
 RESULTS = Path(__file__).parent / "mutants.json"
-SERVICE = [f"tests/service/test_{of}.py" for of in ("space", "samplers", "studies", "trial_ends", "trials")]
+SERVICE = [f"tests/service/test_{of}.py" for of in ("space", "samplers", "studies", "trial_ends", "trials", "upkeep")]
 ROOMS = {
     "scoring": ["tests/scoring"],
     "trials": SERVICE,
     "search": SERVICE,
-    "learning": ["tests/learning", "tests/training/test_step.py"],
+    "learning": ["tests/learning"],
     "training": ["tests/training"],
 }
 LONG = ("studies.py::test_every_dimension", "test_nobody.py", "test_units.py", "test_kill_9")
