@@ -140,7 +140,7 @@ def cell(value: object) -> str:
 def comparison(report: ReplayReport) -> None:
     """Print a recorded curve beside the replayed one, and whether they agree."""
     rows = [(step.step, f"{step.recorded:.9f}", f"{step.replayed:.9f}") for step in report.steps]
-    columns = ["scenes", "recorded k_loc", "replayed"]
+    columns = [report.step_unit, f"recorded {report.metric}", "replayed"]
     table(f"trial {report.number} of '{report.study}'", columns, rows, text=())
     if not report.fingerprint_agrees:
         print_result("the configuration differs from the recorded one: the program has changed since")

@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,9 @@ class ReplayReport:
     fingerprint_agrees: bool
     stopped: bool
     older: bool
+    metric: str = "k_loc"
+    """What the score is called."""
+    step_unit: str = "scenes"
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON types."""
@@ -90,7 +93,7 @@ def replay(
     config = spec.config(trial.params, root, seed=seed)
     recorded_as = str(trial.user_attrs.get(names.CONFIG_FINGERPRINT, ""))
     with tempfile.TemporaryDirectory(prefix="ris-hpo-replay-") as scratch:
-        return repeated(
+        found = repeated(
             load_program(spec.program_name()),
             Repetition(
                 config.model_dump(mode="json"),
@@ -107,6 +110,7 @@ def replay(
             fingerprint_agrees=spec.ran(recorded_as, trial.params, root, seed=seed),
             older=schema_of(recorded_as) < SCHEMA,
         )
+    return replace(found, metric=spec.score, step_unit=spec.step_unit)
 
 
 class Repetition(TrialContext):

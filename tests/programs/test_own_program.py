@@ -118,6 +118,11 @@ def test_a_study_of_ones_own_program_keeps_every_promise(cli: Cli, home: Path) -
             assert repeated.identical
             assert repeated.fingerprint_agrees
 
+    table = cli("replay", best.number, "--study", "own").out
+    assert "recorded accuracy" in table
+    assert "steps" in table
+    assert "identical" in table
+
     shown = cli("run", "--study", "own", "--gpus", "none", "--n-trials", 7)  # it remembers its program
     assert shown.code == 0, shown.err
     assert "accuracy" in shown.out
