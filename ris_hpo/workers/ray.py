@@ -120,7 +120,7 @@ class RayActors:
         if self._joined_here:
             self._check_address()
             try:
-                modules = {"py_modules": self._modules}
+                modules = {"py_modules": self._modules} if self._modules else None  # Ray fails on an empty list
                 ray.init(address=self._address, log_to_driver=False, logging_level="ERROR", runtime_env=modules)
             except ConnectionError as error:
                 raise WorkerError(f"no Ray cluster at '{self._address}' ({' '.join(str(error).split())})") from None
