@@ -17,7 +17,7 @@ from ris_hpo.results.notices import notified
 from ris_hpo.results.replay import ReplayReport, replay
 from ris_hpo.results.tensorboard import logged
 from ris_hpo.search.files import checked, load_study
-from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget, get_study, only_study, stored_spec
+from ris_hpo.search.lifecycle import as_made, create_or_resume_study, fill_budget, get_study, only_study, stored_spec
 from ris_hpo.search.lifecycle import status as status_of
 from ris_hpo.search.spec import StudySpec
 from ris_hpo.search.status import StudyStatus
@@ -83,10 +83,12 @@ class Study:
         spec = load_study(space)
         if base:
             spec = spec.with_base(base)
+        store, named = open_store(storage), list(base or ())
+        spec = as_made(store, name or spec.name, spec, named)
         checked(spec.replaced(changes or {}))
         certificate = certificate_of(spec) if proof else NO_PROOF
-        store = open_store(storage)
-        return cls(store, create_or_resume_study(store, spec, name=name, changes=changes, proof=certificate))
+        study = create_or_resume_study(store, spec, name=name, changes=changes, named=named, proof=certificate)
+        return cls(store, study)
 
     @classmethod
     def open(cls, name: str | None = None, *, storage: str | None = None) -> Study:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from ris_hpo.atomic import replacing
 from ris_hpo.errors import one_line
@@ -103,7 +104,7 @@ def table(
     for position, column in enumerate(columns):
         grid.add_column(column, justify="left" if position in text else "right", overflow="fold")
     for row in rows:
-        grid.add_row(*(cell(value) for value in row))
+        grid.add_row(*(Text(cell(value)) for value in row))  # text, since a path may have brackets
     _print_under(title, grid)
 
 
@@ -113,7 +114,7 @@ def facts(title: str, pairs: Mapping[str, object]) -> None:
     grid.add_column(style="dim")
     grid.add_column(overflow="fold")
     for name, value in pairs.items():
-        grid.add_row(name, cell(value))
+        grid.add_row(name, Text(cell(value)))
     _print_under(title, grid)
 
 

@@ -92,7 +92,7 @@ def _view(snapshot: PoolSnapshot) -> Group:
             memory,
             each.restarts,
         )
-        grid.add_row(*(display.cell(value) for value in row))
+        grid.add_row(*(Text(display.cell(value)) for value in row))
     line = Table.grid(expand=True)  # a bar alone ends without a line break and would swallow the titles below it
     line.add_row(ProgressBar(total=snapshot.n_trials, completed=snapshot.tally.ended))
     headline = f"{_counts(snapshot)}, {duration(snapshot.seconds)}{_best(snapshot)}"

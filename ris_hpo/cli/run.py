@@ -110,7 +110,7 @@ def run(
     from ris_hpo.api.study import NO_PROOF, Study, certificate_of
     from ris_hpo.programs.program import source
     from ris_hpo.search.files import checked, load_study, with_own_scenes
-    from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget, find_spec, stored_spec
+    from ris_hpo.search.lifecycle import as_made, create_or_resume_study, fill_budget, find_spec, stored_spec
     from ris_hpo.search.spec import StopSpec
     from ris_hpo.store.credentials import redact
     from ris_hpo.store.open import open_store
@@ -142,6 +142,7 @@ def run(
         base = {**surface_changes(surface, "scene."), **base}
     if base:
         spec = spec.with_base(base)
+    named = {*base, *(["budget.scenes"] if epochs_per_trial is not None else [])}
     if epochs_per_trial is not None:
         spec = spec.with_epochs(epochs_per_trial)
     spec = with_own_scenes(spec)
@@ -154,6 +155,8 @@ def run(
         raise options.UsageError("--engine ray needs a store that every node reaches: --storage postgresql://...")
     # before a study is made: a device that is not there is refused here
     slots = plan_slots(workers, chosen, per_gpu) if engine == "local" else []
+    if fork is None:
+        spec = as_made(store, study or spec.name, spec, named)
     proof = NO_PROOF if no_proof else certificate_of(spec, display.print_note)
     command = redact(shlex.join(["ris-hpo", *sys.argv[1:]]))
     made = create_or_resume_study(
@@ -161,6 +164,7 @@ def run(
         spec,
         name=study,
         changes=changes,
+        named=named,
         update=update,
         fork=fork,
         warm_start=warm_start,

@@ -65,6 +65,7 @@ def best(
                 directory,
                 top=top,
                 seeds=seeds,
+                device=device,
                 progress=lambda done, total, what: advance(done, what),
             )
         verdict = asdict(found)

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import inspect
 import itertools
 import json
 import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,7 +31,7 @@ from scipy import stats
 from ris_hpo.atomic import make_folder, write_text
 from ris_hpo.config import AnySettings, Spec, fingerprint
 from ris_hpo.errors import GateError, StudyError, TrainingDivergedError
-from ris_hpo.programs.program import TrialContext, as_number, load_program
+from ris_hpo.programs.program import TrialContext, as_number, load_program, source
 from ris_hpo.scoring.k_loc import SCORE_VERSION, WORST_K_LOC, finite_score
 from ris_hpo.search.counting import Direction, ranked
 from ris_hpo.search.spec import StudySpec, derived_seed
@@ -165,12 +165,13 @@ def confirm(
     top: int = TOP,
     seeds: int = SEEDS,
     confidence: float = CONFIDENCE,
+    device: str = "cpu",
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Verdict:
     """Re-evaluate the best configurations of a study, write the verdict into the study, and return it.
 
     Finished runs are kept in ``directory``, so that an interrupted call continues where it was. A kept score is used
-    again only for the same configuration, seed, fresh scenes, score version and code.
+    again only for the same configuration, seed, fresh scenes, score version, code, torch and device.
 
     Args:
         study: the study.
@@ -180,6 +181,7 @@ def confirm(
         top: candidates.
         seeds: fresh seeds for each of them and for the base.
         confidence: probability that all intervals hold.
+        device: where ``evaluate`` computes.
         progress: called with (runs done, runs in all, what is next).
 
     Raises:
@@ -204,7 +206,7 @@ def confirm(
     runs = list(itertools.product(enumerate(fresh), enumerate(configs.items())))  # seed by seed: whole pairs early
     for done, ((column, seed), (row, (name, chosen))) in enumerate(runs):
         progress(done, len(runs), f"{name}, seed {column + 1} of {seeds}")
-        table[row, column] = _kept(evaluate, _seeded(chosen, seed), directory, code)
+        table[row, column] = _kept(evaluate, _seeded(chosen, seed), directory, code, device)
     progress(len(runs), len(runs), "done")
     verdict = judge(list(candidates), table, confidence=confidence, metric=spec.score, direction=spec.direction)
     searched = {name: trial.values[0] for name, (trial, _) in candidates.items()}
@@ -332,22 +334,36 @@ def _sentence(verdict: Verdict, leader: Comparison, metric: str, direction: Dire
 
 
 def _code_of(spec: StudySpec) -> str:
-    """Fingerprint of the code that a study's scores depend on; of a program of one's own that is its module."""
-    if spec.program is not None:
-        module = importlib.import_module(spec.program.partition(":")[0])
-        return fingerprint(inspect.getsource(module))
-    from ris_hpo.training.proof import LEARNING_CODE, code_fingerprint
+    """Fingerprint of the code that a study's scores depend on.
 
-    return code_fingerprint((*LEARNING_CODE, "programs"))
+    Of a program of one's own that is its package, or its module with the modules beside it in the current folder.
+    """
+    if spec.program is None:
+        from ris_hpo.training.proof import LEARNING_CODE, code_fingerprint
+
+        return code_fingerprint((*LEARNING_CODE, "programs", "results"))
+    module = importlib.import_module(spec.program.partition(":")[0].partition(".")[0])
+    if module.__file__ is None:
+        folders = [Path(folder) for folder in module.__path__]
+        files = [file for folder in folders for file in folder.rglob("*.py")]
+    elif hasattr(module, "__path__"):
+        files = list(Path(module.__file__).parent.rglob("*.py"))
+    elif source(spec.program) is not None:
+        files = list(Path(module.__file__).parent.glob("*.py"))
+    else:
+        files = [Path(module.__file__)]
+    return fingerprint({str(file): file.read_text(encoding="utf-8") for file in sorted(files)})
 
 
-def _kept(evaluate: Evaluate, config: Spec, directory: Path, code: str) -> float:
+def _kept(evaluate: Evaluate, config: Spec, directory: Path, code: str, device: str) -> float:
     """The score of a configuration, computed once for all that it depends on."""
     version = {
         "config": config.fingerprint(),  # the seed is in it
         "score_version": SCORE_VERSION,
         "fresh_scenes": [FRESH_FAMILY, FRESH_SHARE],
         "code": code,
+        "torch": metadata.version("torch"),
+        "device": device,
     }
     folder = directory / fingerprint(version)
     result = folder / "score.json"

@@ -7,7 +7,7 @@ import platform
 import re
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import datetime
 from importlib import metadata
 from typing import Any
@@ -99,12 +99,32 @@ def find_spec(store: Store, name: str) -> StudySpec | None:
     return stored_spec(get_study(store, name))
 
 
+def as_made(store: Store, title: str, spec: StudySpec, named: Collection[str]) -> StudySpec:
+    """Return a study file's specification with the base values that options named when the study was made.
+
+    Args:
+        store: the store.
+        title: the study; one that is not there has none.
+        spec: from the study file, with what is named now.
+        named: keys of the base that are named now, which count.
+    """
+    if title not in [study.study_name for study in store.get_all_studies()]:
+        return spec
+    study = get_study(store, title)
+    before = set(study.user_attrs.get(names.NAMED, ())) - set(named)
+    if not before:
+        return spec
+    base = stored_spec(study).base
+    return spec.with_base({path: base[path] for path in sorted(before) if path in base})
+
+
 def create_or_resume_study(
     store: Store,
     spec: StudySpec,
     *,
     name: str | None = None,
     changes: Mapping[str, Any] | None = None,
+    named: Collection[str] = (),
     update: bool = False,
     fork: str | None = None,
     warm_start: str | None = None,
@@ -123,6 +143,7 @@ def create_or_resume_study(
         spec: what is searched, as the study file has it.
         name: the study's name; the specification's own by default.
         changes: settings other than the file's, by dotted ``StudySpec`` keys such as ``sampler.name``.
+        named: keys of the base that options named, see ``as_made``.
         update: also take the file's sampler, pruner, retries, stop rules, and time limits of trials.
         fork: make a new study of this name instead, warm-started from the study ``name`` where that exists.
         warm_start: another study of the store whose best trials are tried first.
@@ -154,6 +175,7 @@ def create_or_resume_study(
         names.PROOF: proof,
         names.COMMAND: redact(command),
         names.VERSIONS: versions(),
+        names.NAMED: sorted(named) or None,
         names.WARM_START: warm_start,
         names.FORKED_FROM: source if fork is not None else None,
     }

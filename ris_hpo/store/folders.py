@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from ris_hpo.atomic import make_folder, write_text, writing
+from ris_hpo.atomic import make_folder, replacing, writing
 from ris_hpo.errors import StudyGoneError
 from ris_hpo.process import storage_directory
 from ris_hpo.store import attributes as names
@@ -82,7 +82,8 @@ def study_folder(store: Store, name: str, storage: Path | None = None) -> Path:
             found = _owner(folder)
             if found is None or found == mine or _is_left(found, mine, store):
                 if found != mine:
-                    write_text(folder / MARKER, json.dumps(asdict(mine)))
+                    with replacing(folder / MARKER, durable=True) as partial:
+                        partial.write_text(json.dumps(asdict(mine)), encoding="utf-8")
                 return folder
             identity = store.identity(study_id, replaces=identity)
 
@@ -118,7 +119,7 @@ def _folders(root: Path) -> list[Path]:
 def _owner(folder: Path) -> Owner | None:
     try:
         return Owner(**json.loads((folder / MARKER).read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    except (OSError, ValueError, TypeError):  # none, or not whole: nobody is known to own the folder
         return None
 
 
@@ -147,7 +148,7 @@ def _new(root: Path, name: str, store: Store, inherits: bool) -> Path:
         owner = _owner(folder)
         if _is_leftover(owner, store):
             _remove(folder, root)
-        elif owner is None and ((inherits and number == 1) or not any(folder.iterdir())):
+        elif not (folder / MARKER).exists() and ((inherits and number == 1) or not any(folder.iterdir())):
             return folder
         else:
             number += 1

@@ -106,7 +106,7 @@ def sqlite_path(address: str) -> Path:
 
 def _open_sqlite(address: str, create: bool, must_write: bool, heartbeat: int | None) -> Store:
     path = sqlite_path(address)
-    if not _exists(path) and not create:
+    if not _exists(path) and not (create and must_write):  # what need not be written, a dashboard's, is not made either
         raise StoreError(f"{path}: no such store; start a study with 'ris-hpo run' or name another --storage")
     try:
         if create:

@@ -38,6 +38,18 @@ class Verdict:
         change = self.after - self.before
         return (change if self.direction == "up" else -change) >= self.margin
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, which has no infinity: figures that are not finite are words."""
+        figures = {"before": self.before, "after": self.after}
+        return dataclasses.asdict(self) | {
+            name: value if math.isfinite(value) else str(value) for name, value in figures.items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Verdict:
+        """Inverse of :meth:`as_dict`."""
+        return cls(**(values | {name: float(values[name]) for name in ("before", "after")}))
+
     def __str__(self) -> str:
         figures = f"{self.before:.4f} -> {self.after:.4f}"
         return f"{self.metric} should go {self.direction} by {self.margin:g}: {figures}"
@@ -144,6 +156,11 @@ class PhasePlan:
                 extensions = (*self.extensions[:index], extended + 1, *self.extensions[index + 1 :])
                 plan = dataclasses.replace(self, extensions=extensions)
         return PhaseEnd(phase.name, verdicts, outcome, plan.extensions[index], plan, self.not_begun(scenes_seen))
+
+    def may_stop(self, scenes_seen: int) -> bool:
+        """Whether a run may end early here: not within a phase whose gates would then never be judged."""
+        index = self.index(scenes_seen)
+        return scenes_seen == self.start(index) or not self.phases[index].gates
 
     def not_begun(self, scenes_seen: int) -> tuple[str, ...]:
         """Names of the phases of which no scene has been seen."""

@@ -40,13 +40,15 @@ class Validation:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return dataclasses.asdict(self) | {"network": self.network.as_dict(), "floor": self.floor.as_dict()}
+        verdicts = [verdict.as_dict() for verdict in self.verdicts]
+        scores = {"network": self.network.as_dict(), "floor": self.floor.as_dict()}
+        return dataclasses.asdict(self) | scores | {"verdicts": verdicts}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Validation:
         """Inverse of :meth:`as_dict`."""
         scores = {name: Scores.from_dict(values[name]) for name in ("network", "floor")}
-        verdicts = tuple(Verdict(**verdict) for verdict in values["verdicts"])
+        verdicts = tuple(Verdict.from_dict(verdict) for verdict in values["verdicts"])
         return cls(**(values | scores | {"verdicts": verdicts}))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +212,8 @@ class Trainer:
         if end is not None and self.config.phases:
             self._turn(end, validation, log)
         if self.failure is None:
-            self.finished = self.scenes_seen >= self.plan.total or self._flat_for(self.config.budget.patience)
+            is_flat = _is_flat(self.history, self.best, self.config.budget.patience)
+            self.finished = self.scenes_seen >= self.plan.total or (is_flat and self.plan.may_stop(self.scenes_seen))
         if self.finished or self.failure is not None:
             log.write(telemetry.END, self.scenes_seen, diagnosis=self.failure or self.diagnosis())
         self._save(log)
@@ -231,12 +232,6 @@ class Trainer:
         else:
             log.write(telemetry.PHASE, self.scenes_seen, phase=end.phase, extensions=end.extensions)
             self._baseline = validation.network
-
-    def _flat_for(self, patience: int) -> bool:
-        """Whether the last ``patience`` validations brought no better ``k_loc``; never with 0."""
-        if patience == 0 or self.best is None:
-            return False
-        return sum(validation.scenes_seen > self.best.scenes_seen for validation in self.history) >= patience
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -293,3 +288,10 @@ class Trainer:
 def _flat(validation: Validation) -> dict[str, Any]:
     figures: dict[str, Any] = dict(validation.network.as_dict())
     return figures | {"floor_k_loc": validation.floor.k_loc, "loss": validation.loss, "seconds": validation.seconds}
+
+
+def _is_flat(history: Sequence[Validation], best: Validation | None, patience: int) -> bool:
+    """Whether the last ``patience`` validations brought no better ``k_loc``; never with 0."""
+    if patience == 0 or best is None:
+        return False
+    return sum(validation.scenes_seen > best.scenes_seen for validation in history) >= patience

@@ -30,7 +30,7 @@ from ris_hpo.atomic import make_folder
 from ris_hpo.errors import DeviceError, OutputError, RisHpoError, StoreError
 from ris_hpo.process import StopSignals, storage_directory
 from ris_hpo.programs.program import load_program
-from ris_hpo.search.lifecycle import get_study, stored_spec
+from ris_hpo.search.lifecycle import check_version, get_study, stored_spec
 from ris_hpo.store.attributes import Cause
 from ris_hpo.store.cache import Store
 from ris_hpo.store.folders import study_folder
@@ -134,6 +134,7 @@ def run_worker(
 
     Raises:
         StudyError: no such study, or it was deleted or renamed meanwhile.
+        SpaceError: its trials were scored by another version of the score.
         StoreError: the store cannot be opened, or stays away.
         UnfitHostError: this machine cannot run trials now; the trial at hand was put back.
     """
@@ -141,6 +142,7 @@ def run_worker(
     store = open_store(job.address, create=False, write=True, heartbeat=job.heartbeat, retry_s=RETRY_S)
     try:
         study = get_study(store, job.study)
+        check_version(study)
         study_id = store.get_study_id_from_name(job.study)
         environment = _environment(job, store, study, study_id, stop, notify)
         process = this_process()

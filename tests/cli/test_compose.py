@@ -65,7 +65,7 @@ def environment_of(service: str, database: str, folder: Path) -> dict[str, str]:
 
 def test_what_finishes_is_not_started_again() -> None:
     restarts = {service["command"][0]: service["restart"] for service in SERVICES.values() if "command" in service}
-    assert restarts == {"run": "on-failure", "dashboard": "unless-stopped"}
+    assert restarts == {"run": "on-failure:3", "dashboard": "unless-stopped"}
 
 
 def test_two_workers_share_a_study_exactly(database: str, tmp_path: Path) -> None:

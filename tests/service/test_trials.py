@@ -21,7 +21,7 @@ from ris_hpo.programs.program import Program
 from ris_hpo.results.replay import replay
 from ris_hpo.scoring.k_loc import WORST_K_LOC
 from ris_hpo.search import counting
-from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget, get_study, status, stored_spec
+from ris_hpo.search.lifecycle import as_made, create_or_resume_study, fill_budget, get_study, status, stored_spec
 from ris_hpo.search.spec import StopSpec, StudySpec, derived_seed
 from ris_hpo.store import attributes as names
 from ris_hpo.store.attributes import Cause
@@ -389,6 +389,25 @@ def test_another_space_is_refused_and_a_fork_offered(sqlite_store: Store, tmp_pa
     assert counting.tally(fork.get_trials()).ended == 8
     with pytest.raises(StudyError, match="exists already"):
         create_or_resume_study(sqlite_store, other, score_version=1, fork="unit-2")
+
+
+def test_a_worker_refuses_a_study_of_another_score(sqlite_store: Store, tmp_path: Path) -> None:
+    study = begin(sqlite_store, make_spec(), 2)
+    study.set_user_attr(names.SCORE_VERSION, 99)
+    with pytest.raises(SpaceError, match="version 99 of k_loc"):
+        work(sqlite_store, study, tmp_path)
+    assert counting.tally(study.get_trials()).waiting == 2
+
+
+def test_base_values_that_options_named_are_remembered(sqlite_store: Store) -> None:
+    named = {"shape.y": 5, "budget.scenes": 400}
+    study = create_or_resume_study(sqlite_store, make_spec().with_base(named), score_version=1, named=list(named))
+    plain = make_spec()
+    assert as_made(sqlite_store, "unit", plain, []).base == {**plain.base, **named}
+    assert as_made(sqlite_store, "unit", plain.with_base({"shape.y": 4}), ["shape.y"]).base["shape.y"] == 4
+    assert as_made(sqlite_store, "other", plain, []) == plain
+    again = create_or_resume_study(sqlite_store, as_made(sqlite_store, "unit", plain, []), score_version=1)
+    assert id_of(sqlite_store, again) == id_of(sqlite_store, study)
 
 
 def test_a_study_keeps_what_it_was_made_with(sqlite_store: Store) -> None:

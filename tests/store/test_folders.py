@@ -92,6 +92,16 @@ def test_a_study_deleted_here_takes_its_folder_with_it(
     assert [path.exists() for path in (kept, gone)] == [True, False]
 
 
+@pytest.mark.parametrize("text", ["", "[]", '{"identity": "x"}', "no json"])
+def test_a_damaged_marker_stops_no_other_study(store: Store, tmp_path: Path, text: str) -> None:
+    damaged = tmp_path / "trials" / "wide"
+    damaged.mkdir(parents=True)
+    (damaged / MARKER).write_text(text)
+    folder = study_folder(store, make(store), tmp_path)
+    assert folder == tmp_path / "trials" / "wide-2"
+    assert (damaged / MARKER).read_text() == text
+
+
 def test_a_renamed_study_finds_its_folder(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RIS_HPO_STORAGE_DIR", str(tmp_path))
     folder = study_folder(store, make(store))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -279,6 +281,37 @@ def test_phases_left_out_by_an_early_stop_are_named(short, tmp_path):
     done = trainer.scenes_seen // 8
     assert done < 6
     assert trainer.diagnosis().endswith(f"; stopped early, phases not run: {', '.join(str(i) for i in range(done, 6))}")
+
+
+@pytest.mark.parametrize(("shares", "failing"), [((1.0,), 0), ((0.5, 0.5), 1), ((0.5, 0.5), 0)])
+def test_an_early_stop_leaves_no_gate_unjudged(short, tmp_path, shares, failing):
+    """Patience ends a run between phases or in one without gates, never in one whose gate would then not be asked."""
+    gated = [
+        {"name": f"{i}", "share": share, "patience": 2, "gates": [IMPOSSIBLE if i == failing else EASY]}
+        for i, share in enumerate(shares)
+    ]
+    changes = {"phases": gated, "budget.patience": 5, "optimizer.learning_rate": 0.5}
+    trainer = Trainer(short.replaced(changes), tmp_path)
+    with pytest.raises(GateError, match=f"phase '{failing}' failed its gate"):
+        list(trainer.run())
+    assert not trainer.finished
+
+
+@pytest.mark.parametrize("after", [math.inf, -math.inf, math.nan])
+def test_a_gate_on_a_figure_that_is_not_finite_is_saved_and_read(short, tmp_path, monkeypatch, after):
+    trainer = Trainer(short.replaced({"phases": phases(*[gate("rmspe_m", "down", -1e9)] * 6, patience=0)}), tmp_path)
+    validate = trainer.validate
+
+    def validated():
+        found = validate()
+        return dataclasses.replace(found, network=dataclasses.replace(found.network, rmspe_m=after))
+
+    monkeypatch.setattr(trainer, "validate", validated)
+    with contextlib.suppress(GateError):
+        list(trainer.run())
+    again = Trainer(trainer.config, tmp_path)
+    assert [str(v.verdicts) for v in again.history] == [str(v.verdicts) for v in trainer.history]
+    assert str(again.history[0].verdicts[0].after) == str(after)
 
 
 def test_phase_survives_a_stop(tiny, tmp_path):
