@@ -149,3 +149,12 @@ def test_a_curve_of_an_earlier_version_that_came_out_differently_says_why(
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "different, by up to 0.25"
     assert ("an earlier version recorded this curve" in lines[-2]) == older
+
+
+def test_brackets_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rich takes them for markup: a path lost its part in brackets, and ``[/b]`` was a traceback."""
+    display.facts("", {"file": "a[red]b[/b].toml"})
+    display.table("", ["file"], [["c[red]d[/b].toml"]])
+    out = capsys.readouterr().out
+    assert "a[red]b[/b].toml" in out
+    assert "c[red]d[/b].toml" in out

@@ -48,12 +48,6 @@ def test_report_is_one_page_or_json(cli, made_study: str, tmp_path: Path) -> Non
     assert cli("report", "--json").json["best"]["number"] == 1
 
 
-def test_a_path_with_brackets_is_shown_as_it_is(cli, made_study: str, tmp_path: Path) -> None:
-    outcome = cli("export", "--study", made_study, "--out", "a[red]c[9].toml")
-    assert outcome.code == 0, outcome.err
-    assert "a[red]c[9].toml" in outcome.out
-
-
 def test_a_dashboard_of_no_store_is_refused_and_makes_none(cli, tmp_path: Path) -> None:
     outcome = cli("dashboard", "--port", "0")
     assert outcome.code == StoreError.exit_code
