@@ -236,7 +236,7 @@ def _in_batches(
 
 def _is_large(scenes: Scenes, cells: int) -> bool:
     """Whether all cells as the receiver sees them take more memory than a search should."""
-    return 8 * scenes.y[0].numel() * cells > _SEEN_BYTES
+    return 8 * scenes.y.shape[1] * scenes.y.shape[2] * cells > _SEEN_BYTES
 
 
 def _batch(scenes: Scenes, spec: LikelihoodSpec, num_atoms: int) -> int:

@@ -85,7 +85,8 @@ def form_fingerprint(config: RunConfig) -> str:
     network = config.network.model_dump(mode="json")
     form = {name: network[name] for name in ("front_end", "covariance_head", "factor_basis", "count_head")}
     scene = config.scene
-    return fingerprint(form | {"geometry": scene.geometry.model_dump(mode="json"), "antennas": scene.num_antennas})
+    geometry = scene.geometry.model_dump(mode="json", exclude_none=True)  # as before elements could be listed
+    return fingerprint(form | {"geometry": geometry, "antennas": scene.num_antennas})
 
 
 def proof_config(config: RunConfig, scenes: int, epochs: int) -> RunConfig:

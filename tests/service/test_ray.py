@@ -184,6 +184,7 @@ def test_one_nodes_full_disk_does_not_end_the_run(
     store.close()
 
 
+@pytest.mark.slow
 def test_the_example_goes_to_the_nodes_and_loses_nothing(
     postgres: Postgres, cluster: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
