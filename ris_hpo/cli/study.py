@@ -160,7 +160,7 @@ def export(
     told = {"file": str(out), "study": title, "trial": provenance.trial, "fingerprint": provenance.config_fingerprint}
     score = provenance.k_loc if provenance.score is None else provenance.score
     scores = {provenance.metric or "k_loc": score, "floor": provenance.floor, "efficiency": provenance.efficiency}
-    display.facts("", {**told, **scores})
+    display.facts("", told | {name: value for name, value in scores.items() if value is not None})
     if provenance.program is None:
         display.print_note(f"next: ris-hpo train --config {shlex.quote(str(out))} --out runs/best")
 
