@@ -283,18 +283,26 @@ def test_phases_left_out_by_an_early_stop_are_named(short, tmp_path):
     assert trainer.diagnosis().endswith(f"; stopped early, phases not run: {', '.join(str(i) for i in range(done, 6))}")
 
 
-@pytest.mark.parametrize(("shares", "failing"), [((1.0,), 0), ((0.5, 0.5), 1), ((0.5, 0.5), 0)])
-def test_an_early_stop_leaves_no_gate_unjudged(short, tmp_path, shares, failing):
-    """Patience ends a run between phases or in one without gates, never in one whose gate would then not be asked."""
-    gated = [
-        {"name": f"{i}", "share": share, "patience": 2, "gates": [IMPOSSIBLE if i == failing else EASY]}
-        for i, share in enumerate(shares)
-    ]
-    changes = {"phases": gated, "budget.patience": 5, "optimizer.learning_rate": 0.5}
-    trainer = Trainer(short.replaced(changes), tmp_path)
-    with pytest.raises(GateError, match=f"phase '{failing}' failed its gate"):
+@pytest.mark.parametrize("shares", [(1.0,), (0.5, 0.5)])
+def test_an_early_stop_leaves_no_gate_of_a_begun_phase_unjudged(short, tmp_path, monkeypatch, shares):
+    """However flat the scores are: neither within a phase with gates, nor where one has just been extended."""
+    monkeypatch.setattr("ris_hpo.training.trainer._is_flat", lambda *_: True)
+    gated = [{"name": f"{i}", "share": share, "gates": [IMPOSSIBLE], "patience": 2} for i, share in enumerate(shares)]
+    trainer = Trainer(short.replaced({"phases": gated}), tmp_path)
+    with pytest.raises(GateError, match="phase '0' failed its gate"):
         list(trainer.run())
     assert not trainer.finished
+    assert trainer.plan.extensions[0] == 2
+
+
+def test_an_early_stop_between_phases_names_the_one_that_did_not_run(short, tmp_path, monkeypatch):
+    monkeypatch.setattr("ris_hpo.training.trainer._is_flat", lambda *_: True)
+    gated = [{"name": name, "share": 0.5, "gates": [gate]} for name, gate in (("a", EASY), ("b", IMPOSSIBLE))]
+    trainer = Trainer(short.replaced({"phases": gated}), tmp_path)
+    list(trainer.run())
+    assert trainer.finished
+    assert trainer.scenes_seen == 24
+    assert trainer.diagnosis().endswith("; stopped early, phases not run: b")
 
 
 @pytest.mark.parametrize("after", [math.inf, -math.inf, math.nan])
