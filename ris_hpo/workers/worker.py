@@ -33,7 +33,7 @@ from ris_hpo.programs.program import load_program
 from ris_hpo.search.lifecycle import check_version, get_study, stored_spec
 from ris_hpo.store.attributes import Cause
 from ris_hpo.store.cache import Store
-from ris_hpo.store.folders import study_folder
+from ris_hpo.store.folders import ARTIFACTS, study_folder
 from ris_hpo.store.open import HEARTBEAT_S, open_store
 from ris_hpo.store.owner import Owner, this_process
 from ris_hpo.store.retry import RETRY_S
@@ -196,7 +196,9 @@ def _environment(
         artifact_store = FileSystemArtifactStore(make_folder(Path(job.artifacts)))
 
         def keep(trial: optuna.Trial, path: Path) -> None:
-            upload_artifact(artifact_store=artifact_store, file_path=str(path), study_or_trial=trial)
+            name = upload_artifact(artifact_store=artifact_store, file_path=str(path), study_or_trial=trial)
+            with (root / str(trial.number) / ARTIFACTS).open("a", encoding="utf-8") as listing:  # goes with the study
+                listing.write(f"{name}\n")
 
     if job.artifacts is not None and spec.trains_networks:
         from ris_hpo.report.trial_figures import TrialFigures  # imported late, since it brings torch

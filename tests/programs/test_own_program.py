@@ -157,6 +157,11 @@ def test_a_study_of_ones_own_program_keeps_every_promise(cli: Cli, home: Path) -
     assert "trains no networks of this package" in refused.err
     store.close()
 
+    kept = home / "storage" / "artifacts"
+    assert any(kept.iterdir())
+    assert cli("delete", "own", "--yes").code == 0
+    assert list(kept.iterdir()) == []
+
 
 def test_a_trial_that_diverges_fails_where_no_score_is_the_worst(cli: Cli, home: Path) -> None:
     (home / "killed").touch()
