@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from ris_hpo.errors import StoreError
-from ris_hpo.programs.program import Program
+from ris_hpo.programs.program import REPORTS, Program, TrialContext
 from ris_hpo.scoring.k_loc import WORST_K_LOC
 from ris_hpo.search import counting
 from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget, status, stored_spec
@@ -28,8 +29,10 @@ from ris_hpo.store.open import open_store
 from ris_hpo.trials import context as context_module
 from ris_hpo.trials import heartbeat as heartbeat_module
 from ris_hpo.trials.context import Report, Scoring, Started, TrialEnvironment
+from ris_hpo.trials.journal import Journal
 from ris_hpo.trials.run import Outcome, UnfitHostError, run_trial
 
+from . import double
 from .conftest import elsewhere, id_of, make_spec
 
 
@@ -126,6 +129,26 @@ def test_a_diverged_trial_is_no_cheap_one(sqlite_store: Store, program: Program,
     study = begin(sqlite_store, base={"fault": "diverge"}, sampler=sampler, pruner={"name": "none"})
     attempt(sqlite_store, study, program, tmp_path)
     assert study.get_trials()[0].values == [WORST_K_LOC, math.inf]  # with cost 0 it would be among the best
+
+
+@pytest.mark.parametrize(("returned", "value"), [(1.25, 1.25), (None, 2.5)])
+def test_the_score_is_what_the_program_returns_or_else_its_last_report(
+    returned: float | None, value: float, sqlite_store: Store, tmp_path: Path
+) -> None:
+    def train(trial: TrialContext) -> float | None:
+        trial.report(1, 3.5)
+        trial.report(2, 2.5)
+        return returned
+
+    study = begin(sqlite_store, pruner={"name": "none"})
+    assert attempt(sqlite_store, study, Program(train, double.RunConfig), tmp_path).value == value
+    assert study.get_trials()[0].value == value
+
+
+def test_a_program_that_reports_nothing_is_not_pruned(sqlite_store: Store, tmp_path: Path) -> None:
+    study = begin(sqlite_store)
+    outcome = attempt(sqlite_store, study, Program(lambda trial: 1.25, double.RunConfig), tmp_path)
+    assert outcome == Outcome("complete", 0, value=1.25)
 
 
 # -- figures ---------------------------------------------------------------------------------------------------------
@@ -256,6 +279,17 @@ def test_an_end_of_a_trial_that_was_declared_lost_is_not(
     assert study.get_trials()[0].user_attrs[names.CAUSE] == Cause.LOST_WORKER
 
 
+@pytest.mark.parametrize("loaded", [True, False])
+def test_the_threads_of_a_trial_are_torchs_or_one(
+    loaded: bool, sqlite_store: Store, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = SimpleNamespace(get_num_threads=lambda: 3)
+    monkeypatch.setitem(sys.modules, "torch", torch if loaded else None)
+    study = begin(sqlite_store, base={"budget": {"scenes": 100}})
+    attempt(sqlite_store, study, program, tmp_path)
+    assert study.get_trials()[0].user_attrs[names.THREADS] == (3 if loaded else 1)
+
+
 # -- time ------------------------------------------------------------------------------------------------------------
 
 
@@ -291,6 +325,8 @@ def test_the_time_of_every_end_counts(
         assert fault == "disk"
     expected = {"none": 9, "stop": 6, "disk": 2}.get(fault, 1) * 0.1
     assert status(sqlite_store, "unit").device_hours == pytest.approx(expected)
+    # a stop half-way is counted, and nothing else
+    assert study.get_trials()[0].user_attrs.get(names.PREEMPTIONS, 0) == (fault == "stop")
 
 
 def test_a_heartbeat_says_what_the_trial_has_cost_until_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,14 +337,23 @@ def test_a_heartbeat_says_what_the_trial_has_cost_until_then(tmp_path: Path, mon
         store.claim(id_of(store, study), str(elsewhere(pid)))
     spent = iter([10.5, 20.5, 30.5])
     beats: list[float | None] = []
+    away = [StoreError("the store has not answered"), None, None, None]  # a store that comes back finds it beating
+    record = store.record_heartbeat
+
+    def recorded(trial_id: int) -> None:
+        if beats and (error := away.pop(0)) is not None:
+            raise error
+        record(trial_id)
+
+    monkeypatch.setattr(store, "record_heartbeat", recorded)
 
     class Event:
-        """Lets three beats pass, and ends the trial before the last."""
+        """Lets four beats pass, of which the first finds the store away, and ends the trial before the last."""
 
         def wait(self, seconds: float) -> bool:
             assert seconds == 10
             beats.append(study.get_trials()[0].user_attrs.get(names.SECONDS))
-            if len(beats) == 3:
+            if len(beats) == 4:
                 (trial, _) = store.get_all_trials(id_of(store, study))
                 declare_lost(store, study, trial)
             return False
@@ -321,7 +366,7 @@ def test_a_heartbeat_says_what_the_trial_has_cost_until_then(tmp_path: Path, mon
         for thread in threading.enumerate():
             if thread.name == "heartbeat of trial 0":
                 thread.join(60)
-    assert beats == [None, 10.5, 20.5]
+    assert beats == [None, None, 10.5, 20.5]
     found = status(store, "unit")
     assert found.device_hours == pytest.approx(20.5 / 3600)
     assert (found.failed[0].cause, found.failed[0].seconds) == ("lost_worker", 20.5)
@@ -387,3 +432,28 @@ def test_a_trial_that_goes_on_keeps_what_was_set_aside(sqlite_store: Store, prog
     assert (aside / "checkpoint.json").read_text() == "{"
     assert attempt(sqlite_store, study, program, tmp_path).state == "complete"
     assert not aside.exists()
+
+
+def test_leftovers_that_cannot_be_removed_change_no_end(
+    sqlite_store: Store, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = begin(sqlite_store, pruner={"name": "none"})
+    (tmp_path / "0.damaged-77").mkdir()
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("os.rmdir", refuse)
+    assert attempt(sqlite_store, study, program, tmp_path).state == "complete"
+    assert (tmp_path / "0.damaged-77").exists()
+
+
+@pytest.mark.parametrize(
+    "line", ['{"step": 100, "sc', "17", "null", '{"step": 100}', '{"step": 100, "score": null}', "\0"]
+)
+def test_a_report_that_is_not_whole_is_passed_over(line: str, tmp_path: Path) -> None:
+    (tmp_path / REPORTS).write_text(f'{line}\n{{"step": 200, "score": 2.5}}\n')
+    journal = Journal(tmp_path)
+    assert list(journal.before(1000)) == [(200, 2.5)]
+    journal.append(100, 3.5)  # trained again, and reported again
+    assert list(Journal(tmp_path).before(1000)) == [(100, 3.5), (200, 2.5)]
