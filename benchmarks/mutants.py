@@ -54,7 +54,7 @@ ROOMS = {
     "scoring": ["tests/scoring"],
     "trials": SERVICE,
     "search": SERVICE,
-    "learning": ["tests/learning"],
+    "learning": ["tests/learning", "tests/report/test_bundle.py"],
     "training": ["tests/training"],
 }
 LONG = ("studies.py::test_every_dimension", "test_nobody.py", "test_units.py", "test_kill_9")

@@ -80,6 +80,11 @@ class Trainer:
         self._found: list[Sources] = []
         directory.mkdir(parents=True, exist_ok=True)
 
+    @property
+    def last_validation(self) -> int:
+        """Scenes scored at the last report."""
+        return self.config.budget.scenes
+
     def run(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Validation]:
         """Score stretch by stretch, yielding after each.
 

@@ -96,6 +96,15 @@ class TrialContext:
             last_step: of the last report.
         """
 
+    def replan(self, last_step: int) -> None:
+        """State that the last report comes at another step than planned: training was extended, or ends early.
+
+        The rungs stay where they are, since those of one study have to be the same for all its trials.
+
+        Args:
+            last_step: of the last report, as far as is known now.
+        """
+
     def report(self, step: int, score: float, **metrics: float) -> bool:
         """Report a validation; then save a checkpoint, so that none is ever passed over.
 

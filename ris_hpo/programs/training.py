@@ -21,6 +21,9 @@ class _Run(Protocol):
     finished: bool
     scenes_seen: int
 
+    @property
+    def last_validation(self) -> int: ...
+
     def run(self, stop: Any) -> Iterator[Validation]: ...
 
     def conclude(self) -> Conclusion: ...
@@ -77,6 +80,7 @@ def _is_pruned(trial: TrialContext, run: _Run) -> bool:
         yield from run.run(trial.should_stop)
 
     for validation in validations():
+        trial.replan(run.last_validation)
         pruned = trial.report(validation.scenes_seen, validation.network.k_loc, floor=validation.floor.k_loc)
         if validation.scenes_seen >= resumed_at:
             trial.show(history=run.history)

@@ -121,6 +121,8 @@ def _open_sqlite(address: str, create: bool, must_write: bool, heartbeat: int | 
             f"{path} lies on a network file system ({kind}), where SQLite loses data; "
             "use a local disk or --storage postgresql://..."
         )
+    if _exists(path) and not os.access(path, os.R_OK):  # asked, not tried: closing the file would drop SQLite's locks
+        raise StoreError(f"{path}: no permission to read it; ask its owner, or name another --storage")
     readable = _exists(path) and not (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK))
     try:
         if readable and not must_write:

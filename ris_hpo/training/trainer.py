@@ -100,6 +100,11 @@ class Trainer:
         """The network in training."""
         return self.learner.network
 
+    @property
+    def last_validation(self) -> int:
+        """Scenes seen at the last validation, as far as is known: a phase may still be extended, or the run end."""
+        return self.scenes_seen if self.finished or self.failure is not None else self.plan.total
+
     def run(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Validation]:
         """Train to the end, yielding after each validation, when its checkpoint is on disk.
 

@@ -113,6 +113,10 @@ class StudyTrial(TrialContext):
             self._spec, self._environment.store, first_step=first_step, last_step=last_step
         )
 
+    def replan(self, last_step: int) -> None:
+        """See ``TrialContext.replan``."""
+        self._last_step = last_step
+
     def report(self, step: int, score: float, **metrics: float) -> bool:
         """See ``TrialContext.report``."""
         super().report(step, score, **metrics)

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from ris_hpo.errors import ConfigError
 from ris_hpo.estimators.channel import split_channel
 from ris_hpo.learning.inference import InferenceSpec, localize, network_sources, predict, refinement, sharpened
 from ris_hpo.learning.losses import label_factor
@@ -221,6 +222,21 @@ def test_a_network_that_is_not_told_the_noise_uses_its_own(scenes):
         assert torch.equal(plain.azimuth, blind.azimuth), localizer
     known = Network(SPEC)
     assert refinement(known, scenes, InferenceSpec(), outputs)[0] is scenes
+
+
+def test_polish_searches_as_many_sources_as_network_and_settings_both_allow(scenes):
+    for network_most, settings_most, counts in ((3, 5, (0, 3)), (5, 5, (0, 5)), (5, 2, (0, 2))):
+        network = Network(SPEC.replaced({"max_sources": network_most}))
+        most = {"max_sources": settings_most, "num_sources": (0, settings_most)}
+        spec = InferenceSpec().replaced({f"likelihood.{name}": value for name, value in most.items()})
+        likelihood = refinement(network, scenes, spec, outputs_at(scenes.truth))[2]
+        assert (likelihood.max_sources, likelihood.num_sources) == (counts[1], counts)
+
+
+def test_the_confidence_in_a_count_is_a_probability():
+    for confidence in (-0.1, 1.1):
+        with pytest.raises(ConfigError, match="count_confidence"):
+            InferenceSpec().replaced({"count_confidence": confidence})
 
 
 def test_prediction_neither_trains_nor_depends_on_the_batch(scenes):

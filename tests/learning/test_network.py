@@ -6,12 +6,14 @@ import math
 import pytest
 import torch
 
-from ris_hpo.errors import ConfigError, NumericalError
+from ris_hpo.errors import CheckpointError, ConfigError, NumericalError
 from ris_hpo.estimators.maximum_likelihood import ols
 from ris_hpo.learning.hybrid import HybridSpec, covariances
 from ris_hpo.learning.inference import InferenceSpec, localize, network_sources, predict
 from ris_hpo.learning.losses import cell_targets
 from ris_hpo.learning.network import Network, NetworkSpec, large
+from ris_hpo.learning.settings import NetworkSettings
+from ris_hpo.learning.weights import load_weights
 from ris_hpo.physics.array import Cosines, Geometry, to_cosines
 from ris_hpo.physics.grid import GridSpec
 from ris_hpo.physics.scene import SceneSpec, grid_of_cells, simulate
@@ -134,6 +136,35 @@ def test_noise_power_can_be_hidden(scenes):
     doubled = type(scenes)(scenes.geometry, scenes.y, scenes.bs_ris_channel, scenes.ris_codes, 2 * scenes.noise_power)
     assert torch.equal(network.features(scenes).maps, network.features(doubled).maps)
     assert torch.equal(network.features(scenes).context, network.features(doubled).context)
+
+
+def test_weights_of_another_network_are_refused_by_the_first_that_does_not_fit():
+    network = Network(NetworkSpec(**SMALL))
+    own = network.state_dict()
+    first, second = list(own)[:2]
+    missing = {name: value for name, value in own.items() if name != first}
+    with pytest.raises(CheckpointError, match=f"file: '{first}' has nothing, expected"):
+        load_weights(network, missing, "file")
+    reshaped = own | {second: torch.zeros(3, 3)}
+    with pytest.raises(CheckpointError, match=rf"file: '{second}' has \(3, 3\), expected"):
+        load_weights(network, reshaped, "file")
+    doubled = {name: 2 * value for name, value in own.items()} | {"optimizer.step": torch.zeros(1)}
+    load_weights(network, doubled, "file")  # what is no weight is passed over
+    assert torch.equal(network.state_dict()[first], doubled[first])
+
+
+@pytest.mark.parametrize("end", [0, 1])
+@pytest.mark.parametrize("owner", ["network.grid", "inference.likelihood.grid"])
+def test_a_region_that_is_stated_holds_all_that_is_drawn(owner, end):
+    limits = [3.0, 9.0]
+    scene = {"scene.range_m": limits}
+    wider, narrower = list(limits), list(limits)
+    wider[end] += (-1, 1)[end]
+    narrower[end] -= (-1, 1)[end]
+    region = getattr(NetworkSettings().replaced(scene | {f"{owner}.region.range_m": wider}), owner.split(".")[0])
+    assert wider == list((region.grid if owner == "network.grid" else region.likelihood.grid).region.range_m)
+    with pytest.raises(ConfigError, match=rf"scene.range_m \(3.0, 9.0\) reaches beyond {owner}.region.range_m"):
+        NetworkSettings().replaced(scene | {f"{owner}.region.range_m": narrower})
 
 
 def test_large_is_the_published_size():

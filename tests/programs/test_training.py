@@ -35,6 +35,7 @@ class Run:
         self.scenes_seen = 100 * seen
         self.finished = False
         self.gate = gate
+        self.last_validation = 300  # extended when that is reached
 
     def validation(self, scenes: int) -> Validation:
         return Validation(scenes, scores(3 - scenes / 400), scores(1.0), 0.0, 0.0)
@@ -47,6 +48,7 @@ class Run:
                 raise GateError("phase 'warm' did not pass its gate")
             self.scenes_seen += 100
             self.history.append(self.validation(self.scenes_seen))
+            self.last_validation = 300 if self.scenes_seen < 300 else 400
             yield self.history[-1]
         self.finished = True
 
@@ -63,6 +65,10 @@ class Watched(TrialContext):
     def __init__(self, directory: Path) -> None:
         super().__init__({}, directory)
         self.shown: list[set[str]] = []
+        self.last_steps: list[int] = []
+
+    def replan(self, last_step: int) -> None:
+        self.last_steps.append(last_step)
 
     def report(self, step: int, score: float, **metrics: float) -> bool:
         super().report(step, score, **metrics)
@@ -99,6 +105,12 @@ def test_a_resumed_run_reports_again_what_it_did_before(tmp_path: Path) -> None:
     follow(trial, Run(seen=2), "network")
     assert list(trial.scores) == [100, 200, 300, 400]
     assert trial.shown == [{"history"}] * 3 + [{"history", "conclusion"}]  # what was drawn before is not drawn again
+
+
+def test_the_last_step_follows_the_run(tmp_path: Path) -> None:
+    trial = Watched(tmp_path)
+    follow(trial, Run(), "network")
+    assert trial.last_steps == [300, 300, 400, 400]  # stated before the report of 300, on which a pruner is asked
 
 
 def test_a_pruned_run_records_its_best_validation(tmp_path: Path) -> None:

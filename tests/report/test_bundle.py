@@ -57,6 +57,7 @@ def test_every_form_gives_the_outputs_of_the_network_at_any_batch(request, tmp_p
         network = Network(NetworkSpec.parse(FORMS[form])).eval()
         save_bundle(tmp_path / "bundle", network, InferenceSpec(), SCENE)
         bundle = load_bundle(tmp_path / "bundle")
+    assert not bundle.training  # dropout and the like are off
     for count in (1, 2, 5):
         few = SCENES[:count]
         for a, b in zip(predict(network, few), predict(bundle, few), strict=True):

@@ -121,6 +121,34 @@ def test_a_verdict_on_a_step_that_was_trained_past_is_not_obeyed(
     assert max(study.get_trials()[1].intermediate_values) == last
 
 
+@pytest.mark.parametrize(
+    ("last", "verdict", "state"), [(3, 3, "complete"), (4, 3, "pruned"), (4, 4, "complete"), (2, 2, "complete")]
+)
+def test_a_verdict_is_not_obeyed_at_the_last_step_whatever_was_planned(
+    last: int, verdict: int, state: str, sqlite_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three reports are planned; training is extended to a fourth, or ends at the second."""
+
+    def train(trial: TrialContext) -> float | None:
+        trial.plan(1, 3)
+        for step in range(1, last + 1):
+            trial.replan(last)
+            if trial.report(step, 2.5):
+                return None
+        return 2.5
+
+    built: list[dict[str, Any]] = []
+
+    def build(*args: Any, **options: Any) -> Verdicts:
+        built.append(options)
+        return Verdicts(verdict)
+
+    monkeypatch.setattr(context_module, "build_pruner", build)
+    study = begin(sqlite_store)
+    assert attempt(sqlite_store, study, Program(train, double.RunConfig), tmp_path).state == state
+    assert built == [{"first_step": 1, "last_step": 3}]  # the rungs are those of all trials
+
+
 # -- what a trial scores ---------------------------------------------------------------------------------------------
 
 

@@ -261,6 +261,17 @@ def test_a_store_in_a_closed_folder_is_not_said_to_be_missing(tmp_path: Path, mo
 
 
 @pytest.mark.postgres
+@pytest.mark.parametrize("create", [True, False])
+def test_a_store_that_may_not_be_read_is_not_said_to_be_missing(
+    create: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "studies.db"
+    open_store(str(path)).close()
+    monkeypatch.setattr(os, "access", lambda *_: False)  # as mode 000 has it for all but root
+    with pytest.raises(StoreError, match=r"studies\.db: no permission to read it; ask its owner"):
+        open_store(str(path), create=create)
+
+
 def test_a_role_that_may_only_read(postgres: Postgres) -> None:
     owner = postgres.url()
     store = open_store(owner)

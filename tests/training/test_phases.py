@@ -248,6 +248,7 @@ def test_an_extended_run_resumes_where_it_was(short, tmp_path):
     resumed = Trainer(config, tmp_path)
     assert resumed.plan == trainer.plan
     assert resumed.plan.extensions == (2, 0)
+    assert resumed.last_validation == trainer.last_validation == 64  # of 48 planned
     assert resumed.learner.gate.total_steps == trainer.learner.gate.total_steps == 8
 
 
@@ -293,6 +294,7 @@ def test_an_early_stop_leaves_no_gate_of_a_begun_phase_unjudged(short, tmp_path,
         list(trainer.run())
     assert not trainer.finished
     assert trainer.plan.extensions[0] == 2
+    assert trainer.last_validation == trainer.scenes_seen
 
 
 def test_an_early_stop_between_phases_names_the_one_that_did_not_run(short, tmp_path, monkeypatch):
@@ -301,7 +303,7 @@ def test_an_early_stop_between_phases_names_the_one_that_did_not_run(short, tmp_
     trainer = Trainer(short.replaced({"phases": gated}), tmp_path)
     list(trainer.run())
     assert trainer.finished
-    assert trainer.scenes_seen == 24
+    assert trainer.scenes_seen == trainer.last_validation == 24
     assert trainer.diagnosis().endswith("; stopped early, phases not run: b")
 
 
