@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ris_hpo.errors import OutputError
+
+_TEMPORARY = re.compile(r"\..+\.\d+-\d+(\.\w+)?")  # as ``replacing`` names a file
+_ABANDONED_S = 3600.0  # no write takes as long, and whether a process of another machine lives cannot be asked
 
 
 @contextmanager
@@ -54,6 +59,15 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove temporary files of ``replacing``, in a folder and below, that a process left an hour ago or more."""
+    before = time.time() - _ABANDONED_S
+    for path in folder.rglob(".*"):
+        with suppress(OSError):
+            if _TEMPORARY.fullmatch(path.name) and path.is_file() and path.stat().st_mtime < before:
+                path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

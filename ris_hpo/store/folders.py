@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from ris_hpo.atomic import make_folder, replacing, writing
+from ris_hpo.atomic import make_folder, remove_abandoned, replacing, writing
 from ris_hpo.errors import StudyGoneError
 from ris_hpo.process import storage_directory
 from ris_hpo.store import attributes as names
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 MARKER: Final = ".study.json"
 ARTIFACTS: Final = "artifacts.txt"
 """In a trial's folder: names of its files in the artifact folder, one a line, so that they go when it goes."""
+_REMOVED: Final = ".removed-"
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,14 @@ def leftovers(store: Store, storage: Path | None = None) -> list[Path]:
     """Return folders of studies that were in this store and are not any more: deleted by another program."""
     root = _root(storage)
     return [folder for folder in _folders(root) if _is_leftover(_owner(folder), store)]
+
+
+def finish_removals(storage: Path | None = None) -> None:
+    """Remove what killed processes left in the folders of all studies: half removed folders, half written files."""
+    root = _root(storage)
+    for folder in root.glob(f"{_REMOVED}*"):
+        shutil.rmtree(folder, ignore_errors=True)  # whoever began it may be at it still
+    remove_abandoned(root)
 
 
 def _root(storage: Path | None) -> Path:
@@ -186,10 +195,11 @@ def _remove(folder: Path, root: Path) -> None:
     for listed in folder.glob(f"*/{ARTIFACTS}"):
         for name in listed.read_text(encoding="utf-8").split():
             (artifacts / Path(name).name).unlink(missing_ok=True)
-    doomed = folder.with_name(f".removed-{folder.name}-{os.getpid()}")
+    doomed = folder.with_name(f"{_REMOVED}{folder.name}-{os.getpid()}")
     with writing(folder):
         folder.rename(doomed)  # at once, whatever happens while its files are removed
-        shutil.rmtree(doomed)
+        with suppress(FileNotFoundError):  # another process finishes it
+            shutil.rmtree(doomed)
 
 
 @contextmanager

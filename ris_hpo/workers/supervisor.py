@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from optuna.study import Study
@@ -19,6 +20,7 @@ from ris_hpo.search import counting
 from ris_hpo.search.lifecycle import stored_spec
 from ris_hpo.search.status import BestTrial, summarise_best
 from ris_hpo.store.cache import Store
+from ris_hpo.store.folders import finish_removals
 from ris_hpo.workers.lost import LostTrials
 from ris_hpo.workers.pool import Executor, WorkerPool, WorkerView
 from ris_hpo.workers.worker import WorkerJob
@@ -108,6 +110,8 @@ class Supervisor:
         """
         self._begun = time.monotonic()
         next_snapshot = next_look = 0.0
+        if self._job.storage is not None:
+            finish_removals(Path(self._job.storage))
         with self._stop, self._executor:
             pool = WorkerPool(
                 self._store,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -350,7 +351,11 @@ def test_where_nothing_is_left_to_do_no_worker_starts(sqlite_store: Store) -> No
     study = begin(sqlite_store, 1)
     study.tell(claim(sqlite_store, study, 0), 2.0)
     executor = ScriptedExecutor([[], []])
-    supervisor = Supervisor(sqlite_store, study, executor, job_for(sqlite_store, study))
+    job = job_for(sqlite_store, study)
+    killed = Path(job.directory).with_name(".removed-wide-77")  # half removed
+    (killed / "0").mkdir(parents=True)
+    supervisor = Supervisor(sqlite_store, study, executor, job)
     snapshot = list(supervisor.run(interval=0.0))[-1]
     assert (supervisor.ending, snapshot.tally.complete) == ("finished", 1)
     assert executor.started == []
+    assert not killed.exists()

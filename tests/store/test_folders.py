@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sqlite3
 from contextlib import closing
@@ -15,7 +16,7 @@ from optuna.study import StudyDirection
 from ris_hpo.errors import StudyGoneError
 from ris_hpo.store import attributes as names
 from ris_hpo.store.cache import Store, ticket
-from ris_hpo.store.folders import ARTIFACTS, MARKER, find_folder, leftovers, study_folder
+from ris_hpo.store.folders import ARTIFACTS, MARKER, find_folder, finish_removals, leftovers, study_folder
 from ris_hpo.store.open import open_store
 
 
@@ -90,6 +91,43 @@ def test_a_study_deleted_here_takes_its_folder_with_it(
     gone = study_folder(store, make(store, "gone"))
     store.delete_study(store.get_study_id_from_name("gone"))
     assert [path.exists() for path in (kept, gone)] == [True, False]
+
+
+def test_what_killed_processes_left_half_done_is_removed(store: Store, tmp_path: Path) -> None:
+    folder = study_folder(store, make(store), tmp_path)
+    (folder / "0").mkdir()
+    (folder.parent / ".removed-gone-77" / "3").mkdir(parents=True)
+    names_of_files = {
+        ".last.77-140.safetensors": False,
+        ".notes.77-140": False,
+        "last.safetensors": True,
+        ".last.safetensors": True,
+        "part.77-140": True,
+    }
+    for name in names_of_files:
+        (folder / "0" / name).write_text("weights")
+        os.utime(folder / "0" / name, (1e9, 1e9))
+    (folder / "0" / ".best.77-140.safetensors").write_text("somebody may be writing it")
+    finish_removals(tmp_path)
+    kept = {name for name, is_kept in names_of_files.items() if is_kept} | {".best.77-140.safetensors"}
+    assert {path.name for path in (folder / "0").iterdir()} == kept
+    assert {path.name for path in folder.parent.iterdir()} == {"wide", ".lock"}
+
+
+def test_a_folder_that_two_processes_remove_is_gone(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RIS_HPO_STORAGE_DIR", str(tmp_path))
+    folder = study_folder(store, make(store))
+    remove = shutil.rmtree
+
+    def both(path: Path) -> None:
+        remove(path)  # by the other one, just before
+        remove(path)
+
+    monkeypatch.setattr(shutil, "rmtree", both)
+    store.delete_study(store.get_study_id_from_name("wide"))
+    assert [path.name for path in folder.parent.iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"identity": "x"}', "no json"])
