@@ -50,12 +50,13 @@ ROOT = Path(__file__).parents[1]
 WORK = ROOT / "build" / "mutants"
 RESULTS = Path(__file__).parent / "mutants.json"
 SERVICE = [f"tests/service/test_{of}.py" for of in ("space", "samplers", "studies", "trial_ends", "trials", "upkeep")]
+DEFAULTS = "tests/test_settings.py::test_the_kept_defaults_are_those_of_the_code"
 ROOMS = {
     "scoring": ["tests/scoring"],
     "trials": SERVICE,
-    "search": SERVICE,
-    "learning": ["tests/learning", "tests/report/test_bundle.py"],
-    "training": ["tests/training"],
+    "search": [*SERVICE, DEFAULTS],
+    "learning": ["tests/learning", "tests/report/test_bundle.py", DEFAULTS],
+    "training": ["tests/training", DEFAULTS],
 }
 LONG = ("studies.py::test_every_dimension", "test_nobody.py", "test_units.py", "test_kill_9")
 """Parts of names of tests that are left out, since they take long and say the same of many places."""

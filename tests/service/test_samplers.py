@@ -165,7 +165,11 @@ def test_hyperband_has_brackets_by_line(storage: InMemoryStorage) -> None:
     assert set(brackets) == {0, 1, 2}
     assert shares[0] > shares[1] > 0.1
     assert shares[2] > 0.1
-    assert {pruner_of(storage, name="asha").bracket(root) for root in range(20)} == {0}
+    for name in sorted({*PRUNERS} - {"hyperband"}):
+        assert {pruner_of(storage, name=name).bracket(root) for root in range(20)} == {0}
+    for first in (900, 1000):  # no rung lies before the end
+        late = pruner_of(storage, name="hyperband", first_scenes=first)
+        assert {late.bracket(root) for root in range(20)} == {0}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -44,6 +44,8 @@ def refused(tree: dict[str, Any], words: str) -> None:
         ({"space": {"shape.x": {"low": 1.0, "high": 0.0}}}, "low 1.0 is not below high 0.0"),
         ({"space": {"shape.x": {"low": 0.0, "high": 1.0, "log": True}}}, "log needs low above 0"),
         ({"space": {"shape.x": {"low": 0.1}}}, "needs low and high, or choices"),
+        ({"space": {"shape.x": {"low": 0.0, "high": 1.0, "step": 0.3}}}, "step 0.3 must divide 0.0..1.0"),
+        ({"space": {"shape.x": {"low": 0.0, "high": 1.0, "step": 0.0000005}}}, "into 1,000,000 at most"),
         ({"space": {"shape.x": {"choices": [1]}}}, "two different values"),
         ({"space": {"shape.x": {"choices": [1, 2], "low": 0}}}, "choices exclude"),
         ({"space": {"shape.x": {"low": 0, "high": 2, "setp": 1}}}, "did you mean 'step'?"),
@@ -59,12 +61,52 @@ def refused(tree: dict[str, Any], words: str) -> None:
         ),
         ({"base": {"shape": {"y": 99}}}, "base value 99 of 'shape.y' lies outside its range"),
         ({"sampler": {"name": "nsga2"}}, "no pruner works with two"),
-        ({"study": {"seed": -1}}, "seed"),
+        ({"study": {"seed": -1}}, "seed: input should be"),
+        ({"study": {"seed": 2**32}}, "seed: input should be"),
+        ({"retries": {"lost_worker": -1}}, "retries.lost_worker"),
+        ({"retries": {"out_of_memory": -1}}, "retries.out_of_memory"),
+        ({"retries": {"timeout": -1}}, "retries.timeout"),
+        ({"retries": {"bugs": 0}}, "retries.bugs"),
+        ({"sampler": {"startup": 0}}, "sampler.startup"),
+        ({"sampler": {"population": 1}}, "sampler.population"),
+        ({"pruner": {"first_scenes": 0}}, "pruner.first_scenes"),
+        ({"pruner": {"startup": -1}}, "pruner.startup"),
+        ({"pruner": {"warmup_scenes": -1}}, "pruner.warmup_scenes"),
+        ({"pruner": {"patience": -1}}, "pruner.patience"),
+        ({"pruner": {"p_threshold": 0.0}}, "pruner.p_threshold"),
+        ({"pruner": {"p_threshold": 1.0}}, "pruner.p_threshold"),
+        ({"budget": {"epoch_scenes": 0}}, "budget.epoch_scenes"),
+        ({"budget": {"trial_timeout_s": 0.0}}, "budget.trial_timeout_s"),
+        ({"budget": {"stall_timeout_s": 0.0}}, "budget.stall_timeout_s"),
+        ({"stop": {"timeout_s": 0.0}}, "stop.timeout_s"),
+        ({"stop": {"gpu_hours": 0.0}}, "stop.gpu_hours"),
+        ({"stop": {"patience": 0}}, "stop.patience"),
         ({"base": 3}, "'base' must be a table"),
     ],
 )
 def test_a_bad_file_is_refused_in_one_line(changes: dict[str, Any], words: str) -> None:
     refused(study_tree(**changes), words)
+
+
+def test_the_least_of_everything_is_accepted() -> None:
+    spec = make_spec(
+        study={"seed": 2**32 - 1},
+        retries={"lost_worker": 0, "out_of_memory": 0, "timeout": 0, "bugs": 1},
+        sampler={"startup": 1, "population": 2},
+        pruner={
+            "first_scenes": 1,
+            "reduction": 2,
+            "startup": 0,
+            "warmup_scenes": 0,
+            "patience": 0,
+            "p_threshold": 1e-9,
+        },
+        budget={"n_trials": 1, "epoch_scenes": 1, "trial_timeout_s": 1e-9, "stall_timeout_s": 1e-9},
+        stop={"timeout_s": 1e-9, "gpu_hours": 1e-9, "patience": 1},
+    )
+    assert (spec.seed, spec.retries.bugs, spec.stop.patience) == (2**32 - 1, 1, 1)
+    finest = {"low": 0.0, "high": 1.0, "step": 0.000001}
+    assert make_spec(space={"shape.x": finest}).space["shape.x"].contains(0.123456)
 
 
 def test_an_empty_space_is_refused() -> None:

@@ -35,6 +35,8 @@ def test_the_list_tells_where_each_study_stands(store: Store) -> None:
     assert first.best == min(trial.values[0] for trial in store.get_all_trials(store.get_study_id_from_name("unit")))
     assert first.bytes == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) > 0
     assert first.last_activity is not None
+    (folder / "link").symlink_to(folder / ".study.json")  # its bytes are counted where they lie
+    assert list_entries(store)[0].bytes == first.bytes
     assert (second.study, second.state, second.trials.waiting, second.best) == ("later", "waiting", 3, None)
     assert second.last_activity is second.bytes is None
     store.claim(store.get_study_id_from_name("later"), str(elsewhere()))

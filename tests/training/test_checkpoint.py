@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
 import stat
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from ris_hpo.errors import CheckpointError, ConfigError, OutputError
 from ris_hpo.training import checkpoint, telemetry
@@ -178,8 +180,6 @@ def test_an_unreadable_checkpoint_is_not_said_to_be_missing(tmp_path, monkeypatc
 
 
 def test_foreign_safetensors_is_refused(tmp_path):
-    from safetensors.torch import save_file
-
     save_file({"weight": torch.zeros(2)}, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="found format None"):
         load_network(tmp_path / "x.safetensors")
@@ -191,6 +191,20 @@ def test_weights_of_another_network_are_refused(undisturbed, tmp_path):
     checkpoint.write(tmp_path / BEST, tensors, state)
     with pytest.raises(CheckpointError, match="checkpoint of another network"):
         load_network(tmp_path)
+
+
+def test_a_run_of_the_first_format_is_read_as_one_of_today(undisturbed, tmp_path):
+    """It had neither verdicts nor a mark of the scenes, and kept the current phase alone."""
+    tensors, today = checkpoint.read(undisturbed.directory / LAST)
+    first = {**today, "phase_index": 0, "phase_start": 0, "phase_extensions": 0}
+    for name in ("data", "failure", "extensions"):
+        del first[name]
+    for validation in (first["initial"], *first["history"]):
+        del validation["verdicts"]
+    text = json.dumps(first)
+    header = {"format": checkpoint.FIRST_FORMAT, "state": text, "digest": checkpoint._digest(tensors, text)}
+    save_file(tensors, tmp_path / LAST, metadata=header)
+    assert checkpoint.read(tmp_path / LAST)[1] == checkpoint.read(undisturbed.directory / LAST)[1]
 
 
 def test_failed_write_leaves_nothing_behind(tmp_path):

@@ -106,6 +106,15 @@ def test_clipping_is_on_the_norm_of_all_gradients_together():
     assert toy.heads.bias.grad.tolist() == pytest.approx([0.01] * 3)  # shorter than the limit
 
 
+def test_a_warm_up_that_ends_within_a_step_never_passes_the_highest_rate():
+    gate = gate_of(Toy(), steps=5, warmup=0.5, warmup_floor=0.2)  # it takes two and a half of them
+    rates = []
+    for taken in range(4):
+        gate.steps_taken.fill_(taken)
+        rates.append(float(gate.rate()))
+    assert rates == pytest.approx([0.2 + 0.8 / 2.5, 0.2 + 1.6 / 2.5, 1, 1])
+
+
 def test_the_rate_rises_from_its_floor_and_falls_as_a_cosine():
     gate = gate_of(Toy(), steps=10, warmup=0.4, warmup_floor=0.2, final_rate=0.1)
     rates = []

@@ -351,6 +351,9 @@ def test_standard_curriculum_is_valid_and_its_shares_add_up():
     assert [phase.name for phase in config.phases][:2] == ["hybrid covariance", "count"]
     assert with_curriculum(config) == config
     assert all(phase.gates for phase in standard_phases())
+    count = config.phase_loss(config.phases[1])
+    assert count.count > config.loss.count  # it weighs more in its phase, and the rest as before
+    assert count.replaced({"count": config.loss.count}) == config.loss
 
 
 @pytest.mark.parametrize(
