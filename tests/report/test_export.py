@@ -105,26 +105,6 @@ def test_a_difference_is_told_and_a_changed_file_is_refused(searched, tmp_path):
     assert not stopped.identical
 
 
-def test_hand_written_and_broken_files(tmp_path):
-    plain = tmp_path / "plain.toml"
-    plain.write_text("seed = 3\n[budget]\nscenes = 2048\n")
-    found = load_config(plain)
-    assert (found.config.seed, found.config.budget.scenes, found.provenance) == (3, 2048, None)
-    for name, text, message in (
-        ("a.toml", "[budgt]\nscenes = 1\n", "did you mean 'budget'"),
-        ("b.toml", "seed = [", "not valid TOML"),
-        ("c.json", "{", "not valid JSON"),
-        ("d.json", "[]", "expected a JSON object"),
-        ("e.toml", "[provenance]\ntrial = 1\n", "provenance"),
-    ):
-        (tmp_path / name).write_text(text)
-        with pytest.raises(ConfigError, match=message):
-            load_config(tmp_path / name)
-    for name in ("missing.toml", "missing.json"):
-        with pytest.raises(ConfigError, match="no such file"):
-            load_config(tmp_path / name)
-
-
 def test_what_cannot_be_exported(searched, tmp_path):
     study, spec, _ = searched
     with pytest.raises(StudyError, match="has no trial 77: it has 5"):
