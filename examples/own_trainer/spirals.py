@@ -37,7 +37,8 @@ def train(trial):
             adam.step()
         epoch += 1
         found = network(points.to(trial.device)).argmax(1).cpu()
-        if trial.report(epoch, (found == labels).float().mean(), loss=loss):
-            return
+        is_over = trial.report(epoch, (found == labels).float().mean(), loss=loss)
         with trial.saving("state.pt") as path:
             torch.save((epoch, network.state_dict(), adam.state_dict(), draws.get_state()), path)
+        if is_over:
+            return

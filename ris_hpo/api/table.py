@@ -37,7 +37,8 @@ class LiveTable:
 def as_html(snapshot: PoolSnapshot) -> str:
     """Return a snapshot as a bar, a line of counts and a table of workers."""
     tally, best = snapshot.tally, snapshot.best
-    counts = f"{tally.ended} of {snapshot.n_trials} trials: {tally.complete} complete, {tally.pruned} pruned"
+    counts = f"{tally.at_rest} of {snapshot.n_trials} trials: {tally.complete} complete, {tally.pruned} pruned"
+    counts += f", {tally.paused} paused" if tally.paused else ""
     counts += f", {tally.fail} failed" if tally.fail else ""
     leader = "" if best is None else f"; best: trial {best.number}, {snapshot.metric} {best.score:.4g}"
     titles = ("worker", "device", "state", "trial", snapshot.step_unit, snapshot.metric, "restarts")
@@ -54,7 +55,7 @@ def as_html(snapshot: PoolSnapshot) -> str:
         Markup(
             '<progress style="width:100%" max="{}" value="{}"></progress>'
             "<p>{}, {}{}</p><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table>"
-        ).format(snapshot.n_trials, tally.ended, counts, duration(snapshot.seconds), escape(leader), head, body)
+        ).format(snapshot.n_trials, tally.at_rest, counts, duration(snapshot.seconds), escape(leader), head, body)
     )
 
 

@@ -38,7 +38,8 @@ def follow(snapshots: Iterable[PoolSnapshot]) -> None:
 def _counts(snapshot: PoolSnapshot) -> str:
     tally = snapshot.tally
     by_state = f"{tally.complete} complete, {tally.pruned} pruned, {tally.fail} failed"
-    return f"{tally.ended} of {snapshot.n_trials} trials ({by_state})"
+    by_state += f", {tally.paused} paused" if tally.paused else ""
+    return f"{tally.at_rest} of {snapshot.n_trials} trials ({by_state})"
 
 
 def _best(snapshot: PoolSnapshot) -> str:
@@ -94,6 +95,6 @@ def _view(snapshot: PoolSnapshot) -> Group:
         )
         grid.add_row(*(Text(display.cell(value)) for value in row))
     line = Table.grid(expand=True)  # a bar alone ends without a line break and would swallow the titles below it
-    line.add_row(ProgressBar(total=snapshot.n_trials, completed=snapshot.tally.ended))
+    line.add_row(ProgressBar(total=snapshot.n_trials, completed=snapshot.tally.at_rest))
     headline = f"{_counts(snapshot)}, {duration(snapshot.seconds)}{_best(snapshot)}"
     return Group(Text(headline), line, grid)

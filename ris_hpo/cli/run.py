@@ -59,7 +59,7 @@ def run(
         str | None, typer.Option(help="tpe, gp, cmaes, random, qmc, nsga2.", show_default="the study's")
     ] = None,
     pruner: Annotated[
-        str | None, typer.Option(help="asha, hyperband, median, wilcoxon, none.", show_default="the study's")
+        str | None, typer.Option(help="asha, promotion, hyperband, median, wilcoxon, none.", show_default="the study's")
     ] = None,
     epochs_per_trial: Annotated[
         int | None, typer.Option(min=1, help="Length of a trial in epochs of budget.epoch_scenes scenes.")

@@ -118,7 +118,8 @@ def end_of_run(supervisor: Supervisor, store: Store, name: str) -> None:
         display.print_note(f"stopped by a rule of the study: {supervisor.ending}")
     found = status_of(store, name)
     counts = found.trials
-    if (supervisor.ended and not supervisor.succeeded) or (counts.ended and not counts.complete + counts.pruned):
+    good = counts.complete + counts.pruned + counts.paused
+    if (supervisor.ended and not supervisor.succeeded) or (counts.ended and not good):
         number = supervisor.ended or counts.ended
         causes = ", ".join(f"{count} {cause}" for cause, count in found.causes.items())
         raise WorkerError(

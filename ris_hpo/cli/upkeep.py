@@ -34,7 +34,7 @@ def studies(storage: Storage = None, json_: options.Json = False) -> None:
         (
             entry.study,
             entry.state,
-            f"{entry.trials.ended} of {entry.trials.ended + entry.trials.open}",
+            f"{entry.trials.at_rest} of {entry.trials.asked_for}",
             None if entry.best is None else f"{entry.metric} {display.cell(entry.best)}",
             None if entry.last_activity is None else f"{entry.last_activity:%Y-%m-%d %H:%M}",
             ", ".join(entry.hosts) or None,
@@ -65,7 +65,7 @@ def delete(
     counts = tally(get_study(store, study).get_trials(deepcopy=False))
     folder = find_folder(store, study)
     files = "no folder here" if folder is None else f"{file_size(folder_size(folder))} in {folder}"
-    what = f"study '{study}' in {store.redacted}: {counts.ended + counts.open} trials, {files}"
+    what = f"study '{study}' in {store.redacted}: {counts.asked_for} trials, {files}"
     if dry_run:
         display.print_result(f"would be removed: {what}")
         return

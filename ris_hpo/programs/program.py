@@ -116,7 +116,8 @@ class TrialContext:
             metrics: other values to be shown; ``floor`` is the best score that any program could have.
 
         Returns:
-            True where the trial is pruned: the program should return now.
+            True where the trial is pruned, or paused until it is promoted: the program should save its checkpoint and
+            return. One that was paused and not saved trains again what the checkpoint does not hold.
 
         Raises:
             TypeError: a step that is no whole number, or a score or metric that is no number.

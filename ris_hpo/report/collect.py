@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from scipy import stats
 
 from ris_hpo.scoring.k_loc import WORST_K_LOC
-from ris_hpo.search.counting import Direction, ranked, tally
+from ris_hpo.search.counting import Direction, is_paused, ranked, tally
 from ris_hpo.search.lifecycle import direction_of
 from ris_hpo.store import attributes as names
 from ris_hpo.store.credentials import redact
@@ -81,6 +81,7 @@ class Comparison:
         values: score by number of the trial.
         complete: trials among them that were completed.
         pruned: trials among them that were pruned.
+        paused: trials among them that are paused at a rung.
         diverged: trials among them that diverged; one that did so before the step counts at the worst score.
         left_out: ended trials without a score at the step.
     """
@@ -89,6 +90,7 @@ class Comparison:
     values: dict[int, float]
     complete: int
     pruned: int
+    paused: int
     diverged: int
     left_out: int
 
@@ -165,7 +167,8 @@ class Report:
 def collect(study: optuna.Study, *, with_importances: bool = True) -> Report:
     """Read a study, finished or not; importances take seconds and can be left out."""
     stored = study.get_trials(deepcopy=False)
-    frozen = [trial for trial in stored if trial.state is not TrialState.WAITING and not _withdrawn(trial)]
+    begun = [trial for trial in stored if trial.state is not TrialState.WAITING or is_paused(trial)]
+    frozen = [trial for trial in begun if not _withdrawn(trial)]
     attributes = study.user_attrs
     spec = attributes.get(names.SPEC, {})
     trials = [_trial(trial) for trial in frozen]
@@ -232,7 +235,7 @@ def _trial(trial: FrozenTrial) -> Trial:
     on_gpu = str(device or "").startswith("cuda")
     return Trial(
         number=trial.number,
-        state=trial.state.name.lower(),
+        state="paused" if is_paused(trial) else trial.state.name.lower(),
         value=trial.values[0] if trial.state is TrialState.COMPLETE else None,
         last_value=next((value for _, value in reversed(curve) if math.isfinite(value)), None),
         params=dict(trial.params),
@@ -279,7 +282,7 @@ def _dimension(distribution: BaseDistribution) -> dict[str, Any]:
 
 def _comparison(trials: Sequence[Trial], worst: float | None) -> Comparison:
     """Compare trials at the last step that the most of them reached: the lowest rung they share."""
-    proper = [trial for trial in trials if trial.state in ("complete", "pruned") and trial.diverged is None]
+    proper = [trial for trial in trials if trial.state in ("complete", "pruned", "paused") and trial.diverged is None]
     diverged = [trial for trial in trials if trial.diverged is not None]
     curves = {trial.number: dict(trial.curve) for trial in [*proper, *diverged]}
     reached = Counter(step for trial in proper for step, value in trial.curve if math.isfinite(value))
@@ -300,6 +303,7 @@ def _comparison(trials: Sequence[Trial], worst: float | None) -> Comparison:
         values=values,
         complete=states["complete"],
         pruned=states["pruned"],
+        paused=states["paused"],
         diverged=len(diverged),
         left_out=len(proper) + len(diverged) - len(values),
     )

@@ -95,8 +95,8 @@ def headline(report: Report) -> list[str]:
     """What came out, in sentences."""
     best, base = report.best, report.base
     if best is None or best.value is None:
-        ended = sum(report.counts.get(state, 0) for state in ("complete", "pruned", "fail"))
-        return [f"No trial has completed yet ({ended} ended)."]
+        ended = sum(report.counts.get(state, 0) for state in ("complete", "pruned", "paused", "fail"))
+        return [f"No trial has completed yet ({ended} ended or paused)."]
     text = f"Trial {best.number} scores {report.metric} {best.value:.3f}"
     if report.program is None:
         text += f" on the {report.objective} path"
@@ -126,8 +126,8 @@ def headline(report: Report) -> list[str]:
 def comparison_text(report: Report) -> str:
     """Say which trials and scores the figures of "What mattered" use."""
     compared = report.comparison
-    kinds = [(compared.complete, "complete"), (compared.pruned, "pruned"), (compared.diverged, "diverged")]
-    listed = ", ".join(f"{count} {kind}" for count, kind in kinds if count)
+    kinds = ("complete", "pruned", "paused", "diverged")
+    listed = ", ".join(f"{count} {kind}" for kind in kinds if (count := getattr(compared, kind)))
     if compared.step is None:
         return f"From the final scores of {len(compared.values)} trials ({listed}); none reported a score on its way."
     place = f"{compared.step:,} scenes" if report.program is None else f"step {compared.step:,}"

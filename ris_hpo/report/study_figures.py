@@ -131,11 +131,17 @@ def ruler(figure: Figure, report: Report) -> None:
         axes.text(high - share if lower else low + share, up, text, bbox=behind, **style)
 
 
+def _short(report: Report) -> str:
+    """What trials are called that were not trained to the end."""
+    return "paused" if report.pruner == "promotion" else "pruned"
+
+
 def history(figure: Figure, report: Report) -> None:
     """Draw the score of every trial in the order they were started, and the best so far."""
     lines = levels(report)
     complete = sorted((t.number, t.value) for t in report.trials if t.ranks and t.value is not None)
-    pruned = [(t.number, t.last_value) for t in report.trials if t.state == "pruned" and t.last_value is not None]
+    short = [t for t in report.trials if t.state in ("pruned", "paused")]
+    pruned = [(t.number, t.last_value) for t in short if t.last_value is not None]
     failed = [t.number for t in report.trials if t.state == "fail" or t.diverged is not None]
     (axes,) = drawing.frames(figure, x="trial", y=report.metric, right=drawing.room_for(lines))
     low, high = _bulk(report, [value for _, value in complete + pruned])
@@ -145,7 +151,7 @@ def history(figure: Figure, report: Report) -> None:
     axes.set_ylim(low, high)
     size = 4 if len(report.trials) > 300 else 6
     for points, colour, name in (
-        (pruned, "mute", "pruned, at its last report"),
+        (pruned, "mute", f"{_short(report)}, at its last report"),
         ([(number, worst) for number in failed], "bad", "failed or diverged"),
         (complete, "accent", "complete"),
     ):
@@ -169,8 +175,9 @@ def curves(figure: Figure, report: Report) -> None:
     low, high = curve_range(report)
     steps_axis = "scenes seen" if report.program is None else report.step_unit
     (axes,) = drawing.frames(figure, x=steps_axis, y=report.metric, right=drawing.room_for(lines))
-    for state, colour in (("pruned", "mute"), ("complete", "accent")):
-        chosen = [trial for trial in order if (trial.state == "pruned") == (state == "pruned") and trial is not best]
+    for state, colour in ((_short(report), "mute"), ("complete", "accent")):
+        is_short = colour == "mute"
+        chosen = [trial for trial in order if (trial.state in ("pruned", "paused")) == is_short and trial is not best]
         paths = [_thinned(trial.curve) for trial in chosen]
         if paths:
             axes.add_collection(LineCollection(paths, colors=LIGHT[colour], linewidths=1, alpha=0.7, label=state))

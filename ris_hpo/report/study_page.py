@@ -104,7 +104,7 @@ def note(report: Report) -> str:
         rows.append(("ml reference", f"{ml:.3f}"))
     if report.winner is not None:
         rows.append(("Winner", str(report.winner["verdict"])))
-    ended = ("complete", "pruned", "fail")
+    ended = ["complete", "pruned", "fail", *(["paused"] if report.counts.get("paused") else [])]
     rows.append(("Trials", ", ".join(f"{report.counts.get(state, 0)} {state}" for state in ended)))
     if report.proof:
         rows.append(("Proof", report.proof))

@@ -11,12 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from optuna.trial import TrialState
-
 from ris_hpo.config import SCHEMA, schema_of
 from ris_hpo.errors import StudyError, TrainingDivergedError
 from ris_hpo.programs.program import Program, RequeuedError, TrialContext, load_program
-from ris_hpo.search.counting import lineage_root
+from ris_hpo.search.counting import is_paused, lineage_root
 from ris_hpo.search.lifecycle import get_study, stored_spec
 from ris_hpo.store import attributes as names
 from ris_hpo.store.cache import Store
@@ -72,7 +70,7 @@ def replay(
     Args:
         store: the store.
         study_name: the study.
-        number: the trial; complete, pruned, or failed after at least one report.
+        number: the trial; complete, pruned, paused, or failed after at least one report.
         device: device to run on; the recorded one by default.
         stop: asked between training steps.
 
@@ -85,7 +83,7 @@ def replay(
         raise StudyError(f"study '{study_name}' has no trial {number}: it has {len(trials)}")
     trial = trials[number]
     recorded = trial.intermediate_values
-    if not recorded or trial.state in (TrialState.RUNNING, TrialState.WAITING):
+    if not recorded or not (trial.state.is_finished() or is_paused(trial)):
         raise StudyError(f"trial {number} of study '{study_name}' has no finished curve to compare with")
     spec = stored_spec(study)
     root, given = lineage_root(trial), trial.user_attrs.get(names.SEED)

@@ -1,14 +1,15 @@
 """Exact counting: how many trials a study has, which is the best, when it stops, and who continues a lost trial.
 
 A line is a trial that was asked for with the trials that continue it after faults of machines. A study of N trials has
-N lines, and it has ended when each of them is complete, pruned, or failed for good.
+N lines, and it has ended when each of them is complete, pruned, or failed for good; in a study with promotion also when
+those that are paused stay so (``rungs.next_promotion``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
@@ -16,6 +17,25 @@ from ris_hpo.search.spec import RetrySpec, StopSpec
 from ris_hpo.store import attributes as names
 from ris_hpo.store.attributes import Cause
 from ris_hpo.store.cache import Store, ticket
+
+
+class Counted(Protocol):
+    """What counting needs of a trial."""
+
+    @property
+    def number(self) -> int:
+        """Of the trial in its study."""
+
+    @property
+    def state(self) -> TrialState:
+        """Optuna's."""
+
+    @property
+    def user_attrs(self) -> dict[str, Any]:
+        """Attributes, those of line and rungs at least."""
+
+
+AnyTrial = TypeVar("AnyTrial", bound=Counted)
 
 
 @dataclass(frozen=True)
@@ -28,6 +48,7 @@ class Tally:
     running: int = 0
     waiting: int = 0
     retried: int = 0
+    paused: int = 0
 
     @property
     def ended(self) -> int:
@@ -39,12 +60,22 @@ class Tally:
         """Trials that are running or waiting."""
         return self.running + self.waiting
 
+    @property
+    def at_rest(self) -> int:
+        """Trials that have ended, or are paused."""
+        return self.ended + self.paused
+
+    @property
+    def asked_for(self) -> int:
+        """All trials that the study was given."""
+        return self.at_rest + self.open
+
     def as_dict(self) -> dict[str, int]:
         """Return the counts by name."""
         return asdict(self)
 
 
-def live_trials(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+def live_trials(trials: Iterable[AnyTrial]) -> list[AnyTrial]:
     """Return one trial per line: neither those a successor continues nor tickets that were withdrawn."""
     trials = list(trials)
     continued = {trial.user_attrs[names.PREDECESSOR] for trial in trials if names.PREDECESSOR in trial.user_attrs}
@@ -56,9 +87,15 @@ def live_trials(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
     ]
 
 
+def is_paused(trial: Counted) -> bool:
+    """Say whether a trial waits at a rung, and for a promotion."""
+    return trial.state == TrialState.WAITING and trial.user_attrs.get(names.PAUSED) is not None
+
+
 def tally(trials: Sequence[FrozenTrial]) -> Tally:
     """Count the trials of a study."""
     live = live_trials(trials)
+    paused = sum(map(is_paused, live))
     counts = dict.fromkeys(TrialState, 0)
     for trial in live:
         counts[trial.state] += 1
@@ -70,8 +107,9 @@ def tally(trials: Sequence[FrozenTrial]) -> Tally:
         pruned=counts[TrialState.PRUNED],
         fail=counts[TrialState.FAIL],
         running=counts[TrialState.RUNNING],
-        waiting=counts[TrialState.WAITING],
+        waiting=counts[TrialState.WAITING] - paused,
         retried=len(trials) - len(live) - withdrawn,
+        paused=paused,
     )
 
 
@@ -135,7 +173,7 @@ def fill(
     live = live_trials(store.get_all_trials(study_id, deepcopy=False))
     surplus = len(live) - n_trials
     if surplus > 0:
-        waiting = [trial for trial in live if trial.state == TrialState.WAITING]
+        waiting = [trial for trial in live if trial.state == TrialState.WAITING and not is_paused(trial)]
         # last the ones that hold work: put back half-way, or continuing a lost trial
         waiting.sort(key=lambda trial: (bool(trial.params), -trial.number))
         store.withdraw(study_id, [trial.number for trial in waiting[:surplus]])
@@ -165,8 +203,8 @@ def successor_of(trial: FrozenTrial, cause: Cause, retries: RetrySpec) -> Frozen
         names.RETRIES: times,
         names.INHERITED_STEP: max(inherited, reached),
     }
-    if names.ORIGIN in trial.user_attrs:
-        marks[names.ORIGIN] = trial.user_attrs[names.ORIGIN]
+    of_the_line = (names.ORIGIN, names.RUNGS, names.PROMOTED_AT)
+    marks |= {name: trial.user_attrs[name] for name in of_the_line if name in trial.user_attrs}
     if names.CONFIG_FINGERPRINT in trial.user_attrs:
         # handed on with the parameters: the successor may be lost before it gets to write its own
         handed_on = (names.CONFIG_FINGERPRINT, names.SEED)

@@ -282,6 +282,11 @@ def _change(
         kept = [f"{key} {json.dumps(old[key])} (the file has {json.dumps(differing[key])})" for key in differing]
         note(f"study '{study.study_name}' keeps what it was made with: {', '.join(kept)}")
     changed = stored.replaced(changes)
+    if (rungs := _rungs(changed)) != (before := _rungs(stored)):
+        raise SpaceError(
+            f"study '{study.study_name}' was made with {before}, and cannot go on with {rungs}: its trials would not "
+            "compare; add --fork NEW to start a new one"
+        )
     if changed.metric_names != stored.metric_names:
         raise SpaceError(
             f"study '{study.study_name}' minimises {' and '.join(stored.metric_names)}, the sampler "
@@ -295,6 +300,15 @@ def _change(
         study.set_user_attr(names.SPEC, changed.stored())
     for entry in entries:
         note(f"study '{study.study_name}': {entry['key']} was {entry['old']!r}, is {entry['new']!r} from now on")
+
+
+def _rungs(spec: StudySpec) -> str:
+    """What of a study's pruner cannot change while trials are paused, in words."""
+    pruner = spec.pruner
+    if pruner.name != "promotion":
+        return "no rungs with promotion"
+    first = "" if pruner.first_scenes is None else f" from {pruner.first_scenes}"
+    return f"rungs with promotion{first} by {pruner.reduction}"
 
 
 def _free_name(store: Store, title: str) -> str:

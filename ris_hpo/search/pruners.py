@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Container
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 import optuna
 from optuna.exceptions import ExperimentalWarning
@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ris_hpo.search.counting import lineage_root
 from ris_hpo.search.spec import StudySpec, derived_seed
+from ris_hpo.search.view import View
 
 
 def build_pruner(spec: StudySpec, storage: BaseStorage, *, first_step: int, last_step: int | None) -> BasePruner:
@@ -69,13 +70,15 @@ class StudyPruner(BasePruner):
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         """Say whether the trial should be given up after its last report."""
         step = trial.last_step
-        if self._spec.name == "none" or step is None or step < self._spec.warmup_scenes:
+        if self._spec.name in ("none", "promotion") or step is None or step < self._spec.warmup_scenes:
             return False
         bracket = self.bracket(lineage_root(trial))
-        others: Any = _SomeTrials(
-            self._storage_of_all,
-            lambda other: other.state != TrialState.FAIL and self.bracket(lineage_root(other)) == bracket,
-        )
+
+        def compared_with(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+            proper = (other for other in trials if other.state != TrialState.FAIL)
+            return [other for other in proper if self.bracket(lineage_root(other)) == bracket]
+
+        others: Any = View(self._storage_of_all, compared_with)
         compared = optuna.load_study(study_name=study.study_name, storage=others, sampler=RandomSampler(0))
         pruned = self._inner(bracket).prune(compared, trial)
         # asked before patience is looked at, since asking is what registers the trial on its rung
@@ -101,22 +104,3 @@ class StudyPruner(BasePruner):
         curve = [self._sign * trial.intermediate_values[step] for step in sorted(trial.intermediate_values)]
         earlier, recent = curve[: -self._spec.patience], curve[-self._spec.patience :]
         return not earlier or min(recent) < min(earlier)
-
-
-class _SomeTrials:
-    """A storage that shows a pruner only the trials to compare with: those of one bracket that have not failed."""
-
-    def __init__(self, storage: BaseStorage, keep: Callable[[FrozenTrial], bool]) -> None:
-        self._all = storage
-        self._keep = keep
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._all, name)
-
-    def get_all_trials(
-        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
-    ) -> list[FrozenTrial]:
-        return [trial for trial in self._all.get_all_trials(study_id, deepcopy, states) if self._keep(trial)]
-
-    def get_best_trial(self, study_id: int) -> FrozenTrial:
-        return BaseStorage.get_best_trial(cast(BaseStorage, self), study_id)  # its own look at all trials, kept ones

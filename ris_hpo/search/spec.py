@@ -50,13 +50,19 @@ class SamplerSpec(Spec):
 
 
 class PrunerSpec(Spec):
-    """When a trial is given up. All lengths are scenes seen, so that batch sizes and phases compare."""
+    """When a trial is given up, or paused. All lengths are scenes seen, so that batch sizes and phases compare."""
 
-    name: Literal["asha", "hyperband", "median", "wilcoxon", "none"] = Field(default="asha", description="rule")
-    first_scenes: int | None = Field(
-        default=None, ge=1, description="scenes at the first rung of asha and hyperband; unset: one validation interval"
+    name: Literal["asha", "promotion", "hyperband", "median", "wilcoxon", "none"] = Field(
+        default="asha", description="rule; promotion pauses trials at rungs and goes on with the best, the others stop"
     )
-    reduction: int = Field(default=3, ge=2, description="asha and hyperband keep one in so many trials at each rung")
+    first_scenes: int | None = Field(
+        default=None,
+        ge=1,
+        description="scenes at the first rung of asha, promotion and hyperband; unset: one validation interval",
+    )
+    reduction: int = Field(
+        default=3, ge=2, description="asha, promotion and hyperband keep one in so many trials at each rung"
+    )
     startup: int = Field(default=5, ge=0, description="trials that end before median and wilcoxon prune any")
     warmup_scenes: int = Field(default=0, ge=0, description="scenes before which no trial is pruned")
     patience: int = Field(
@@ -156,6 +162,16 @@ class StudySpec(Spec):
             raise ValueError("score, direction and worst are those of a program of your own; set program too")
         if self.sampler.name == "nsga2" and self.pruner.name != "none":
             raise ValueError("nsga2 has two objectives, and no pruner works with two; set pruner.name to 'none'")
+        if self.pruner.name == "promotion":
+            if self.sampler.name in ("gp", "cmaes"):
+                raise ValueError(
+                    f"{self.sampler.name} learns from completed trials alone, and promotion completes few; "
+                    "choose another sampler or pruner"
+                )
+            if self.pruner.warmup_scenes or self.pruner.patience:
+                raise ValueError(
+                    "pruner.warmup_scenes and pruner.patience belong to pruners that stop trials; promotion pauses them"
+                )
         return self
 
     @property

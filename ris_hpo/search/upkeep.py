@@ -65,7 +65,7 @@ def _entry(store: Store, name: str) -> StudyEntry:
     trials = study.get_trials(deepcopy=False)
     counts = tally(trials)
     times = [time for trial in trials for time in (trial.datetime_start, trial.datetime_complete) if time is not None]
-    state: State = "ended" if counts.ended else "empty"
+    state: State = "ended" if counts.at_rest else "empty"
     if counts.open:
         state = "running" if counts.running else "waiting"
     best = best_trial(trials, direction_of(study))

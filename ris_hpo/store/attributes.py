@@ -47,6 +47,14 @@ DEVICE: Final = "device"
 THREADS: Final = "threads"
 """Torch threads of the worker; a curve repeats bit for bit only under the same number."""
 
+# -- rungs of a study with promotion ---------------------------------------------------------------------------------
+RUNGS: Final = "rungs"
+"""Scores at the rungs that the line has reached, the first one first; see ``search.rungs``."""
+PAUSED: Final = "paused"
+"""Index of the rung at which a waiting trial is paused; None where it runs, or waits to be taken up."""
+PROMOTED_AT: Final = "promoted_at"
+"""When the line was promoted from each rung, the first one first: seconds since 1970 by the clock of the worker."""
+
 # -- the owner of a trial, and failures ------------------------------------------------------------------------------
 OWNER: Final = "owner"
 """Text of the ``Owner`` that claimed the trial, written in the transaction that claims it."""
@@ -123,6 +131,6 @@ RETRIED_CAUSES: Final = frozenset({Cause.LOST_WORKER, Cause.TIMEOUT, Cause.OUT_O
 OF_THE_SERVICE: Final = frozenset(
     {CONFIG_FINGERPRINT, SEED, SCENES, SECONDS, SCENES_PER_SECOND, PEAK_MEMORY, HOST, DEVICE, THREADS}
     | {METRICS, DIVERGED, OWNER, CAUSE, ERROR, TRACEBACK, LAST_STEP, PREEMPTIONS, RELEASED_BY, FIGURES_MISSING}
-    | {LINEAGE, PREDECESSOR, ATTEMPT, ORIGIN, RETRIES, INHERITED_STEP}
+    | {LINEAGE, PREDECESSOR, ATTEMPT, ORIGIN, RETRIES, INHERITED_STEP, RUNGS, PAUSED, PROMOTED_AT}
 )
 """Attributes of a trial that a training program cannot write."""

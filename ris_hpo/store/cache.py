@@ -18,7 +18,7 @@ from ris_hpo.store import attributes as names
 from ris_hpo.store import folders
 from ris_hpo.store.credentials import redact
 from ris_hpo.store.retry import retried
-from ris_hpo.store.tickets import GONE, Claim, Seen, TicketStorage
+from ris_hpo.store.tickets import GONE, Claim, Promote, Seen, TicketStorage
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -54,8 +54,9 @@ class Store(BaseStorage):
     """Optuna's storage over ``TicketStorage``, with its ticket transactions.
 
     Every call outlives a server that is away for a while. Trials are kept once read: a finished one never changes, and
-    a ticket that nobody ever took has not changed either, so that a look at a thousand trials is one short query and
-    the few that are running. Optuna's own cache would read all waiting trials again on each look.
+    a ticket that nobody ever took, or a trial that is still paused at the same rung, has not changed either, so that a
+    look at a thousand trials is one short query and the few that are running. Optuna's own cache would read all waiting
+    trials again on each look.
 
     A study or trial that is not there, or not any more, is a ``StudyGoneError``.
     """
@@ -221,7 +222,11 @@ class Store(BaseStorage):
             known = self._forget(study_id)
             identity, now = self.tickets.trial_states(study_id, known.newest)
         known.identity = identity
-        untouched = {number for number, seen in now.items() if seen.state is TrialState.WAITING and not seen.begun}
+        untouched = {
+            number
+            for number, seen in now.items()
+            if seen.state is TrialState.WAITING and (not seen.begun or seen.paused is not None)
+        }
         stale = {number for number in now if number not in untouched or known.seen.get(number) != now[number]}
         stale |= {  # ended since the last look
             number for number, seen in known.seen.items() if not seen.state.is_finished() and number not in now
@@ -241,7 +246,8 @@ class Store(BaseStorage):
             if number not in ids:
                 continue  # made after the first look
             known.trials[number] = trial
-            known.seen[number] = Seen(ids[number], trial.state, trial.datetime_start is not None)
+            paused = trial.user_attrs.get(names.PAUSED)
+            known.seen[number] = Seen(ids[number], trial.state, trial.datetime_start is not None, paused)
             known.newest = max(known.newest, ids[number])
             if trial.state.is_finished():
                 self._finished[ids[number]] = trial
@@ -252,11 +258,11 @@ class Store(BaseStorage):
         """See ``TicketStorage.fill``."""
         return int(retried(self.tickets.fill)(study_id, tickets))
 
-    def claim(self, study_id: int, owner: str) -> int | None:
+    def claim(self, study_id: int, owner: str, promote: Promote | None = None) -> int | None:
         """See ``TicketStorage.claim``; the number of the trial."""
         known = self._studies.get(study_id)
         identity = known.identity if known is not None and known.in_use else None
-        claim: Claim | None = retried(self.tickets.claim)(study_id, owner, identity)
+        claim: Claim | None = retried(self.tickets.claim)(study_id, owner, identity, promote)
         if claim is None:
             return None
         self._owners = {claim.trial_id: owner}  # a worker has one trial at a time

@@ -4,6 +4,11 @@ A ticket is a WAITING trial. ``fill`` gives a study its tickets, ``claim`` hands
 name on it, ``release`` puts it back, ``retire`` fails a trial and queues its successor. Each is one transaction, and
 each may be repeated after an acknowledgement was lost on the way.
 
+A paused trial is a WAITING one with the attribute ``paused``. Nobody claims it until the rule of promotion that
+``claim`` is given names it: choice and claim are one transaction, so that each promotion follows from the trials as
+they stand, and two workers never promote the same one. To Optuna, whose ended trials are final, it is a trial that was
+begun and put back.
+
 Why not a ticket table of our own: a claim, an end and a successor change a ticket and Optuna's trial together. Two
 tables in two transactions would need a repair for every crash between them, and an outside reader (dashboard, SQL, an
 older version) would see trials that are running twice or not at all. So Optuna's trials are the tickets, and its own
@@ -26,6 +31,7 @@ import json
 import os
 import secrets
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -64,6 +70,7 @@ _TRIALS = sqlalchemy.table(
 )
 _MARKS = sqlalchemy.table("trial_user_attributes", column("trial_id"), column("key"), column("value_json"))
 _BEATS = sqlalchemy.table("trial_heartbeats", column("trial_id"), column("heartbeat", sqlalchemy.DateTime))
+_STANDING: Final = (names.RUNGS, names.PAUSED, names.PREDECESSOR, names.CAUSE, names.DIVERGED)
 _IDENTITY = sqlalchemy.select(_STUDY_MARKS.c.value_json).where(_STUDY_MARKS.c.key == names.IDENTITY)
 
 
@@ -74,6 +81,21 @@ class Seen:
     trial_id: int
     state: TrialState
     begun: bool
+    paused: int | None
+    """Rung at which a waiting trial is paused."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A trial in what promotion depends on: its state, and the attributes that tell of its line and its rungs."""
+
+    number: int
+    state: TrialState
+    user_attrs: dict[str, Any]
+
+
+Promote = Callable[[list[Standing]], int | None]
+"""Chooses the paused trial that goes on now, given all trials of the study; None where none should."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +295,7 @@ class TicketStorage(_Transactions):
                 _TRIALS.c.trial_id,
                 _TRIALS.c.state,
                 _TRIALS.c.datetime_start,
+                _attribute(names.PAUSED).label("paused"),
                 _IDENTITY.where(_STUDY_MARKS.c.study_id == study_id).scalar_subquery().label("identity"),
             )
             .select_from(_STUDIES.outerjoin(_TRIALS, wanted))
@@ -283,7 +306,10 @@ class TicketStorage(_Transactions):
         if not rows:
             raise StudyGoneError(GONE)
         trials = (row for row in rows if row.trial_id is not None)
-        seen = {row.number: Seen(row.trial_id, row.state, row.datetime_start is not None) for row in trials}
+        seen = {
+            row.number: Seen(row.trial_id, row.state, row.datetime_start is not None, _loaded(row.paused))
+            for row in trials
+        }
         return _loaded(rows[0].identity), seen
 
     def heartbeats(self, study_id: int) -> dict[int, datetime]:
@@ -320,15 +346,19 @@ class TicketStorage(_Transactions):
                 connection.execute(sqlalchemy.insert(_TRIALS), blank)
         return len(missing)
 
-    def claim(self, study_id: int, owner: str, identity: str | None = None) -> Claim | None:
+    def claim(
+        self, study_id: int, owner: str, identity: str | None = None, promote: Promote | None = None
+    ) -> Claim | None:
         """Take the first waiting trial and put ``owner`` on it; None when nothing waits.
 
-        Successors of lost trials come before new ones, so that what was begun is finished.
+        Successors of lost trials come first, then trials that were put back, so that what was begun is finished. Then
+        comes a paused trial that is to be promoted, and new ones last.
 
         Args:
             study_id: the study.
             owner: new for each claim: finding it on a running trial means that an earlier attempt did commit.
             identity: of the study, where it is known. SQLite gives the id of a deleted study to the next one.
+            promote: chooses among paused trials; None where there are none.
 
         Raises:
             StudyGoneError: the study has another identity.
@@ -343,24 +373,35 @@ class TicketStorage(_Transactions):
         )
         of_trial = _MARKS.c.trial_id == _TRIALS.c.trial_id
         continued = sqlalchemy.exists().where(of_trial, _MARKS.c.key == names.PREDECESSOR)
+        paused = sqlalchemy.exists().where(of_trial, _MARKS.c.key == names.PAUSED, _MARKS.c.value_json != "null")
+        begun = sqlalchemy.or_(continued, _TRIALS.c.datetime_start.is_not(None))
         waiting = (
-            chosen.where(of_study, _TRIALS.c.state == TrialState.WAITING)
-            .order_by(continued.desc(), _TRIALS.c.number)
+            chosen.add_columns(begun.label("begun"))
+            .where(of_study, _TRIALS.c.state == TrialState.WAITING, ~paused)
+            .order_by(continued.desc(), begun.desc(), _TRIALS.c.number)
             .limit(1)
             .with_for_update(skip_locked=True, of=_TRIALS)  # left out on SQLite, where the whole file is ours already
         )
-        with self.transaction() as connection:
+        with self.transaction(None if promote is None else study_id) as connection:
             if identity is not None:
                 found = connection.scalar(_IDENTITY.where(_STUDY_MARKS.c.study_id == study_id))
                 if _loaded(found) != identity:
                     raise StudyGoneError(GONE)
             row = connection.execute(held).one_or_none()
+            if row is not None:
+                return Claim(row.number, row.trial_id)
+            row = connection.execute(waiting).one_or_none()
+            marks: dict[str, Any] = {names.OWNER: owner}
+            if promote is not None and not (row is not None and row.begun):
+                number = promote(_standings(connection, study_id))
+                if number is not None:
+                    row = self._locked(connection, study_id, number)
+                    times = _mark(connection, row.trial_id, names.PROMOTED_AT) or []
+                    marks |= {names.PAUSED: None, names.PROMOTED_AT: [*times, round(time.time(), 3)]}
             if row is None:
-                row = connection.execute(waiting).one_or_none()
-                if row is None:
-                    return None
-                self.set_trial_state_values(row.trial_id, TrialState.RUNNING)
-                _put(connection, row.trial_id, {names.OWNER: owner})
+                return None
+            self.set_trial_state_values(row.trial_id, TrialState.RUNNING)
+            _put(connection, row.trial_id, marks)
             return Claim(row.number, row.trial_id)
 
     def release(self, study_id: int, number: int, owner: str | None, marks: Mapping[str, Any]) -> bool:
@@ -437,13 +478,34 @@ class TicketStorage(_Transactions):
             _put(connection, row.trial_id, marks)
 
     def _locked(self, connection: Connection, study_id: int, number: int) -> Any:
-        query: Select[Any] = sqlalchemy.select(_TRIALS.c.trial_id, _TRIALS.c.state).where(
+        query: Select[Any] = sqlalchemy.select(_TRIALS.c.number, _TRIALS.c.trial_id, _TRIALS.c.state).where(
             _TRIALS.c.study_id == study_id, _TRIALS.c.number == number
         )
         row = connection.execute(query.with_for_update()).one_or_none()
         if row is None:
             raise StudyGoneError(GONE)
         return row
+
+
+def _attribute(key: str) -> Any:
+    """The value of one attribute of each row of ``_TRIALS``."""
+    of_trial = sqlalchemy.and_(_MARKS.c.trial_id == _TRIALS.c.trial_id, _MARKS.c.key == key)
+    return sqlalchemy.select(_MARKS.c.value_json).where(of_trial).correlate(_TRIALS).scalar_subquery()
+
+
+def _standings(connection: Connection, study_id: int) -> list[Standing]:
+    """Read all trials of a study, by number, in what promotion depends on."""
+    trials = sqlalchemy.select(_TRIALS.c.number, _TRIALS.c.state).where(_TRIALS.c.study_id == study_id)
+    found = {row.number: Standing(row.number, row.state, {}) for row in connection.execute(trials)}
+    marks = (
+        sqlalchemy.select(_TRIALS.c.number, _MARKS.c.key, _MARKS.c.value_json)
+        .join_from(_TRIALS, _MARKS, _MARKS.c.trial_id == _TRIALS.c.trial_id)
+        .where(_TRIALS.c.study_id == study_id, _MARKS.c.key.in_(_STANDING))
+    )
+    for row in connection.execute(marks):
+        if row.number in found:  # PostgreSQL may have seen a trial begin between the two
+            found[row.number].user_attrs[row.key] = _loaded(row.value_json)
+    return [found[number] for number in sorted(found)]
 
 
 def _holds(connection: Connection, row: Any, owner: str | None) -> bool:

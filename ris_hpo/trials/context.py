@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial
 from ris_hpo.config import Spec
 from ris_hpo.programs.program import Program, TrialContext
 from ris_hpo.search.pruners import build_pruner
+from ris_hpo.search.rungs import rung_steps
 from ris_hpo.search.spec import StudySpec
 from ris_hpo.store import attributes as names
 from ris_hpo.store.cache import Store
@@ -94,6 +95,9 @@ class StudyTrial(TrialContext):
     ) -> None:
         super().__init__(config.model_dump(mode="json"), directory, seed=seed, device=environment.device)
         self.pruned = False
+        self.rungs: list[float] = claimed.user_attrs.get(names.RUNGS) or []
+        self.is_at_rung = False
+        self._first_step = 1
         self.last_score: float | None = None
         self._environment, self._spec, self._trial, self._record = environment, environment.spec, trial, record
         self._stored = set(claimed.intermediate_values)
@@ -108,7 +112,7 @@ class StudyTrial(TrialContext):
     def plan(self, first_step: int, last_step: int | None) -> None:
         """See ``TrialContext.plan``."""
         self._planned = True
-        self._last_step = last_step
+        self._first_step, self._last_step = first_step, last_step
         self._trial.study.pruner = build_pruner(
             self._spec, self._environment.store, first_step=first_step, last_step=last_step
         )
@@ -139,9 +143,26 @@ class StudyTrial(TrialContext):
                 memory_bytes=_memory(self.device),
             )
         )
+        if self._reaches_rung(step):
+            self.is_at_rung = True
+            self.rungs = [*self.rungs, value]
+            return True
         # at the last step there is nothing left to save
         self.pruned = verdict and step >= self._resumed_at and step != self._last_step
         return self.pruned
+
+    def _reaches_rung(self, step: int) -> bool:
+        """Say whether the trial is to be paused: at the first report at or above the next rung of its line.
+
+        It does not matter whether the step was reported before: its worker may have been lost between the report and
+        the pause.
+        """
+        pruner, reached = self._spec.pruner, len(self.rungs)
+        if pruner.name != "promotion" or step == self._last_step or self.is_at_rung:
+            return False
+        first = max(pruner.first_scenes or self._first_step, self._first_step)
+        steps = rung_steps(first, self._last_step, pruner.reduction, reached + 1)
+        return len(steps) > reached and step >= steps[reached]
 
     def finite(self, score: float) -> float:
         """See ``StudySpec.finite``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -93,6 +93,16 @@ class TrialRecord:
         if preempted:
             attributes[names.PREEMPTIONS] = self._preemptions + 1
         return self._store.release(self._study_id, self._number, self._owner, attributes)
+
+    def pause(self, rungs: Sequence[float], attributes: Mapping[str, Any]) -> bool:
+        """Pause the trial at the last of ``rungs``; False when it was declared lost.
+
+        Args:
+            rungs: the line's scores at the rungs it has reached.
+            attributes: what else to write.
+        """
+        marks = {**attributes, names.RUNGS: list(rungs), names.PAUSED: len(rungs) - 1}
+        return self._store.release(self._study_id, self._number, self._owner, marks)
 
     def fail(self, error: BaseException) -> Cause | None:
         """Fail the trial for an exception, and queue its successor where the cause is retried.

@@ -1,4 +1,4 @@
-"""One trial: parameters -> frozen run configuration -> training program -> complete, pruned, failed or put back.
+"""One trial: parameters -> frozen run configuration -> training program -> complete, pruned, paused, failed, put back.
 
 ``run_trial`` turns every way a trial can end into a state of the store. The program sees it as a ``StudyTrial``.
 """
@@ -20,7 +20,9 @@ from ris_hpo.config import Spec
 from ris_hpo.errors import CheckpointError, StoreError, StudyGoneError, TrainingDivergedError, WorkerError
 from ris_hpo.programs.program import RequeuedError, as_number
 from ris_hpo.search.counting import lineage_root
+from ris_hpo.search.rungs import as_samplers_see
 from ris_hpo.search.samplers import build_sampler
+from ris_hpo.search.view import View
 from ris_hpo.store import attributes as names
 from ris_hpo.store.attributes import Cause
 from ris_hpo.store.owner import Owner
@@ -35,11 +37,11 @@ from ris_hpo.trials.record import TrialRecord
 class Outcome:
     """How a trial ended.
 
-    ``requeued``: stopped half-way, checkpointed and put back. ``fenced``: it was declared lost while this worker was
-    silent, and belongs to a successor now.
+    ``paused``: it has reached a rung, and goes on when it is promoted. ``requeued``: stopped half-way, checkpointed and
+    put back. ``fenced``: it was declared lost while this worker was silent, and belongs to a successor now.
     """
 
-    state: Literal["complete", "pruned", "failed", "requeued", "fenced"]
+    state: Literal["complete", "pruned", "paused", "failed", "requeued", "fenced"]
     number: int
     value: float | None = None
     cause: Cause | None = None
@@ -73,7 +75,8 @@ def run_trial(environment: TrialEnvironment, number: int, owner: Owner) -> Outco
     with heartbeat(store, study_id, number, record.seconds):
         # a fresh study for each trial, since Optuna keeps the list of trials that it saw during the last one
         name, sampler = store.get_study_name_from_id(study_id), build_sampler(spec, lineage_root(claimed))
-        study = optuna.load_study(study_name=name, storage=store, sampler=sampler, pruner=NopPruner())
+        seen: Any = View(store, as_samplers_see)
+        study = optuna.load_study(study_name=name, storage=seen, sampler=sampler, pruner=NopPruner())
         trial = optuna.Trial(study, trial_id)
         try:
             outcome = _Attempt(environment, claimed, trial, owner, record).run()
@@ -164,6 +167,9 @@ class _Attempt:
         number = self.trial.number
         try:
             returned = self.environment.program.train(context)
+            if context.is_at_rung:
+                is_ours = self.record.pause(context.rungs, context.attributes())
+                return Outcome("paused" if is_ours else "fenced", number, value=context.last_score)
             if context.pruned:
                 self.record.finish(self.trial, TrialState.PRUNED, None, context.attributes())
                 return Outcome("pruned", number, value=context.last_score)

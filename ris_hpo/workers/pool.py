@@ -175,7 +175,7 @@ class WorkerPool:
 
     Attributes:
         places: the slots and their workers.
-        succeeded: trials that were completed or pruned here.
+        succeeded: trials that were completed, pruned or paused here.
         messages: what happened, one line each, for whoever takes them out.
     """
 
@@ -208,7 +208,7 @@ class WorkerPool:
 
     @property
     def ended(self) -> int:
-        """Trials that ended here: completed, pruned or failed."""
+        """Trials that ended here: completed, pruned, paused or failed."""
         return sum(place.ended for place in self.places)
 
     @property
@@ -327,8 +327,8 @@ class WorkerPool:
         if error:
             cause = "" if outcome.cause is None else f"{outcome.cause.value}: "
             self.messages.append(f"trial {outcome.number}: {cause}{error}")
-        place.ended += outcome.state in ("complete", "pruned", "failed")
-        if outcome.state in ("complete", "pruned"):
+        place.ended += outcome.state in ("complete", "pruned", "paused", "failed")
+        if outcome.state in ("complete", "pruned", "paused"):
             self.succeeded += 1
             place.failures = self._failures = 0
         if outcome.cause is Cause.BUG:

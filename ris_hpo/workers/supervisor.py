@@ -18,6 +18,7 @@ from optuna.study import Study
 from ris_hpo.process import StopSignals
 from ris_hpo.search import counting
 from ris_hpo.search.lifecycle import stored_spec
+from ris_hpo.search.rungs import next_promotion
 from ris_hpo.search.status import BestTrial, summarise_best
 from ris_hpo.store.cache import Store
 from ris_hpo.store.folders import finish_removals
@@ -64,7 +65,7 @@ class Supervisor:
     Attributes:
         ending: after ``run()``: ``finished``, ``interrupted``, ``max_trials``, or the stop rule that applied.
         ended: after ``run()``: trials that ended here, whatever became of them.
-        succeeded: after ``run()``: those of them that were completed or pruned.
+        succeeded: after ``run()``: those of them that were completed, pruned or paused.
     """
 
     def __init__(
@@ -154,7 +155,8 @@ class Supervisor:
         pool.messages.extend(f"trial {number}: its worker is gone or silent" for number in lost)
         trials, now = pool.trials(), time.monotonic()
         counts = counting.tally(trials)
-        if counts.open == 0:
+        is_promoted = next_promotion(trials, self._spec) is not None
+        if counts.open == 0 and not is_promoted:
             if self._finished_since is None:
                 self._finished_since = now
             # a worker that does not leave by itself is stuck, and has nothing left to lose
@@ -165,7 +167,7 @@ class Supervisor:
         self.ending = counting.stop_reason(self._spec.stop, trials, now - self._begun, self._spec.direction)
         if self.ending is None and pool.has_reached_limit:
             self.ending = "max_trials"
-        elif counts.waiting > 0:
+        elif counts.waiting > 0 or is_promoted:
             pool.reopen()
 
     def _snapshot(self, pool: WorkerPool) -> PoolSnapshot:
@@ -175,7 +177,7 @@ class Supervisor:
         pool.messages.clear()
         return PoolSnapshot(
             study=self._study.study_name,
-            n_trials=counts.ended + counts.open,
+            n_trials=counts.asked_for,
             tally=counts,
             best=summarise_best(counting.best_trial(trials, self._spec.direction)),
             workers=pool.views(),

@@ -18,19 +18,21 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import optuna
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.study import Study
-from optuna.trial import TrialState
 
 from ris_hpo.atomic import make_folder
 from ris_hpo.errors import DeviceError, OutputError, RisHpoError, StoreError
 from ris_hpo.process import StopSignals, storage_directory
 from ris_hpo.programs.program import load_program
+from ris_hpo.search.counting import tally
 from ris_hpo.search.lifecycle import check_version, get_study, stored_spec
+from ris_hpo.search.rungs import next_promotion
 from ris_hpo.store.attributes import Cause
 from ris_hpo.store.cache import Store
 from ris_hpo.store.folders import ARTIFACTS, study_folder
@@ -108,7 +110,7 @@ def job_for(
 
 @dataclass(frozen=True)
 class WorkerReport:
-    """What a worker did: trials that ended (completed, pruned or failed), trials put back, and why it left."""
+    """What a worker did: trials that ended here (completed, pruned, paused or failed), trials put back, why it left."""
 
     ended: int
     requeued: int
@@ -145,7 +147,9 @@ def run_worker(
         check_version(study)
         study_id = store.get_study_id_from_name(job.study)
         environment = _environment(job, store, study, study_id, stop, notify)
-        process = this_process()
+        spec, process = environment.spec, this_process()
+        pauses = spec.pruner.name == "promotion"
+        promote = partial(next_promotion, spec=spec)
         notify(Ready(str(Owner(process, 0))))
         ended = requeued = 0
         wait = _SHORTEST_WAIT_S
@@ -154,13 +158,14 @@ def run_worker(
                 return WorkerReport(ended, requeued, Reason.STOPPED)
             if job.max_trials is not None and ended >= job.max_trials:
                 return WorkerReport(ended, requeued, Reason.LIMIT)
-            left = store.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
-            if not left:
+            trials = store.get_all_trials(study_id, deepcopy=False)
+            counts = tally(trials)
+            # no claim where nothing waits: it locks the SQLite file, and one stopped meanwhile would keep it locked
+            is_work = counts.waiting > 0 or promote(trials) is not None
+            if not is_work and not counts.running:
                 return WorkerReport(ended, requeued, Reason.DONE)
             owner = Owner(process, claim)
-            # no claim where nothing waits: it locks the SQLite file, and one stopped meanwhile would keep it locked
-            waiting = any(trial.state is TrialState.WAITING for trial in left)
-            number = store.claim(study_id, str(owner)) if waiting else None
+            number = store.claim(study_id, str(owner), promote if pauses else None) if is_work else None
             if number is None:
                 time.sleep(wait)
                 wait = min(1.5 * wait, _LONGEST_WAIT_S)
@@ -169,7 +174,7 @@ def run_worker(
             outcome = run_trial(environment, number, owner)
             notify(outcome)
             requeued += outcome.state == "requeued"
-            ended += outcome.state in ("complete", "pruned", "failed")
+            ended += outcome.state in ("complete", "pruned", "paused", "failed")
             if outcome.state == "failed" and outcome.cause is not Cause.DIVERGED:
                 reason = Reason.OUT_OF_MEMORY if outcome.cause is Cause.OUT_OF_MEMORY else Reason.BUG
                 return WorkerReport(ended, requeued, reason, outcome.error or "")

@@ -117,7 +117,7 @@ def pruner_of(storage: InMemoryStorage, **pruner: Any) -> StudyPruner:
     return made
 
 
-@pytest.mark.parametrize("name", [name for name in PRUNERS if name != "none"])
+@pytest.mark.parametrize("name", [name for name in PRUNERS if name not in ("none", "promotion")])
 def test_every_pruner_prunes_the_bad_and_spares_the_good(
     name: str, storage: InMemoryStorage, study: optuna.Study
 ) -> None:
