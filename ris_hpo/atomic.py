@@ -1,9 +1,10 @@
-"""Files that are there whole or not at all."""
+"""Files and folders that are there whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -78,6 +79,31 @@ def write_text(path: Path, text: str) -> None:
     """
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Fill a folder under a temporary name beside ``path``; it takes the name of ``path`` when all went well.
+
+    Args:
+        path: a folder that does not exist yet.
+
+    Yields:
+        The temporary folder; whatever happens inside, it is gone afterwards.
+
+    Raises:
+        OutputError: the path exists already, or cannot be written.
+    """
+    if path.exists():
+        raise OutputError(f"{path}: already there; name a new folder")
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with writing(path):
+            partial.mkdir()
+            yield partial
+            partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def make_folder(path: Path) -> Path:

@@ -38,8 +38,11 @@ NumSources = Annotated[
 
 
 def simulate(
-    out: Annotated[Path, typer.Option(help="The scene file to write, .npz.")],
+    out: Annotated[Path, typer.Option(help="The scene file to write: .npz, .mat, .h5; with --per-file a new folder.")],
     num_scenes: Annotated[int, typer.Option(min=1, help="How many scenes.")] = 1000,
+    per_file: Annotated[
+        int | None, typer.Option(min=1, help="Write files of so many scenes, which are read as one.")
+    ] = None,
     seed: options.Seed = 0,
     num_sources: Annotated[int | None, typer.Option(min=0, help="Sources in every scene; else drawn.")] = None,
     snr_db: Annotated[
@@ -54,30 +57,43 @@ def simulate(
     """Draw scenes with known truth into a file. Scene i depends on the scene settings, the seed and i alone."""
     import torch
 
+    from ris_hpo.atomic import new_folder
+    from ris_hpo.physics.containers import SUFFIXES
     from ris_hpo.physics.device import find_device
     from ris_hpo.physics.files import save_scenes
-    from ris_hpo.physics.scene import Scenes, SceneSpec
+    from ris_hpo.physics.scene import SceneSpec
     from ris_hpo.physics.scene import simulate as draw
     from ris_hpo.training.files import load_scene
 
-    path = options.check_output(out, suffix=".npz")
+    if per_file is None:
+        options.check_output(out, suffix=SUFFIXES)
     scene = options.with_surface(load_scene(config) if config else SceneSpec(), surface, "")
     spec = options.changed(scene, set_)
     find_device(device)
     started = time.perf_counter()
-    parts = []
     with display.progress(num_scenes, "scenes") as advance:
-        for first in range(0, num_scenes, CHUNK):
-            index = range(first, min(first + CHUNK, num_scenes))
-            count = None if num_sources is None else torch.full((len(index),), num_sources)
-            snr = None if snr_db is None else torch.full((len(index),), snr_db)
-            parts.append(draw(spec, seed, index, num_sources=count, snr_db=snr, device=device).to("cpu"))
-            advance(index.stop, "")
-    save_scenes(path, Scenes.cat(parts))
+
+        def parts(indices: range) -> Iterator[Scenes]:
+            for first in range(indices.start, indices.stop, CHUNK):
+                index = range(first, min(first + CHUNK, indices.stop))
+                count = None if num_sources is None else torch.full((len(index),), num_sources)
+                snr = None if snr_db is None else torch.full((len(index),), snr_db)
+                yield draw(spec, seed, index, num_sources=count, snr_db=snr, device=device).to("cpu")
+                advance(index.stop, "")
+
+        if per_file is None:
+            save_scenes(out, parts(range(num_scenes)))
+            size = out.stat().st_size
+        else:
+            with new_folder(out) as folder:
+                for number, first in enumerate(range(0, num_scenes, per_file), 1):
+                    indices = range(first, min(first + per_file, num_scenes))
+                    save_scenes(folder / f"scenes-{number:05}.npz", parts(indices))
+            size = sum(file.stat().st_size for file in out.iterdir())
     result = {
-        "file": str(path),
+        "file": str(out),
         "scenes": num_scenes,
-        "bytes": path.stat().st_size,
+        "bytes": size,
         "seconds": round(time.perf_counter() - started, 3),
         "scene_fingerprint": spec.fingerprint(),
         "seed": seed,
@@ -85,8 +101,8 @@ def simulate(
     if json_:
         display.print_json(result)
     else:
-        display.facts("", {**result, "bytes": file_size(path.stat().st_size)})
-        display.print_note(f"next: ris-hpo localize {path} --out estimates.npz")
+        display.facts("", {**result, "bytes": file_size(size)})
+        display.print_note(f"next: ris-hpo localize {out} --out estimates.npz")
 
 
 def train(
@@ -238,7 +254,7 @@ def evaluate(
     scenes: Annotated[
         Path | None,
         typer.Option(
-            help="A scene file with truth, complete or in part.",
+            help="A scene file with truth, complete or in part, or a folder of them.",
             show_default="drawn, --per-cell for each SNR and count",
         ),
     ] = None,
@@ -389,9 +405,9 @@ def prove(
 def localize(
     scenes: Annotated[
         Path,
-        typer.Argument(help="The scene file: npz, MATLAB or HDF5. True positions in it are not used."),
+        typer.Argument(help="A scene file (npz, MATLAB, HDF5), or a folder of them. Truth in it is not used."),
     ],
-    out: Annotated[Path, typer.Option(help="The estimate file to write, .npz.")],
+    out: Annotated[Path, typer.Option(help="The estimate file to write: .npz, .mat or .h5.")],
     checkpoint: Checkpoint = None,
     weights: Weights = None,
     estimator: Estimator = None,
@@ -402,10 +418,11 @@ def localize(
     json_: options.Json = False,
 ) -> None:
     """Find the sources of every scene in a file, by a trained network or a classical estimator."""
+    from ris_hpo.physics.containers import SUFFIXES
     from ris_hpo.physics.device import find_device
     from ris_hpo.physics.files import save_estimates
 
-    target = options.check_output(out, suffix=".npz")
+    target = options.check_output(out, suffix=SUFFIXES)
     find_device(device)
     method = methods.choose(checkpoint, weights, estimator, set_, device, surface=surface)
     wants_truth = num_sources == "truth" or method.needs_truth

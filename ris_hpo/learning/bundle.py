@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, cast
@@ -26,9 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
-from ris_hpo.atomic import replacing
+from ris_hpo.atomic import new_folder, replacing
 from ris_hpo.config import SCHEMA, SCHEMA_KEY, migrated
-from ris_hpo.errors import CheckpointError, ConfigError, OutputError, reading
+from ris_hpo.errors import CheckpointError, ConfigError, reading
 from ris_hpo.learning.inference import InferenceSpec, localize
 from ris_hpo.learning.network import Network, Outputs
 from ris_hpo.learning.settings import NetworkSettings
@@ -102,12 +100,8 @@ def save_bundle(
     Raises:
         OutputError: the path exists already, or cannot be written.
     """
-    if path.exists():
-        raise OutputError(f"{path}: already there; name a new folder")
-    network = network.cpu().eval()
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.mkdir()
+    with new_folder(path) as partial:
+        network = network.cpu().eval()
         with replacing(partial / WEIGHTS) as weights:
             save_file({name: value.contiguous() for name, value in network.state_dict().items()}, weights)
         torch.export.save(_program(network, scene), partial / PROGRAM)
@@ -122,11 +116,6 @@ def save_bundle(
             "provenance": dict(provenance or {}),
         }
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        partial.rename(path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def is_bundle(path: Path) -> bool:

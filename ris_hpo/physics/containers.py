@@ -1,23 +1,26 @@
-"""Named arrays in files: npz archives, MATLAB files (5 and 7.3) and HDF5, read in parts and written whole.
+"""Named arrays in files: npz archives, MATLAB files (5 and 7.3) and HDF5, read and written in parts.
 
 The kind of a file is told from its first bytes, not from its name. Nothing is unpickled. Large arrays are read on
-demand: an array of an uncompressed npz archive is mapped into memory, one of HDF5 is read where it is sliced.
+demand: an array of an npz archive is mapped into memory, behind a temporary file where the archive is compressed; one
+of HDF5 is read where it is sliced. A MATLAB 5 file is held whole.
 """
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol, cast
+from typing import IO, Any, Final, Literal, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ris_hpo.atomic import replacing
-from ris_hpo.errors import SceneFileError, reading
+from ris_hpo.errors import OutputError, SceneFileError, reading
 
 Array = NDArray[Any]
 Kind = Literal["npz", "MATLAB 5", "MATLAB 7.3", "HDF5"]
@@ -26,6 +29,8 @@ SUFFIXES: Final = (".npz", ".mat", ".h5", ".hdf5")
 
 _HDF5_SIGNATURE: Final = b"\x89HDF\r\n\x1a\n"
 _MATLAB_BLOCK: Final = 512  # MATLAB 7.3 is HDF5 behind a text header of this length
+_MATLAB_BYTES: Final = 1 << 31  # an array of MATLAB 5 has fewer
+_HELD_BYTES: Final = 1 << 26  # a compressed array larger than this is unpacked to disk, not to memory
 
 
 class LazyArray(Protocol):
@@ -92,32 +97,88 @@ def open_arrays(path: Path) -> Arrays:
     raise SceneFileError(f"{path}: not a readable npz archive, MATLAB file (5 or 7.3) or HDF5 file")
 
 
-def write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
+def write_arrays(path: Path, parts: Iterable[Mapping[str, Array]], texts: Mapping[str, str] | None = None) -> None:
     """Write named arrays, whole or not at all; the suffix decides: ``.mat`` (MATLAB 5), ``.h5``, ``.hdf5``, else npz.
 
+    Args:
+        path: the file to make or replace.
+        parts: arrays of the same names, which are joined along their first axis. One part is in memory at a time,
+            but for MATLAB 5, which is written in one piece.
+        texts: written beside them.
+
     Raises:
-        OutputError: the file cannot be written; nothing is left behind.
+        OutputError: the file cannot be written, or a part has other names than the first; nothing is left behind.
     """
-    suffix = path.suffix.lower()
+    suffix, texts, parts = path.suffix.lower(), texts or {}, _alike(path, parts)
     with replacing(path) as partial:
         if suffix == ".mat":
-            from scipy.io import savemat
-
-            with partial.open("wb") as stream:
-                savemat(stream, {name: _text_or_array(value) for name, value in arrays.items()}, oned_as="column")
+            _write_matlab(path, partial, parts, texts)
         elif suffix in (".h5", ".hdf5"):
-            import h5py
-
-            with h5py.File(partial, "w") as file:
-                for name, value in arrays.items():
-                    file.create_dataset(name, data=_text_or_array(value))
+            _write_hdf5(partial, parts, texts)
         else:
-            with partial.open("wb") as stream:
-                np.savez(stream, **arrays)  # type: ignore[arg-type]
+            _write_npz(partial, parts, texts)
 
 
-def _text_or_array(value: Array) -> Any:
-    return str(value) if value.dtype.kind == "U" else value
+def _alike(path: Path, parts: Iterable[Mapping[str, Array]]) -> Iterator[Mapping[str, Array]]:
+    first: set[str] | None = None
+    for part in parts:
+        first = set(part) if first is None else first
+        if set(part) != first:
+            differing = ", ".join(sorted(first ^ set(part)))
+            raise OutputError(f"{path}: cannot be written: not every part has {differing}")
+        yield part
+
+
+def _write_matlab(path: Path, partial: Path, parts: Iterable[Mapping[str, Array]], texts: Mapping[str, str]) -> None:
+    from scipy.io import savemat
+
+    pieces = list(parts)
+    joined = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+    largest = max(joined, key=lambda name: joined[name].nbytes)
+    if joined[largest].nbytes >= _MATLAB_BYTES:
+        size = f"'{largest}' takes {joined[largest].nbytes / 2**30:.1f} GiB"
+        raise OutputError(f"{path}: {size}, a MATLAB 5 file holds less than 2 in an array; write .h5 instead")
+    with partial.open("wb") as stream:
+        savemat(stream, {**joined, **texts}, oned_as="column")
+
+
+def _write_hdf5(partial: Path, parts: Iterable[Mapping[str, Array]], texts: Mapping[str, str]) -> None:
+    import h5py
+
+    with h5py.File(partial, "w") as file:
+        for part in parts:
+            for name, value in part.items():
+                if name not in file:
+                    file.create_dataset(name, data=value, maxshape=(None, *value.shape[1:]))
+                    continue
+                dataset = file[name]
+                dataset.resize(len(dataset) + len(value), axis=0)
+                dataset[-len(value) :] = value
+        for name, text in texts.items():
+            file.create_dataset(name, data=text)
+
+
+def _write_npz(partial: Path, parts: Iterable[Mapping[str, Array]], texts: Mapping[str, str]) -> None:
+    """Each array goes to a temporary file first, since the members of an archive are written one after the other."""
+    with tempfile.TemporaryDirectory(prefix=".", dir=partial.parent) as folder:
+        joined: dict[str, tuple[Path, int, Array]] = {}  # the bytes so far, the length, and something of the same type
+        for part in parts:
+            for name, value in part.items():
+                file, length, _ = joined.get(name, (Path(folder) / name, 0, value))
+                with file.open("ab") as stream:
+                    stream.write(np.ascontiguousarray(value).data)
+                joined[name] = (file, length + len(value), value[:0])
+        with zipfile.ZipFile(partial, "w") as archive:
+            for name, (file, length, empty) in joined.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member, file.open("rb") as stream:
+                    header = np.lib.format.header_data_from_array_1_0(empty)
+                    header |= {"shape": (length, *empty.shape[1:]), "fortran_order": False}
+                    np.lib.format.write_array_header_1_0(member, header)
+                    shutil.copyfileobj(stream, member, 1 << 20)
+                file.unlink()
+            for name, text in texts.items():
+                with archive.open(f"{name}.npy", "w") as member:
+                    np.lib.format.write_array(member, np.array(text))
 
 
 @contextmanager
@@ -154,16 +215,25 @@ def _npz_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -
         if dtype.hasobject:
             raise ValueError("it holds Python objects, which are not read")
         header = stream.tell()
+        order: Literal["F", "C"] = "F" if fortran else "C"
+        if member.compress_type != zipfile.ZIP_STORED and member.file_size > _HELD_BYTES:
+            with tempfile.TemporaryFile() as file:  # without a name; the mapped array keeps it
+                _unpack(stream, member, file)
+                return cast(LazyArray, np.memmap(file, dtype, "r", shape=shape, order=order))
         if member.compress_type != zipfile.ZIP_STORED or member.file_size - header == 0:
-            data = stream.read()
-            flat = np.frombuffer(data, dtype, count=int(np.prod(shape, dtype=np.int64)))
-            return cast(LazyArray, flat.reshape(shape, order="F" if fortran else "C"))
-    return cast(
-        LazyArray,
-        np.memmap(
-            path, dtype, "r", offset=_start_of(path, member) + header, shape=shape, order="F" if fortran else "C"
-        ),
-    )
+            flat = np.frombuffer(stream.read(), dtype, count=int(np.prod(shape, dtype=np.int64)))
+            return cast(LazyArray, flat.reshape(shape, order=order))
+    offset = _start_of(path, member) + header
+    return cast(LazyArray, np.memmap(path, dtype, "r", offset=offset, shape=shape, order=order))
+
+
+def _unpack(stream: IO[bytes], member: zipfile.ZipInfo, file: IO[bytes]) -> None:
+    """Copy what is left to read of a member."""
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    if member.file_size > free:
+        raise OSError(f"unpacked '{member.filename}' takes {member.file_size:,} bytes, {free:,} are free for it")
+    shutil.copyfileobj(stream, file, 1 << 20)
+    file.flush()
 
 
 def _start_of(path: Path, member: zipfile.ZipInfo) -> int:

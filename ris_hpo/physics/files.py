@@ -15,9 +15,11 @@ Names, shapes and types are checked when a file is opened, values when they are 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -28,7 +30,7 @@ from torch import Tensor
 from ris_hpo.config import suggestion
 from ris_hpo.errors import ConfigError, SceneFileError
 from ris_hpo.physics.array import Geometry
-from ris_hpo.physics.containers import Array, Arrays, open_arrays, write_arrays
+from ris_hpo.physics.containers import SUFFIXES, Array, Arrays, open_arrays, write_arrays
 from ris_hpo.physics.layouts import TRUTH, Problems, cast_values, fitted
 from ris_hpo.physics.scene import Scenes
 from ris_hpo.physics.sources import Sources
@@ -45,7 +47,7 @@ class SceneFile:
 
     Attributes:
         path: the file.
-        kind: ``npz``, ``MATLAB 5``, ``MATLAB 7.3`` or ``HDF5``.
+        kind: ``npz``, ``MATLAB 5``, ``MATLAB 7.3`` or ``HDF5``, or of which files a folder consists.
         geometry: the surface.
         states_surface: whether the file states it; else the caller's is taken, or the default one is assumed.
         sizes: number of scenes B, snapshots L, antennas M, elements N and, with a truth, slots K.
@@ -57,7 +59,8 @@ class SceneFile:
 
     def __init__(self, arrays: Arrays, geometry: Geometry | None, *, truth: bool = True) -> None:
         self._arrays = arrays
-        self.path, self.kind = arrays.path, arrays.kind
+        self.path: Path = arrays.path
+        self.kind: str = arrays.kind
         problems = Problems(arrays.path)
         self.sizes: dict[str, int] = {}
         self.has_noise_power = "noise_power" in arrays
@@ -153,7 +156,7 @@ class SceneFile:
             SceneFileError: as :meth:`read`, or the file has no noise power.
         """
         if not self.has_noise_power:
-            hint = suggestion("noise_power", list(self._arrays))
+            hint = suggestion("noise_power", self.unused)
             raise SceneFileError(f"{self.path}: array 'noise_power' is missing{hint}")
         return self.read()
 
@@ -168,11 +171,56 @@ class SceneFile:
             yield self.read(start, start + size)
 
 
-def open_scenes(path: Path | str, geometry: Geometry | None = None, *, truth: bool = True) -> SceneFile:
-    """Open a scene file and check names, shapes and types.
+class SceneFolder(SceneFile):
+    """The scene files of a folder, read one after the other in the order of their names as though they were one.
 
     Args:
-        path: npz, MATLAB or HDF5 file as described above.
+        path: the folder.
+        files: opened, at least one.
+
+    Raises:
+        SceneFileError: files of different surfaces or sizes, or of which only some have a truth or a noise power.
+    """
+
+    def __init__(self, path: Path, files: Sequence[SceneFile]) -> None:
+        first = files[0]
+        self.path, self.geometry, self.states_surface = path, first.geometry, first.states_surface
+        self.has_noise_power, self.has_truth = first.has_noise_power, first.has_truth
+        self.kind = f"folder of {len(files)} files, {first.kind}"
+        self._files, self._starts = files, [0]
+        for file in files:
+            for what, mine, firsts in (
+                ("surface", str(file.geometry), str(first.geometry)),
+                ("noise power", file.has_noise_power, first.has_noise_power),
+                ("truth", file.has_truth, first.has_truth),
+                *((f"size {axis}", file.sizes.get(axis), first.sizes.get(axis)) for axis in "LMNK"),
+            ):
+                if mine != firsts:
+                    raise SceneFileError(f"{file.path}: {what} is {mine}, that of {first.path.name} is {firsts}")
+            self._starts.append(self._starts[-1] + len(file))
+        self.sizes = {**first.sizes, "B": self._starts[-1]}
+        self.unused = sorted({name for file in files for name in file.unused})
+        self.remarks = list(dict.fromkeys(remark for file in files for remark in file.remarks))
+
+    def close(self) -> None:
+        """Close the files; scenes that were read stay."""
+        for file in self._files:
+            file.close()
+
+    def read(self, start: int = 0, stop: int | None = None) -> Scenes:
+        """Read scenes ``start`` .. ``stop`` of all files; see :meth:`SceneFile.read`."""
+        stop, parts = len(self) if stop is None else stop, []
+        for file, first in zip(self._files, self._starts, strict=False):
+            if start < first + len(file) and first < stop:
+                parts.append(file.read(max(0, start - first), stop - first))
+        return Scenes.cat(parts) if parts else self._files[0].read(0, 0)
+
+
+def open_scenes(path: Path | str, geometry: Geometry | None = None, *, truth: bool = True) -> SceneFile:
+    """Open a scene file, or a folder of them, and check names, shapes and types.
+
+    Args:
+        path: npz, MATLAB or HDF5 file as described above, or a folder whose files of these kinds are read as one.
         geometry: the surface, used where the file does not say; a file that says otherwise wins. Without either, the
             default surface is assumed if its number of elements fits.
         truth: False leaves aside what the file says of the sources, whatever it is.
@@ -181,7 +229,17 @@ def open_scenes(path: Path | str, geometry: Geometry | None = None, *, truth: bo
         SceneFileError: missing, damaged or of another kind, or arrays that do not fit: one line that lists each with
             what was found and what was expected.
     """
-    arrays = open_arrays(Path(path))
+    path = Path(path)
+    if path.is_dir():
+        places = sorted(each for each in path.iterdir() if each.suffix in SUFFIXES and not each.name.startswith("."))
+        if not places:
+            raise SceneFileError(f"{path}: no file in it ends in {', '.join(SUFFIXES)}")
+        with contextlib.ExitStack() as opened:
+            files = [opened.enter_context(open_scenes(place, geometry, truth=truth)) for place in places]
+            folder = SceneFolder(path, files)
+            opened.pop_all()
+            return folder
+    arrays = open_arrays(path)
     try:
         return SceneFile(arrays, geometry, truth=truth)
     except SceneFileError:
@@ -199,18 +257,29 @@ def load_scenes(path: Path | str, geometry: Geometry | None = None, *, truth: bo
         return file.read_all()
 
 
-def save_scenes(path: Path | str, scenes: Scenes) -> None:
+def save_scenes(path: Path | str, scenes: Scenes | Iterable[Scenes]) -> None:
     """Write scenes, with truth, symbols and geometry where they are known; the suffix decides the kind of file.
+
+    Args:
+        path: the file to make or replace.
+        scenes: a batch, or batches of one kind one after the other, so that a file may be larger than memory.
 
     Raises:
         OutputError: the file cannot be written; nothing is left behind.
     """
+    parts = iter([scenes] if isinstance(scenes, Scenes) else scenes)
+    first = next(parts)
+    surface = json.dumps(first.geometry.model_dump(mode="json"), sort_keys=True)
+    arrays = (_scene_arrays(part) for part in itertools.chain([first], parts))
+    write_arrays(Path(path), arrays, {"geometry_json": surface})
+
+
+def _scene_arrays(scenes: Scenes) -> dict[str, Array]:
     arrays = {
         "y": _numpy(scenes.y),
         "bs_ris_channel": _numpy(scenes.bs_ris_channel),
         "ris_codes": _numpy(scenes.ris_codes),
         "noise_power": _numpy(scenes.noise_power, np.float32),
-        "geometry_json": np.array(json.dumps(scenes.geometry.model_dump(mode="json"), sort_keys=True)),
     }
     truth = scenes.partial_truth if scenes.truth is None else scenes.truth
     if truth is not None:
@@ -225,7 +294,7 @@ def save_scenes(path: Path | str, scenes: Scenes) -> None:
         arrays["true_channel"] = _numpy(scenes.true_channel)
     if scenes.true_noise_power is not None:
         arrays["true_noise_power"] = _numpy(scenes.true_noise_power, np.float32)
-    write_arrays(Path(path), arrays)
+    return arrays
 
 
 def save_estimates(path: Path | str, sources: Sources) -> None:
@@ -245,7 +314,7 @@ def save_estimates(path: Path | str, sources: Sources) -> None:
         arrays["residual"] = _numpy(sources.residual, np.float32)
         arrays["residual_range"] = _numpy(sources.residual_range, np.float32)
         arrays["on_border"] = _numpy(sources.on_border & sources.mask, np.uint8)
-    write_arrays(Path(path), arrays)
+    write_arrays(Path(path), [arrays])
 
 
 def load_estimates(path: Path | str) -> Sources:

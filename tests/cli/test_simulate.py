@@ -26,6 +26,19 @@ def test_the_same_seed_gives_the_same_scenes_whatever_their_number(cli, tmp_path
     assert torch.equal(load_scenes(tmp_path / "a.npz").y, load_scenes(tmp_path / "b.npz").y[:5])
 
 
+def test_files_of_a_folder_hold_the_same_scenes_as_one_file(cli, tmp_path: Path) -> None:
+    assert cli("simulate", "--num-scenes", 7, "--out", "s.h5").code == 0
+    outcome = cli("simulate", "--num-scenes", 7, "--per-file", 3, "--out", "shards", "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["bytes"] == sum(path.stat().st_size for path in (tmp_path / "shards").iterdir())
+    assert len(list((tmp_path / "shards").iterdir())) == 3
+    assert torch.equal(load_scenes(tmp_path / "shards").y, load_scenes(tmp_path / "s.h5").y)
+    found = cli("localize", "shards", "--estimator", "spectrum-maxima", "--out", "found.mat", "--json")
+    assert (found.code, found.json["scenes"]) == (0, 7), found.err
+    again = cli("simulate", "--num-scenes", 7, "--per-file", 3, "--out", "shards")
+    assert "already there; name a new folder" in again.err
+
+
 def test_settings_come_from_a_file_and_from_the_line(cli, tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text("[scene]\nnum_snapshots = 8\nnum_antennas = 4\n")
     outcome = cli("simulate", "--num-scenes", 3, "--config", "run.toml", "--set", "num_antennas=6", "--out", "s.npz")

@@ -1,7 +1,10 @@
 """Scene and estimate files: round trips, and one clear line for every way a file can be wrong."""
 
+import dataclasses
 import os
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 import torch
 
 from ris_hpo.errors import ConfigError, OutputError, SceneFileError
+from ris_hpo.physics import containers
 from ris_hpo.physics.array import Geometry
 from ris_hpo.physics.containers import open_arrays
 from ris_hpo.physics.files import load_estimates, load_scenes, open_scenes, save_estimates, save_scenes
@@ -416,6 +420,88 @@ def test_what_a_file_does_not_say_is_known(arrays, tmp_path):
         assert torch.isnan(file.read().noise_power).all()
     with pytest.raises(SceneFileError, match="'noise_power' is missing"):
         load_scenes(tmp_path / "s.npz", SPEC.geometry)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".mat", ".h5"])
+def test_a_file_is_written_in_parts_as_in_one_piece(suffix, scenes, tmp_path):
+    save_scenes(tmp_path / f"s{suffix}", (scenes[first : first + 4] for first in (0, 4)))
+    same_scenes(load_scenes(tmp_path / f"s{suffix}"), scenes)
+    assert [path.name for path in tmp_path.iterdir()] == [f"s{suffix}"]
+    with pytest.raises(OutputError, match="not every part has snr_db"):
+        save_scenes(tmp_path / f"t{suffix}", [scenes, dataclasses.replace(scenes, snr_db=None)])
+    assert [path.name for path in tmp_path.iterdir()] == [f"s{suffix}"]
+
+
+def test_a_few_parts_are_in_memory_however_many_are_written(scenes, tmp_path):
+    alive = []
+
+    def parts():
+        for _ in range(9):
+            part = scenes[:2]._map(torch.clone)
+            alive.append(weakref.ref(part.y))
+            yield part
+            del part
+            assert sum(reference() is not None for reference in alive) <= 3
+
+    save_scenes(tmp_path / "s.npz", parts())
+    assert len(load_scenes(tmp_path / "s.npz")) == 18
+
+
+def test_what_matlab_5_cannot_hold_is_refused(scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr(containers, "_MATLAB_BYTES", 100)
+    with pytest.raises(OutputError, match=r"a MATLAB 5 file holds less than 2 in an array; write \.h5 instead"):
+        save_scenes(tmp_path / "s.mat", scenes)
+
+
+def test_a_large_compressed_archive_is_unpacked_to_disk(arrays, scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr(containers, "_HELD_BYTES", 100)
+    np.savez_compressed(tmp_path / "s.npz", **arrays)
+    with open_scenes(tmp_path / "s.npz") as file:
+        same_scenes(file.read(), scenes)
+        assert torch.equal(file.read(2, 4).y, scenes.y[2:4])
+    with open_arrays(tmp_path / "s.npz") as opened:
+        assert isinstance(opened["y"], np.memmap)
+    monkeypatch.setattr(containers.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10))
+    with pytest.raises(SceneFileError, match=r"unpacked 'y.npy' takes [\d,]+ bytes, 10 are free"):
+        open_scenes(tmp_path / "s.npz")
+
+
+def test_the_files_of_a_folder_are_read_as_one(scenes, tmp_path):
+    folder = tmp_path / "scenes"
+    folder.mkdir()
+    for name, part in (("b.h5", scenes[3:4]), ("a.npz", scenes[:3]), ("c.npz", scenes[4:])):
+        save_scenes(folder / name, part)
+    (folder / ".partial.npz").touch()
+    (folder / "notes.txt").touch()
+    with open_scenes(folder) as file:
+        assert (len(file), file.kind) == (6, "folder of 3 files, npz")
+        assert [len(part) for part in file.parts(4)] == [4, 2]
+        same_scenes(file.read(), scenes)
+        assert torch.equal(file.read(2, 5).y, scenes.y[2:5])
+        assert len(file.read(4, 4)) == 0
+    same_scenes(load_scenes(folder), scenes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_antennas": 3}, "size M is 3, that of a.npz is"),
+        ({"geometry.wavelength_m": 0.2}, "surface is .* wavelength 0.2 m"),
+        ({}, "truth is False, that of a.npz is True"),
+    ],
+    ids=["antennas", "surface", "truth"],
+)
+def test_a_folder_of_files_that_differ_is_refused(change, message, scenes, tmp_path):
+    save_scenes(tmp_path / "a.npz", scenes)
+    other = simulate(SPEC.replaced(change), 3, range(2))
+    save_scenes(tmp_path / "b.npz", other if change else dataclasses.replace(other, truth=None, symbols=None))
+    with pytest.raises(SceneFileError, match=rf"b\.npz: {message}"):
+        open_scenes(tmp_path)
+
+
+def test_a_folder_without_scene_files_is_refused(tmp_path):
+    with pytest.raises(SceneFileError, match=r"no file in it ends in \.npz"):
+        open_scenes(tmp_path)
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".h5"])
