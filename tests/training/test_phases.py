@@ -17,6 +17,7 @@ from ris_hpo.training import telemetry
 from ris_hpo.training.config import GateSpec, PhaseSpec, RunConfig
 from ris_hpo.training.curriculum import standard_phases, with_curriculum
 from ris_hpo.training.phases import PhasePlan, apportioned
+from ris_hpo.training.results import diagnosed
 from ris_hpo.training.trainer import Trainer
 from tests.properties import examples
 
@@ -282,6 +283,27 @@ def test_phases_left_out_by_an_early_stop_are_named(short, tmp_path):
     done = trainer.scenes_seen // 8
     assert done < 6
     assert trainer.diagnosis().endswith(f"; stopped early, phases not run: {', '.join(str(i) for i in range(done, 6))}")
+
+
+@pytest.mark.parametrize(
+    ("steps", "start", "best", "bad_term", "not_run", "line"),
+    [
+        ((5, 0), 4.0, 1.5, None, (), "k_loc fell by 2.500 in 5 steps"),
+        ((5, 0), 4.0, 1.5, None, ("b", "c"), "k_loc fell by 2.500 in 5 steps; stopped early, phases not run: b, c"),
+        (
+            (5, 2), 4.0, 3.5, "count", (),
+            "k_loc fell by 0.500 in 5 steps, 2 of 7 steps skipped, first non-finite term: count",
+        ),
+        ((5, 0), 4.0, 4.0, None, ("b",), "k_loc never fell below its start (4.000); 5 steps taken; stopped early, "
+         "phases not run: b"),
+        ((5, 0), 4.0, 6.5, None, (), "k_loc never fell below its start (4.000); 5 steps taken"),
+        ((0, 3), 4.0, None, "gap", (), "no step was taken: 3 of 3 skipped, first non-finite term: gap"),
+        ((2, 1), 4.0, None, None, (), "2 of 3 steps taken"),
+    ],
+)  # fmt: skip
+def test_the_diagnosis_says_what_came_of_the_steps(steps, start, best, bad_term, not_run, line):
+    initial, found = (k and SimpleNamespace(network=scores(k_loc=k)) for k in (start, best))
+    assert diagnosed(steps, initial, found, bad_term, not_run) == line
 
 
 @pytest.mark.parametrize("shares", [(1.0,), (0.5, 0.5)])
