@@ -8,13 +8,14 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from ris_hpo.errors import SpaceError, StudyError, WorkerError
 from ris_hpo.programs.program import Program
@@ -22,7 +23,7 @@ from ris_hpo.results.replay import replay
 from ris_hpo.scoring.k_loc import WORST_K_LOC
 from ris_hpo.search import counting
 from ris_hpo.search.lifecycle import as_made, create_or_resume_study, fill_budget, get_study, status, stored_spec
-from ris_hpo.search.spec import StopSpec, StudySpec, derived_seed
+from ris_hpo.search.spec import RetrySpec, StopSpec, StudySpec, derived_seed
 from ris_hpo.store import attributes as names
 from ris_hpo.store.attributes import Cause
 from ris_hpo.store.cache import Store
@@ -232,6 +233,27 @@ def test_a_line_ends_when_its_retries_are_spent(store: Store, tmp_path: Path) ->
     counts = counting.tally(study.get_trials())
     assert (counts.fail, counts.retried, counts.open) == (1, 2, 0)
     assert work(store, study, tmp_path).ended == 0
+
+
+@pytest.mark.parametrize(
+    ("cause", "inherited", "times", "left"),
+    [
+        (Cause.LOST_WORKER, 0, 1, 1),  # it made progress: the count starts anew
+        (Cause.LOST_WORKER, 300, 0, 1),
+        (Cause.LOST_WORKER, 300, 1, None),  # it got no further than the one before
+        (Cause.OUT_OF_MEMORY, 0, 0, 1),
+        (Cause.OUT_OF_MEMORY, 0, 1, None),  # progress is no excuse
+        (Cause.BUG, 0, 0, None),
+    ],
+)
+def test_progress_forgives_losses_alone(cause: Cause, inherited: int, times: int, left: int | None) -> None:
+    retries = RetrySpec(lost_worker=1, out_of_memory=1)
+    marks = {names.INHERITED_STEP: inherited, names.RETRIES: {cause.value: times}, names.LINEAGE: 4}
+    trial = create_trial(state=TrialState.FAIL, intermediate_values={100: 2.0, 300: 1.0}, user_attrs=marks)
+    successor = counting.successor_of(trial, cause, retries)
+    assert (None if successor is None else successor.user_attrs[names.RETRIES][cause.value]) == left
+    if successor is not None:
+        assert (successor.user_attrs[names.INHERITED_STEP], successor.user_attrs[names.LINEAGE]) == (300, 4)
 
 
 def test_a_late_owner_is_fenced_off(store: Store, program: Program, tmp_path: Path) -> None:
@@ -560,6 +582,35 @@ def test_stop_rules(rules: StopSpec, reason: str, sqlite_store: Store, tmp_path:
             assert study.best_trial.number == ended - 3
         case "timeout":
             assert ended == 3
+
+
+def ended_at(minute: int, state: TrialState, value: float | None = None) -> FrozenTrial:
+    trial = create_trial(state=state, value=value)
+    trial.datetime_complete = None if state == TrialState.RUNNING else datetime(2026, 3, 1, 12, minute)
+    return trial
+
+
+@pytest.mark.parametrize(
+    ("rules", "direction", "reason"),
+    [
+        (StopSpec(patience=3), "minimize", "patience"),
+        (StopSpec(patience=4), "minimize", None),
+        (StopSpec(patience=1), "maximize", "patience"),
+        (StopSpec(patience=2), "maximize", None),
+        (StopSpec(target=1.0), "minimize", "target"),
+        (StopSpec(target=0.9), "minimize", None),
+        (StopSpec(target=4.0), "maximize", "target"),
+        (StopSpec(target=4.1), "maximize", None),
+    ],
+)
+def test_stop_rules_by_hand(rules: StopSpec, direction: Any, reason: str | None) -> None:
+    """Of five that ended well the second is the least and the fourth the greatest; trials that failed do not count."""
+    complete, pruned = TrialState.COMPLETE, TrialState.PRUNED
+    trials = [
+        ended_at(1, complete, 2.0), ended_at(2, complete, 1.0), ended_at(3, pruned), ended_at(4, complete, 4.0),
+        ended_at(5, complete, 3.0), ended_at(6, TrialState.FAIL), ended_at(7, TrialState.RUNNING),
+    ]  # fmt: skip
+    assert counting.stop_reason(rules, trials, 0.0, direction) == reason
 
 
 @pytest.mark.parametrize("name", ["../up", "/tmp/x", "a/b", "..", ".hidden", "two words", "x" * 65, "line\n"])
