@@ -173,7 +173,23 @@ def test_precision_is_what_is_asked_for():
     assert [resolved_precision(OptimizerSpec(precision=p), cpu) for p in ("fp32", "bf16", "fp16")] == [
         "fp32", "bf16", "fp16",
     ]  # fmt: skip
-    assert resolved_precision(OptimizerSpec(), cpu) in ("fp32", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("device", "has", "found"),
+    [
+        ("cpu", {"avx512_bf16": True}, "bf16"),
+        ("cpu", {"amx_bf16": True}, "bf16"),
+        ("cpu", {"avx512_bf16": False, "avx2": True}, "fp32"),
+        ("cpu", {}, "fp32"),
+        ("cuda", True, "bf16"),
+        ("cuda", False, "fp32"),  # it would be emulated, which is slower than fp32
+    ],
+)
+def test_half_precision_is_chosen_where_the_device_computes_it(device, has, found, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or has)
+    assert resolved_precision(OptimizerSpec(), torch.device(device)) == found
 
 
 def averaged(toy: Toy, values: list[float], taken: list[bool], progress: list[float], **changes) -> float:
