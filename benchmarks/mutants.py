@@ -12,7 +12,7 @@ The tests of a room are collected once, in a copy of the tree, and each fault is
 costs no import. A first fork notes which tests call which functions: a fault is tried on the tests that call its
 function, until one fails. A fault within a function takes the place of the function's code. A fault elsewhere (a
 default of a specification, a decorator) is written to its file: the fork imports everything of this tree once more, and
-tries the tests that call anything in that file.
+tries every test of the files in which one calls anything in that module: a default or a bound is no call.
 
 ``mutants.json`` beside this file keeps the result. A survivor that no test can notice gets its reason there by hand,
 under ``equivalent``; it then leaves the score, and later runs keep the reason.
@@ -49,7 +49,10 @@ from cosmic_ray.work_item import MutationSpec, TestOutcome, WorkerOutcome, WorkI
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "build" / "mutants"
 RESULTS = Path(__file__).parent / "mutants.json"
-SERVICE = [f"tests/service/test_{of}.py" for of in ("space", "samplers", "studies", "trial_ends", "trials", "upkeep")]
+SERVICE = [
+    f"tests/service/test_{of}.py"
+    for of in ("space", "samplers", "studies", "trial_ends", "trials", "promotion", "upkeep")
+]
 DEFAULTS = "tests/test_settings.py::test_the_kept_defaults_are_those_of_the_code"
 ROOMS = {
     "scoring": ["tests/scoring"],
@@ -58,7 +61,7 @@ ROOMS = {
     "learning": ["tests/learning", "tests/report/test_bundle.py", DEFAULTS],
     "training": ["tests/training", DEFAULTS],
 }
-LONG = ("studies.py::test_every_dimension", "test_nobody.py", "test_units.py", "test_kill_9")
+LONG = ("studies.py::test_every_dimension", "test_nobody.py", "test_units.py", "kill_9")
 """Parts of names of tests that are left out, since they take long and say the same of many places."""
 OPTIONS = ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-m", "not slow and not postgres"]
 OPTIONS.append(f"--basetemp={WORK / 'tmp'}")  # each fork empties it first
@@ -352,8 +355,11 @@ class Planter:
     def _selected(
         self, session: pytest.Session, calls_it: Callable[[set[str]], bool], everywhere: bool
     ) -> list[pytest.Item]:
-        """The tests that call it, short files first; where none does, all tests of the room if ``everywhere``."""
+        """The tests that call it, short files first; with ``everywhere`` whole files, or the room where none does."""
         callers = [test for test, of in self.calls.items() if calls_it(set(of["calls"]))]
+        if everywhere:
+            files = {test.split("::")[0] for test in callers}
+            callers = [test for test in self.calls if test.split("::")[0] in files]
         cost: dict[str, float] = {}
         for test in callers:
             file = test.split("::")[0]

@@ -103,6 +103,7 @@ class StudyTrial(TrialContext):
         self._stored = set(claimed.intermediate_values)
         self._journal = Journal(self.directory)
         self._resumed_at = max([*self._stored, *self._journal.steps], default=0)
+        self._planned_last: int | None = None
         self._last_step: int | None = None
         self._planned = False
         make = environment.figures
@@ -112,7 +113,7 @@ class StudyTrial(TrialContext):
     def plan(self, first_step: int, last_step: int | None) -> None:
         """See ``TrialContext.plan``."""
         self._planned = True
-        self._first_step, self._last_step = first_step, last_step
+        self._first_step, self._planned_last, self._last_step = first_step, last_step, last_step
         self._trial.study.pruner = build_pruner(
             self._spec, self._environment.store, first_step=first_step, last_step=last_step
         )
@@ -161,7 +162,7 @@ class StudyTrial(TrialContext):
         if pruner.name != "promotion" or step == self._last_step or self.is_at_rung:
             return False
         first = max(pruner.first_scenes or self._first_step, self._first_step)
-        steps = rung_steps(first, self._last_step, pruner.reduction, reached + 1)
+        steps = rung_steps(first, self._planned_last, pruner.reduction, reached + 1)
         return len(steps) > reached and step >= steps[reached]
 
     def finite(self, score: float) -> float:

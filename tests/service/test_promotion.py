@@ -18,7 +18,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from ris_hpo.errors import SpaceError
-from ris_hpo.programs.program import TrialContext, load_program
+from ris_hpo.programs.program import Program, TrialContext, load_program
 from ris_hpo.report.collect import collect
 from ris_hpo.results.replay import replay
 from ris_hpo.search import counting
@@ -35,6 +35,7 @@ from ris_hpo.trials.context import TrialEnvironment
 from ris_hpo.trials.run import Outcome, run_trial
 from tests.properties import examples
 
+from . import double
 from .conftest import DOUBLE, IMPORTABLE, elsewhere, id_of, make_spec
 from .pools import same_curves, slow_base, supervisor_of
 from .test_trials import CountedStop, begin, work
@@ -275,6 +276,37 @@ def endless(trial: TrialContext) -> float | None:
         if is_over:
             return None
     return None
+
+
+@pytest.mark.parametrize(("last", "paused_at"), [(12, [1, 3]), (3, [1])])
+def test_rungs_stay_where_they_were_planned(
+    last: int, paused_at: list[int], sqlite_store: Store, tmp_path: Path
+) -> None:
+    """Nine steps are planned, with rungs at 1 and 3. Were there twelve, they would be at 1, 2 and 4."""
+
+    def train(trial: TrialContext) -> float | None:
+        saved = trial.saved("step.json")
+        for step in range(1 if saved is None else json.loads(saved.read_text()) + 1, last + 1):
+            trial.plan(1, 9)
+            trial.replan(last)
+            is_over = trial.report(step, 1.0)
+            with trial.saving("step.json") as path:
+                path.write_text(json.dumps(step))
+            if is_over:
+                return None
+        return None
+
+    spec = halving(pruner={"name": "promotion", "first_scenes": 1, "reduction": 3})
+    study = begin(sqlite_store, spec, 1)
+    study_id, steps = id_of(sqlite_store, study), []
+    environment = TrialEnvironment(
+        sqlite_store, study_id, spec, Program(train, double.RunConfig), lambda number: tmp_path / str(number)
+    )
+    while sqlite_store.claim(study_id, str(elsewhere()), lambda trials: next_promotion(trials, spec)) is not None:
+        run_trial(environment, 0, elsewhere())
+        steps.append(max(study.get_trials()[0].intermediate_values))
+    assert steps == [*paused_at, last]  # and complete at the end as it turned out
+    assert study.get_trials()[0].state == TrialState.COMPLETE
 
 
 # -- what others see ---------------------------------------------------------------------------------------------------
