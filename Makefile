@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help run test test-long docs mutants bench lint format clean
+.PHONY: help run test test-system test-long docs mutants bench lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -17,12 +17,14 @@ run: $(VENV)/installed  ## environment, then a study of 8 trials on CPU and SQLi
 	$(BIN)/ris-hpo run --space $(SPACE) --n-trials $(TRIALS) --gpus none
 
 # One thread in each of several processes: the tests are many small problems, where more threads only wait for each other.
-# One process more than cores (tests/conftest.py), since many tests wait for other processes and for clocks.
 # The tests of a file stay together, since they share what it trains or starts; folders in order, the long ones come first.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-test: $(VENV)/installed-test  ## environment, then every test but the long forms
+test: $(VENV)/installed-test  ## environment, then the tests
 	$(PYTEST)
+
+test-system: $(VENV)/installed-test  ## whole programs as users start them: clusters, servers, kernels, wheels, many workers
+	$(PYTEST) -m "system and not slow"
 
 test-long: $(VENV)/installed-test  ## every test, long forms included
 	$(PYTEST) -m "" --hypothesis-profile long --timeout 7200

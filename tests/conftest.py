@@ -22,8 +22,8 @@ providers._get_local_constants = lambda: providers._local_constants
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """One process more than there are cores, since many tests wait for other processes and for clocks."""
-    return len(os.sched_getaffinity(0)) + 1
+    """As many processes as there are cores; a core is idle now and then, since some tests wait for other processes."""
+    return len(os.sched_getaffinity(0))
 
 
 LONGEST = ("service/test_ray.py", "faults/test_workers.py", "programs/test_examples.py", "cli/test_readme.py")

@@ -29,6 +29,7 @@ def spoken(notebook: Any) -> list[str]:
     return ["".join(out.get("text", "") or out["data"]["text/plain"] for out in cell.outputs) for cell in cells]
 
 
+@pytest.mark.system
 @pytest.mark.filterwarnings("ignore")  # of the libraries that run a notebook
 def test_the_notebook_runs_and_its_stored_output_is_what_comes_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -68,6 +68,7 @@ def test_what_finishes_is_not_started_again() -> None:
     assert restarts == {"run": "on-failure:3", "dashboard": "unless-stopped"}
 
 
+@pytest.mark.system
 def test_two_workers_share_a_study_exactly(database: str, tmp_path: Path) -> None:
     (tmp_path / "paused.toml").write_text(PAUSED)
     space = {"SPACE": str(tmp_path / "paused.toml"), "TRIALS": "5"}
@@ -85,6 +86,7 @@ def test_two_workers_share_a_study_exactly(database: str, tmp_path: Path) -> Non
         assert trials["running"] == trials["waiting"] == 0
 
 
+@pytest.mark.system
 def test_the_dashboard_is_healthy_and_wants_its_token(database: str, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -45,6 +45,7 @@ def test_the_wheel_holds_what_is_not_code(installed: Path) -> None:
     assert {f"ris_hpo/studies/{path.name}" for path in (ROOT / "studies").glob("*.toml")} <= held
 
 
+@pytest.mark.system
 def test_a_study_runs_from_the_wheel_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     where = ris_hpo(installed, tmp_path, "init", "smoke", "--out", "mine.toml").strip()
     assert (tmp_path / where).read_text() == study_file("smoke").read_text()

@@ -286,6 +286,7 @@ def test_outputs_and_devices_are_checked_before_any_work(cli, workshop: Path, tm
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.system
 def test_training_told_to_stop_saves_and_goes_on_to_the_same_end(cli, tmp_path: Path) -> None:
     (tmp_path / "long.toml").write_text(SMALL.replace("scenes = 64", "scenes = 256", 1))
     command = ["train", "--config", "long.toml", "--json", "--out"]

@@ -42,6 +42,7 @@ def understood(line: str) -> None:
     group.commands[words[0]].make_context(words[0], words[1:])  # type: ignore[attr-defined]
 
 
+@pytest.mark.system
 def test_the_tour_runs_as_printed(cli, tmp_path: Path) -> None:
     assert 8 <= len(TOUR) <= 12
     for line in TOUR:

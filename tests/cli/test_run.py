@@ -5,11 +5,14 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from ris_hpo.errors import ConfigError, DeviceError, ProofError, SpaceError, StoreError, StudyError
+from ris_hpo.search.counting import Tally
+from ris_hpo.workers.supervisor import PoolSnapshot, Supervisor
 from tests.service.conftest import IMPORTABLE
 from tests.waiting import until
 
@@ -98,7 +101,12 @@ def test_a_run_stands_on_a_proof_or_says_that_it_does_not(
     def refused(*_: object, **__: object) -> None:
         raise ProofError("NMSE 0.9 after 400 epochs, expected <= 0.1")
 
+    def ended(self: Supervisor) -> Iterator[PoolSnapshot]:
+        self.ending = "finished"
+        yield PoolSnapshot("brief", 1, Tally(), None, [], 0.0, [])
+
     monkeypatch.setattr(proof, "prove", refused)
+    monkeypatch.setattr(Supervisor, "run", ended)
     outcome = cli("run", "--space", brief, "--n-trials", 1, "--gpus", "none")
     assert outcome.code == ProofError.exit_code
     assert "expected <= 0.1" in outcome.err
@@ -109,6 +117,7 @@ def test_a_run_stands_on_a_proof_or_says_that_it_does_not(
     opened.close()
 
 
+@pytest.mark.system
 def test_a_worker_joins_a_study_and_leaves_when_nothing_is_left(cli, brief: Path) -> None:
     from ris_hpo.search.files import load_study
     from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget

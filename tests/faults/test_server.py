@@ -66,6 +66,7 @@ def run_through(server: Postgres, folder: Path, n_trials: int, workers: int, out
     store.close()
 
 
+@pytest.mark.system
 def test_a_restart_and_cut_connections_do_not_show(own_server: Postgres, tmp_path: Path) -> None:
     run_through(own_server, tmp_path, 7, 2, ["cut", "restart", "cut"])
 

@@ -19,6 +19,7 @@ from tests.waiting import until
 SOON_S = 30  # with every core taken by others; at rest it is less than one
 
 
+@pytest.mark.system
 def test_a_stopped_supervisor_resumes_to_the_same_table(tmp_path: Path) -> None:
     generator = random.Random(2)
     changes = {"base": slow_base(1600, 0.06)}  # long enough that a stop finds one under way

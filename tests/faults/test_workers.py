@@ -59,6 +59,9 @@ def check_campaign(store: Store, study: Study, n_trials: int, kills: int, journa
     same_curves(store, study)
 
 
+@pytest.mark.parametrize(
+    "url", ["sqlite", pytest.param("postgres", marks=[pytest.mark.postgres, pytest.mark.system])], indirect=True
+)
 def test_killed_workers_lose_nothing(store: Store, tmp_path: Path) -> None:
     study = begin(store, 5, base=slow_base(1600, 0.06), pruner={"name": "median", "startup": 3})
     done = kill_some(supervisor_of(store, study, tmp_path, 2), 3, random.Random(5), tmp_path / "journal")

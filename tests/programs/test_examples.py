@@ -54,6 +54,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     opened.close()
 
 
+@pytest.mark.system
 def test_own_trainer_under_a_kill_and_a_stop(store: Store, tmp_path: Path) -> None:
     study = small_study(store, 6)
 
@@ -75,6 +76,7 @@ def test_scikit_learn_as_its_file_says(cli: Cli, tmp_path: Path, monkeypatch: py
     assert [step["step"] for step in again.json["steps"]] == [2, 4, 6]
 
 
+@pytest.mark.system
 def test_the_how_to_page_runs_as_printed(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (EXAMPLES.parent / "docs" / "how-to" / "own-trainer.md").read_text()
     enter, *lines = commands(page)

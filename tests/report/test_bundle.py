@@ -78,6 +78,7 @@ def test_sources_are_those_of_localize(made, loaded, monkeypatch):
         same(expected, rebuilt.localize(few, num_sources=counts))
 
 
+@pytest.mark.system
 def test_it_loads_and_locates_without_the_training_code(made, tmp_path):
     network, path = made
     save_scenes(tmp_path / "scenes.npz", SCENES)

@@ -89,6 +89,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     return execute(words)
 
 
+@pytest.mark.system
 @pytest.mark.postgres
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -23,7 +23,7 @@ def _importable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DOUBLE_JOURNAL", str(tmp_path / "journal"))
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.system), 3])
 def test_the_budget_is_exact(workers: int, store: Store, tmp_path: Path) -> None:
     study = begin(store, 13)
     pool = supervisor_of(store, study, tmp_path, workers)

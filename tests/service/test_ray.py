@@ -35,6 +35,7 @@ from .pools import kill_and_resume, same_curves, slow_base
 CANARY = "cAnArY81d3"
 
 pytestmark = [
+    pytest.mark.system,
     pytest.mark.postgres,
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed"),
     pytest.mark.filterwarnings("ignore"),
