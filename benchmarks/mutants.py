@@ -63,7 +63,8 @@ ROOMS = {
 }
 LONG = ("studies.py::test_every_dimension", "test_nobody.py", "test_units.py", "kill_9")
 """Parts of names of tests that are left out, since they take long and say the same of many places."""
-OPTIONS = ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-m", "not slow and not system and not postgres"]
+OPTIONS = ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
+OPTIONS += ["-m", "not slow and not system and not postgres"]
 OPTIONS.append(f"--basetemp={WORK / 'tmp'}")  # each fork empties it first
 
 Calls = dict[str, dict[str, Any]]
