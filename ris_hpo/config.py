@@ -355,6 +355,14 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid TOML ({error})") from None
 
 
+def toml_value(text: str) -> Any:
+    """Return the value that ``text`` is in TOML, or the text itself where it is none: a plain word."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
 def to_toml(tree: Mapping[str, Any]) -> str:
     """Write a mapping as TOML; ``None`` is left out, since TOML has no null."""
 

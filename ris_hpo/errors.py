@@ -69,6 +69,12 @@ class StudyGoneError(StudyError, KeyError):
     __str__ = Exception.__str__  # a KeyError shows its message in quotes
 
 
+class ArchiveError(RisHpoError):
+    """An archive of a study that is missing, damaged, cut short, or not one that this program wrote."""
+
+    exit_code = 17
+
+
 class NumericalError(RisHpoError):
     """A computation without a finite answer, with the quantity and the bounded repair that did not help."""
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import optuna
 
 from ris_hpo.api.table import LiveTable, in_notebook
+from ris_hpo.api.upkeep import StudyUpkeep
 from ris_hpo.errors import ConfigError
 from ris_hpo.process import storage_directory
 from ris_hpo.report.collect import Report, Trial, collect
@@ -16,6 +17,7 @@ from ris_hpo.report.study_page import kept_current
 from ris_hpo.results.notices import notified
 from ris_hpo.results.replay import ReplayReport, replay
 from ris_hpo.results.tensorboard import logged
+from ris_hpo.search.archive import restore_study
 from ris_hpo.search.files import checked, load_study
 from ris_hpo.search.lifecycle import as_made, create_or_resume_study, fill_budget, get_study, only_study, stored_spec
 from ris_hpo.search.lifecycle import status as status_of
@@ -38,7 +40,7 @@ NO_PROOF = "no-proof"
 """What a study records that was made without a proof."""
 
 
-class Study:
+class Study(StudyUpkeep):
     """A study in a store. ``Study.make`` makes or resumes one, ``Study.open`` takes one that is there.
 
     Args:
@@ -50,9 +52,8 @@ class Study:
     """
 
     def __init__(self, store: Store, study: optuna.Study) -> None:
-        self._store = store
+        super().__init__(store, study.study_name)
         self._study = study
-        self.name = study.study_name
 
     @classmethod
     def make(
@@ -104,6 +105,22 @@ class Study:
         """
         store = open_store(storage, create=False)
         return cls(store, get_study(store, name or only_study(store)))
+
+    @classmethod
+    def restore(cls, archive: str | Path, *, name: str | None = None, storage: str | None = None) -> Study:
+        """Put the study of an archive into a store; it resumes and replays as before.
+
+        Args:
+            archive: the file.
+            name: of the study from now on; None for its own.
+            storage: as in ``make``.
+
+        Raises:
+            ArchiveError: not a whole archive of a study.
+            StudyError: the store has a study of that name.
+        """
+        store = open_store(storage)
+        return cls(store, get_study(store, restore_study(store, Path(archive), name=name).study))
 
     def __repr__(self) -> str:
         return f"Study('{self.name}', {self._store.redacted})"
@@ -226,6 +243,7 @@ class Study:
                 "device": trial.device,
                 "origin": trial.origin,
                 "cause": trial.cause,
+                "error": trial.error,
             }
             for trial in trials
         ]

@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from ris_hpo.cli import bound, check, display, model, options, run, store, study, upkeep
+from ris_hpo.cli import bound, check, display, model, options, run, store, study, trials, upkeep
 from ris_hpo.errors import OutputError, RisHpoError
 
 _CANNOT_WRITE = {errno.EDQUOT, errno.ENOSPC, errno.EROFS}
@@ -57,6 +57,7 @@ run.register(app)
 study.register(app)
 store.register(app)
 upkeep.register(app)
+trials.register(app)
 model.register(app)
 bound.register(app)
 check.register(app)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from typer.exceptions import TyperException
 
+from ris_hpo.config import toml_value
 from ris_hpo.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
@@ -55,6 +55,9 @@ Storage = Annotated[
 ]
 
 
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+
+
 class UsageError(TyperException):
     """Options that exclude each other, or a value of the wrong type."""
 
@@ -72,10 +75,7 @@ def changes(pairs: Sequence[str] | None) -> dict[str, Any]:
         key, sign, text = pair.partition("=")
         if not sign or not key:
             raise ConfigError(f"--set {pair}: expected KEY=VALUE, for example --set num_snapshots=64")
-        try:
-            found[key.strip()] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            found[key.strip()] = text
+        found[key.strip()] = toml_value(text)
     return found
 
 

@@ -49,6 +49,8 @@ def show_status(store: Store, name: str, *, json_: bool) -> None:
         pairs |= best_line(found.best, found.metric)
     if found.causes:
         pairs["failures"] = ", ".join(f"{count} {cause}" for cause, count in found.causes.items())
+    for each in found.invalidated:
+        pairs[f"trial {each.number} is invalid"] = each.reason
     pairs["device time"] = duration(3600 * found.device_hours)
     display.facts("", pairs)
     if found.running:
@@ -146,6 +148,7 @@ def end_of_replay(found: ReplayReport, *, json_: bool) -> None:
 
 def _row(trial: FrozenTrial, metric: str) -> dict[str, object]:
     """The figures of a trial by their titles, None where it has none."""
+    from ris_hpo.search.counting import state_of
     from ris_hpo.store import attributes as names
 
     marks: Mapping[str, Any] = trial.user_attrs
@@ -154,7 +157,7 @@ def _row(trial: FrozenTrial, metric: str) -> dict[str, object]:
     seconds = marks.get(names.SECONDS)
     return {
         "trial": trial.number,
-        "state": trial.state.name.lower(),
+        "state": state_of(trial),
         metric: trial.values[0] if trial.values else (values[-1] if values else None),
         "floor": marks.get(names.FLOOR),
         **{name: value for name, value in marks.get(names.METRICS, {}).items() if name != "floor"},
@@ -166,14 +169,6 @@ def _row(trial: FrozenTrial, metric: str) -> dict[str, object]:
         "time": None if seconds is None else duration(seconds),
         "note": (marks.get(names.DIVERGED) and "diverged") or marks.get(names.CAUSE) or marks.get(names.ORIGIN),
     }
-
-
-def range_of(dimension: Dimension) -> str:
-    """The values of a dimension in a few words."""
-    if dimension.choices is not None:
-        return " | ".join(str(choice) for choice in dimension.choices)
-    notes = [word for word, present in (("log", dimension.log), (f"step {dimension.step}", dimension.step)) if present]
-    return f"{dimension.low} .. {dimension.high}" + (f" ({', '.join(notes)})" if notes else "")
 
 
 def condition_of(dimension: Dimension) -> str:

@@ -216,7 +216,7 @@ def spaces(
         return
     base, config = spec.base_params(), spec.config({})
     rows = [
-        (path, standing.range_of(each), base.get(path), standing.condition_of(each), description(config, path))
+        (path, each.in_words(), base.get(path), standing.condition_of(each), description(config, path))
         for path, each in spec.space.items()
     ]
     columns = ["dimension", "range", "base", "when", "what it is"]

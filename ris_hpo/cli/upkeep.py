@@ -1,23 +1,30 @@
-"""Commands about studies as a whole: all of them at a glance, another name, removal, why a trial failed."""
+"""Commands about studies as a whole: all of them at a glance, name, removal, archives, copies in other stores."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ris_hpo.cli import display, options, standing
-from ris_hpo.cli.options import PANEL, Storage, StudyName
+from ris_hpo.cli import display, options
+from ris_hpo.cli.options import PANEL, DryRun, Storage
 from ris_hpo.errors import StudyError
 from ris_hpo.text import file_size
+
+if TYPE_CHECKING:
+    from ris_hpo.search.archive import Moved
+    from ris_hpo.store.cache import Store
 
 Force = Annotated[
     bool, typer.Option("--force", help="Take running trials for lost whose process cannot be looked up from here.")
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+
+
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 
 
 def studies(storage: Storage = None, json_: options.Json = False) -> None:
@@ -51,31 +58,49 @@ def delete(
     storage: Storage = None,
     force: Force = False,
     dry_run: DryRun = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Yes = False,
 ) -> None:
     """Remove a study with its trials, and its folder on this machine."""
-    from ris_hpo.search.counting import tally
-    from ris_hpo.search.lifecycle import get_study
-    from ris_hpo.search.upkeep import delete_study, folder_size, require_at_rest
-    from ris_hpo.store.folders import find_folder
+    from ris_hpo.search.upkeep import delete_study
     from ris_hpo.store.open import open_store
 
     store = open_store(storage, create=False, write=not dry_run)
+    what = _described(store, study, force=force)
+    if dry_run:
+        display.print_result(f"would be removed: {what}")
+        return
+    _confirm(what, yes=yes)
+    delete_study(store, study, force=force)
+    display.print_result(f"removed: {what}")
+
+
+def _described(store: Store, study: str, *, force: bool) -> str:
+    """A study that is to be removed, in words; one that runs is refused."""
+    from ris_hpo.search.counting import tally
+    from ris_hpo.search.lifecycle import get_study
+    from ris_hpo.search.upkeep import folder_size, require_at_rest
+    from ris_hpo.store.folders import find_folder
+
     require_at_rest(store, study, force=force)
     counts = tally(get_study(store, study).get_trials(deepcopy=False))
     folder = find_folder(store, study)
     files = "no folder here" if folder is None else f"{file_size(folder_size(folder))} in {folder}"
-    what = f"study '{study}' in {store.redacted}: {counts.asked_for} trials, {files}"
-    if dry_run:
-        display.print_result(f"would be removed: {what}")
+    return f"study '{study}' in {store.redacted}: {counts.asked_for} trials, {files}"
+
+
+def _confirm(what: str, *, yes: bool) -> None:
+    """Ask once before something is removed for good.
+
+    Raises:
+        StudyError: there is nobody to ask.
+        typer.Exit: the answer was no.
+    """
+    if yes:
         return
-    if not yes:
-        if not sys.stdin.isatty():
-            raise StudyError(f"{what}; add --yes to remove it")
-        if not typer.confirm(f"Remove {what}?", err=True):
-            raise typer.Exit(1)
-    delete_study(store, study, force=force)
-    display.print_result(f"removed: {what}")
+    if not sys.stdin.isatty():
+        raise StudyError(f"{what}; add --yes to remove it")
+    if not typer.confirm(f"Remove {what}?", err=True):
+        raise typer.Exit(1)
 
 
 def rename(
@@ -100,85 +125,88 @@ def rename(
     display.print_result(f"study '{study}' is called '{new}' from now on")
 
 
-def trials(
-    study: StudyName = None,
+def archive(
+    study: Annotated[str, typer.Argument(help="The study.")],
+    out: Annotated[Path, typer.Option(help="The file to write, ending in .zip; one that is there is replaced.")],
     storage: Storage = None,
-    csv: Annotated[Path | None, typer.Option(help="Write them into a CSV file instead.")] = None,
+    checkpoints: Annotated[
+        Literal["all", "best", "last_rung", "none"],
+        typer.Option(help="Whose checkpoints are taken; trials that have not ended keep theirs in any case."),
+    ] = "all",
+    best: Annotated[int, typer.Option(min=1, help="How many the best are.")] = 3,
+    delete: Annotated[bool, typer.Option("--delete", help="Remove the study afterwards; asks first.")] = False,
+    force: Force = False,
+    dry_run: DryRun = False,
+    yes: Yes = False,
     json_: options.Json = False,
 ) -> None:
-    """List the trials that have begun: state, score, parameters, metrics, cost, cause where one failed."""
-    from ris_hpo.api.study import Study
-    from ris_hpo.search.lifecycle import get_study
+    """Pack a study with all its trials, attributes, figures and checkpoints into one file."""
+    from ris_hpo.search.archive import archive_study
+    from ris_hpo.search.spec import KeepSpec
+    from ris_hpo.search.upkeep import delete_study
     from ris_hpo.store.open import open_store
 
-    if csv is not None:
-        options.check_output(csv, suffix=".csv")
-    store = open_store(storage, create=False)
-    title = standing.choose_study(store, study)
-    rows = Study(store, get_study(store, title)).records()
-    if csv is not None:
-        display.write_csv(csv, rows)
-        display.print_result(f"written: {csv}, {len(rows)} trials")
-    elif json_:
-        display.print_json(rows)
-    else:
-        titles = [name for name in rows[0] if any(row[name] is not None for row in rows)] if rows else []
-        words = [place for place, name in enumerate(titles) if any(isinstance(row[name], str) for row in rows)]
-        display.table(f"study '{title}'", titles, [[row[name] for name in titles] for row in rows], text=words)
+    options.check_output(out, suffix=".zip")
+    store = open_store(storage, create=False, write=delete and not dry_run)
+    keep = KeepSpec(checkpoints=checkpoints, best=best)
+    if delete and not dry_run:
+        _confirm(_described(store, study, force=force), yes=yes)
+    moved = archive_study(store, study, out, keep=keep, force=force, dry_run=dry_run)
+    if delete and not dry_run:
+        delete_study(store, study, force=force)
+    _show_moved(moved, f"written to {out}{' and removed' * delete}", dry_run=dry_run, json_=json_)
 
 
-def log(
-    number: Annotated[int, typer.Argument(min=0, help="Number of the trial.")],
-    study: StudyName = None,
+def restore(
+    file: Annotated[Path, typer.Argument(help="What 'archive' wrote.")],
     storage: Storage = None,
+    name: Annotated[str | None, typer.Option(help="Name of the study from now on.", show_default="its own")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the whole archive, and change nothing.")] = False,
     json_: options.Json = False,
 ) -> None:
-    """Show how a trial ended: cause, error, machine, last step, traceback, and where its files are."""
-    from ris_hpo.search.lifecycle import get_study
-    from ris_hpo.store import attributes as names
-    from ris_hpo.store.folders import find_folder
+    """Put the study of an archive into a store; it resumes and replays as before."""
+    from ris_hpo.search.archive import restore_study
     from ris_hpo.store.open import open_store
-    from ris_hpo.store.owner import Owner
 
-    store = open_store(storage, create=False)
-    title = standing.choose_study(store, study)
-    trials = get_study(store, title).get_trials(deepcopy=False)
-    if number >= len(trials):
-        raise StudyError(f"study '{title}' has no trial {number}: it has {len(trials)}")
-    trial = trials[number]
-    owner, folder = Owner.parse(trial.user_attrs.get(names.OWNER)), find_folder(store, title)
-    found = {
-        "study": title,
-        "trial": number,
-        "state": trial.state.name.lower(),
-        "cause": trial.user_attrs.get(names.CAUSE),
-        "error": trial.user_attrs.get(names.ERROR) or trial.user_attrs.get(names.DIVERGED),
-        "host": trial.user_attrs.get(names.HOST) or (None if owner is None else owner.process.host),
-        "process": None if owner is None else owner.process.pid,
-        "device": trial.user_attrs.get(names.DEVICE),
-        "last step": trial.last_step,
-        "continues trial": trial.user_attrs.get(names.PREDECESSOR),
-        "continued by": next((one.number for one in trials if one.user_attrs.get(names.PREDECESSOR) == number), None),
-        "files": None if folder is None else str(folder / str(number)),
-        "worker logs": None if folder is None else str(folder / "worker-*.log"),
-    }
-    traceback = trial.user_attrs.get(names.TRACEBACK)
+    moved = restore_study(open_store(storage), file, name=name, dry_run=dry_run)
+    _show_moved(moved, f"restored from {file}", dry_run=dry_run, json_=json_)
+
+
+def copy(
+    study: Annotated[str, typer.Argument(help="The study.")],
+    to: Annotated[str, typer.Option(metavar="URL", help="The store that gets it, made where it is not there.")],
+    storage: Storage = None,
+    name: Annotated[str | None, typer.Option(help="Its name there.", show_default="its own")] = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    json_: options.Json = False,
+) -> None:
+    """Copy a study with its files into another store: from SQLite to PostgreSQL, and back."""
+    from ris_hpo.search.archive import copy_study
+    from ris_hpo.store.open import open_store
+
+    store, target = open_store(storage, create=False), open_store(to)
+    moved = copy_study(store, study, target, new=name, force=force, dry_run=dry_run)
+    _show_moved(moved, f"copied to {target.redacted}", dry_run=dry_run, json_=json_)
+
+
+def _show_moved(moved: Moved, what: str, *, dry_run: bool, json_: bool) -> None:
     if json_:
-        display.print_json({name.replace(" ", "_"): value for name, value in found.items()} | {"traceback": traceback})
+        display.print_json({**asdict(moved), "dry_run": dry_run})
         return
-    display.facts("", {name: value for name, value in found.items() if value is not None})
-    if traceback is not None:
-        display.print_result(f"\n{traceback.rstrip()}")
+    size = f"{moved.trials} trials, {moved.files} files, {file_size(moved.bytes)}"
+    display.print_result(f"{'would be ' * dry_run}{what}: study '{moved.study}', {size}")
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands, each with an example that the tests read."""
     examples: dict[Callable[..., None], str] = {
         studies: "ris-hpo studies",
-        trials: "ris-hpo trials --study wide --csv trials.csv",
         delete: "ris-hpo delete smoke --dry-run",
         rename: "ris-hpo rename smoke smoke-2",
-        log: "ris-hpo log 3 --study wide",
+        archive: "ris-hpo archive wide --out wide.zip --checkpoints best",
+        restore: "ris-hpo restore wide.zip --name wide-2025",
+        copy: "ris-hpo copy wide --to postgresql://ris_hpo@db/ris_hpo",
     }
     for command, example in examples.items():
         app.command(rich_help_panel=PANEL, epilog=f"Example: {example}")(command)

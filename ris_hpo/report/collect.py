@@ -21,8 +21,9 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from scipy import stats
 
 from ris_hpo.scoring.k_loc import WORST_K_LOC
-from ris_hpo.search.counting import Direction, is_paused, ranked, tally
+from ris_hpo.search.counting import Direction, cause_of, is_paused, ranked, state_of, tally
 from ris_hpo.search.lifecycle import direction_of
+from ris_hpo.search.status import standing_verdict
 from ris_hpo.store import attributes as names
 from ris_hpo.store.credentials import redact
 from ris_hpo.text import short_number
@@ -168,7 +169,7 @@ def collect(study: optuna.Study, *, with_importances: bool = True) -> Report:
     """Read a study, finished or not; importances take seconds and can be left out."""
     stored = study.get_trials(deepcopy=False)
     begun = [trial for trial in stored if trial.state is not TrialState.WAITING or is_paused(trial)]
-    frozen = [trial for trial in begun if not _withdrawn(trial)]
+    frozen = [trial for trial in begun if cause_of(trial) != names.Cause.WITHDRAWN]
     attributes = study.user_attrs
     spec = attributes.get(names.SPEC, {})
     trials = [_trial(trial) for trial in frozen]
@@ -221,7 +222,7 @@ def collect(study: optuna.Study, *, with_importances: bool = True) -> Report:
             "wall_seconds": (max(ends) - min(starts)).total_seconds() if starts and ends else 0.0,
             "failed_seconds": sum(trial.seconds for trial in trials if trial.state == "fail"),
         },
-        winner=attributes.get(names.WINNER),
+        winner=standing_verdict(attributes, stored),
         environment=environment(trials, attributes.get(names.VERSIONS, {})),
         trials=trials,
     )
@@ -235,7 +236,7 @@ def _trial(trial: FrozenTrial) -> Trial:
     on_gpu = str(device or "").startswith("cuda")
     return Trial(
         number=trial.number,
-        state="paused" if is_paused(trial) else trial.state.name.lower(),
+        state=state_of(trial),
         value=trial.values[0] if trial.state is TrialState.COMPLETE else None,
         last_value=next((value for _, value in reversed(curve) if math.isfinite(value)), None),
         params=dict(trial.params),
@@ -248,7 +249,7 @@ def _trial(trial: FrozenTrial) -> Trial:
         core_seconds=0.0 if on_gpu else seconds * int(read(names.THREADS) or 1),
         gpu_seconds=seconds if on_gpu else 0.0,
         origin=read(names.ORIGIN),
-        cause=read(names.CAUSE) if trial.state is TrialState.FAIL else None,
+        cause=cause_of(trial),
         error=redact(str(read(names.ERROR))) if trial.state is TrialState.FAIL and read(names.ERROR) else None,
         diverged=read(names.DIVERGED) if trial.state is TrialState.COMPLETE else None,
         lineage=read(names.LINEAGE),
@@ -260,10 +261,6 @@ def _trial(trial: FrozenTrial) -> Trial:
         metrics=read(names.METRICS) or {},
         curve=curve,
     )
-
-
-def _withdrawn(trial: FrozenTrial) -> bool:
-    return trial.state is TrialState.FAIL and trial.user_attrs.get(names.CAUSE) == names.Cause.WITHDRAWN
 
 
 def _distributions(trials: Sequence[FrozenTrial]) -> dict[str, BaseDistribution]:

@@ -95,7 +95,7 @@ def headline(report: Report) -> list[str]:
     """What came out, in sentences."""
     best, base = report.best, report.base
     if best is None or best.value is None:
-        ended = sum(report.counts.get(state, 0) for state in ("complete", "pruned", "fail"))
+        ended = sum(report.counts.get(state, 0) for state in ("complete", "pruned", "fail", "invalidated"))
         paused = f", {report.counts['paused']} paused" if report.counts.get("paused") else ""
         return [f"No trial has completed yet ({ended} ended{paused})."]
     text = f"Trial {best.number} scores {report.metric} {best.value:.3f}"

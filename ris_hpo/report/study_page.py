@@ -5,6 +5,7 @@ Only the process that runs the pool writes it: the dashboard's notes have a vers
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -67,9 +68,10 @@ def write_page(study: optuna.Study, storage: BaseStorage, artifacts: Path, folde
     """Write the note and the figures if anything has changed; returns whether it had."""
     report = collect(study, with_importances=False)
     text = note(report)
-    if get_note(study).partition(_HEADING)[0] == text:
-        return False
     study_id = storage.get_study_id_from_name(study.study_name)
+    written, _, figures = get_note(study).partition(_HEADING)
+    if written == text and set(re.findall(r"\(/artifacts/(\d+)/", figures)) <= {str(study_id)}:  # else it is a copy
+        return False
     listing = None if folder is None else folder / "page" / ARTIFACTS
     shown = _study_figures(study_id, report, Artifacts(study, artifacts, listing))
     if report.best is not None:
@@ -104,7 +106,8 @@ def note(report: Report) -> str:
         rows.append(("ml reference", f"{ml:.3f}"))
     if report.winner is not None:
         rows.append(("Winner", str(report.winner["verdict"])))
-    ended = ["complete", "pruned", "fail", *(["paused"] if report.counts.get("paused") else [])]
+    further = [state for state in ("paused", "invalidated") if report.counts.get(state)]
+    ended = ["complete", "pruned", "fail", *further]
     rows.append(("Trials", ", ".join(f"{report.counts.get(state, 0)} {state}" for state in ended)))
     if report.proof:
         rows.append(("Proof", report.proof))

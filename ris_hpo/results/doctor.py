@@ -23,9 +23,9 @@ from ris_hpo.search import counting
 from ris_hpo.search.files import list_studies
 from ris_hpo.store.cache import Store
 from ris_hpo.store.credentials import redact
+from ris_hpo.store.database import OPTUNA, SCHEMA
 from ris_hpo.store.folders import leftovers
 from ris_hpo.store.open import default_url, file_system_of, open_store
-from ris_hpo.store.tickets import OPTUNA, SCHEMA
 from ris_hpo.workers import devices
 
 _GIB = 1024**3

@@ -22,8 +22,9 @@ from ris_hpo.learning.bundle import save_bundle
 from ris_hpo.programs.program import built_in, load_program
 from ris_hpo.results.replay import Repetition, ReplayReport, repeated
 from ris_hpo.scoring.k_loc import finite_score
-from ris_hpo.search.counting import best_trial, lineage_root
+from ris_hpo.search.counting import best_trial, lineage_root, state_of
 from ris_hpo.search.spec import StudySpec
+from ris_hpo.search.status import standing_verdict
 from ris_hpo.store import attributes as names
 from ris_hpo.training.files import Exported, ExportedSettings, Provenance, is_unchanged
 from ris_hpo.training.finished import load_network
@@ -46,6 +47,11 @@ def exported(study: optuna.Study, spec: StudySpec, number: int | None = None) ->
     if trial is None:
         wanted = "completed trial yet" if number is None else f"trial {number}: it has {len(trials)}"
         raise StudyError(f"study '{study.study_name}' has no {wanted}")
+    if state_of(trial) == "invalidated":
+        raise StudyError(
+            f"trial {trial.number} of study '{study.study_name}' was invalidated ({trial.user_attrs[names.ERROR]}); "
+            f"'ris-hpo invalidate {trial.number} --undo' lets it count again"
+        )
     if names.CONFIG_FINGERPRINT not in trial.user_attrs:
         raise StudyError(f"trial {trial.number} of study '{study.study_name}' never got its parameters")
     root, seed = lineage_root(trial), trial.user_attrs.get(names.SEED)
@@ -147,7 +153,7 @@ def package(checkpoint: Path, out: Path) -> dict[str, Any]:
 
 def _provenance(study: optuna.Study, spec: StudySpec, trial: FrozenTrial, config: Spec) -> Provenance:
     read, attributes = trial.user_attrs.get, study.user_attrs
-    winner = attributes.get(names.WINNER)
+    winner = standing_verdict(attributes, study.get_trials(deepcopy=False))
     mine = winner is not None and winner["winner"] == f"trial {trial.number}"
     return Provenance(
         study=study.study_name,

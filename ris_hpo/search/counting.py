@@ -7,6 +7,7 @@ those that are paused stay so (``rungs.next_promotion``).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, TypeVar
@@ -40,7 +41,10 @@ AnyTrial = TypeVar("AnyTrial", bound=Counted)
 
 @dataclass(frozen=True)
 class Tally:
-    """Trials of a study by state; failures that a successor continues are ``retried`` and not ``fail``."""
+    """Trials of a study by state; failures that a successor continues are ``retried`` and not ``fail``.
+
+    A trial that was declared invalid is neither complete nor pruned any more, and has ended all the same.
+    """
 
     complete: int = 0
     pruned: int = 0
@@ -49,11 +53,12 @@ class Tally:
     waiting: int = 0
     retried: int = 0
     paused: int = 0
+    invalidated: int = 0
 
     @property
     def ended(self) -> int:
         """Trials that have ended for good: what ``--n-trials`` counts."""
-        return self.complete + self.pruned + self.fail
+        return self.complete + self.pruned + self.fail + self.invalidated
 
     @property
     def open(self) -> int:
@@ -79,12 +84,21 @@ def live_trials(trials: Iterable[AnyTrial]) -> list[AnyTrial]:
     """Return one trial per line: neither those a successor continues nor tickets that were withdrawn."""
     trials = list(trials)
     continued = {trial.user_attrs[names.PREDECESSOR] for trial in trials if names.PREDECESSOR in trial.user_attrs}
-    return [
-        trial
-        for trial in trials
-        if trial.number not in continued
-        and not (trial.state == TrialState.FAIL and trial.user_attrs.get(names.CAUSE) == Cause.WITHDRAWN)
-    ]
+    return [trial for trial in trials if trial.number not in continued and cause_of(trial) != Cause.WITHDRAWN]
+
+
+def cause_of(trial: Counted) -> str | None:
+    """Return why a trial is failed; None where it is not."""
+    if trial.state != TrialState.FAIL:
+        return None
+    return str(trial.user_attrs.get(names.CAUSE, Cause.BUG.value))
+
+
+def state_of(trial: Counted) -> str:
+    """Return the state of a trial in one word: Optuna's, or ``invalidated`` or ``paused``."""
+    if is_paused(trial):
+        return "paused"
+    return "invalidated" if cause_of(trial) == Cause.INVALIDATED else trial.state.name.lower()
 
 
 def is_paused(trial: Counted) -> bool:
@@ -95,22 +109,8 @@ def is_paused(trial: Counted) -> bool:
 def tally(trials: Sequence[FrozenTrial]) -> Tally:
     """Count the trials of a study."""
     live = live_trials(trials)
-    paused = sum(map(is_paused, live))
-    counts = dict.fromkeys(TrialState, 0)
-    for trial in live:
-        counts[trial.state] += 1
-    withdrawn = sum(
-        trial.state == TrialState.FAIL and trial.user_attrs.get(names.CAUSE) == Cause.WITHDRAWN for trial in trials
-    )
-    return Tally(
-        complete=counts[TrialState.COMPLETE],
-        pruned=counts[TrialState.PRUNED],
-        fail=counts[TrialState.FAIL],
-        running=counts[TrialState.RUNNING],
-        waiting=counts[TrialState.WAITING] - paused,
-        retried=len(trials) - len(live) - withdrawn,
-        paused=paused,
-    )
+    withdrawn = sum(cause_of(trial) == Cause.WITHDRAWN for trial in trials)
+    return Tally(retried=len(trials) - len(live) - withdrawn, **Counter(state_of(trial) for trial in live))
 
 
 Direction = Literal["minimize", "maximize"]
@@ -173,19 +173,15 @@ def fill(
     live = live_trials(store.get_all_trials(study_id, deepcopy=False))
     surplus = len(live) - n_trials
     if surplus > 0:
-        waiting = [trial for trial in live if trial.state == TrialState.WAITING and not is_paused(trial)]
-        # last the ones that hold work: put back half-way, or continuing a lost trial
-        waiting.sort(key=lambda trial: (bool(trial.params), -trial.number))
+        waiting = [trial for trial in live if trial.state == TrialState.WAITING]
+        # last the ones that hold work: put back half-way, or continuing a lost trial; then those that were asked for
+        waiting.sort(key=lambda trial: (bool(trial.params), bool(trial.user_attrs), -trial.number))
         store.withdraw(study_id, [trial.number for trial in waiting[:surplus]])
     return added
 
 
 def successor_of(trial: FrozenTrial, cause: Cause, retries: RetrySpec) -> FrozenTrial | None:
-    """Return the ticket that continues a failed trial, or None where its line ends.
-
-    It has the same parameters, the lineage, and nothing else: inherited system attributes (rungs, constraints) would
-    count twice, and inherited reports could not be made again.
-    """
+    """Return the ticket that continues a trial after a fault of its machine, or None where its line ends."""
     if cause not in names.RETRIED_CAUSES:
         return None
     times = {**trial.user_attrs.get(names.RETRIES, {})}
@@ -194,13 +190,25 @@ def successor_of(trial: FrozenTrial, cause: Cause, retries: RetrySpec) -> Frozen
         times[cause.value] = 0  # it made progress before it was lost, and will end some day however often that happens
     times[cause.value] = times.get(cause.value, 0) + 1
     allowed: dict[str, int] = retries.model_dump()
-    if times[cause.value] > allowed[cause.value]:
-        return None
+    return None if times[cause.value] > allowed[cause.value] else continuation(trial, times)
+
+
+def continuation(trial: FrozenTrial, times: Mapping[str, int]) -> FrozenTrial:
+    """Return the ticket that continues a failed trial.
+
+    It has the same parameters, the lineage, and nothing else: inherited system attributes (rungs, constraints) would
+    count twice, and inherited reports could not be made again.
+
+    Args:
+        trial: the failed trial.
+        times: failures of its line by cause, those that count for the limits.
+    """
+    inherited, reached = trial.user_attrs.get(names.INHERITED_STEP, 0), trial.last_step or 0
     marks = {
         names.LINEAGE: lineage_root(trial),
         names.PREDECESSOR: trial.number,
         names.ATTEMPT: trial.user_attrs.get(names.ATTEMPT, 0) + 1,
-        names.RETRIES: times,
+        names.RETRIES: dict(times),
         names.INHERITED_STEP: max(inherited, reached),
     }
     of_the_line = (names.ORIGIN, names.RUNGS, names.PROMOTED_AT)

@@ -66,6 +66,13 @@ class Dimension(Spec):
         """Whether this is a range of whole numbers."""
         return isinstance(self.low, int) and isinstance(self.high, int) and isinstance(self.step, int | None)
 
+    def in_words(self) -> str:
+        """Return the values of this dimension in a few words."""
+        if self.choices is not None:
+            return " | ".join(str(choice) for choice in self.choices)
+        notes = [word for word, present in (("log", self.log), (f"step {self.step}", self.step)) if present]
+        return f"{self.low} .. {self.high}" + (f" ({', '.join(notes)})" if notes else "")
+
     def distribution(self) -> BaseDistribution:
         """Return the Optuna distribution."""
         if self.choices is not None:

@@ -126,7 +126,7 @@ def parse_study(tree: Mapping[str, Any], *, name: str, source: str) -> StudySpec
     Raises:
         SpaceError: unknown table or key, impossible bounds.
     """
-    tables = ("study", "base", "space", "sampler", "pruner", "budget", "retries", "stop")
+    tables = ("study", "base", "space", "sampler", "pruner", "budget", "retries", "stop", "keep")
     for key, value in tree.items():
         if key == SCHEMA_KEY:
             continue
@@ -154,7 +154,7 @@ def parse_study(tree: Mapping[str, Any], *, name: str, source: str) -> StudySpec
             Dimension.parse(space[path], f"{source}: space.'{path}'")
         except ConfigError as error:
             raise SpaceError(str(error)) from None
-    rest = {key: tree[key] for key in ("sampler", "pruner", "budget", "retries", "stop") if key in tree}
+    rest = {key: tree[key] for key in ("sampler", "pruner", "budget", "retries", "stop", "keep") if key in tree}
     whole = {
         "name": name,
         **head,

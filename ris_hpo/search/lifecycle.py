@@ -264,7 +264,7 @@ def _check_same_search(study: Study, old: StudySpec, new: StudySpec, free_name: 
             )
 
 
-_UPDATED = ("sampler", "pruner", "retries", "stop", "budget.trial_timeout_s", "budget.stall_timeout_s")
+_UPDATED = ("sampler", "pruner", "retries", "stop", "keep", "budget.trial_timeout_s", "budget.stall_timeout_s")
 
 
 def _change(
@@ -281,6 +281,22 @@ def _change(
     if differing:
         kept = [f"{key} {json.dumps(old[key])} (the file has {json.dumps(differing[key])})" for key in differing]
         note(f"study '{study.study_name}' keeps what it was made with: {', '.join(kept)}")
+    change_settings(study, changes, note=note)
+
+
+def change_settings(study: Study, changes: Mapping[str, Any], *, note: Callable[[str], None]) -> None:
+    """Change settings of a study that are not those its trials are compared by, and record each change.
+
+    Args:
+        study: the study.
+        changes: new values by dotted ``StudySpec`` key.
+        note: called with one sentence on each that was changed.
+
+    Raises:
+        SpaceError: the study would get another number of objectives.
+    """
+    stored = stored_spec(study)
+    old = dict(leaves(stored.model_dump(mode="json", exclude=_FIXED)))
     changed = stored.replaced(changes)
     if (rungs := _rungs(changed)) != (before := _rungs(stored)):
         raise SpaceError(

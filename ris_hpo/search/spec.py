@@ -2,8 +2,8 @@
 
 A study file has the tables ``[study]``, ``[base]`` (run-configuration values other than the defaults), ``[space]``
 (dotted run-configuration path -> ``low``/``high``/``step``/``log`` or ``choices``, and ``when``), ``[sampler]``,
-``[pruner]``, ``[budget]``, ``[retries]`` and ``[stop]``. Everything is validated at load, bounds against the run
-configuration itself, so that no study fails an hour in over a misspelt key.
+``[pruner]``, ``[budget]``, ``[retries]``, ``[stop]`` and ``[keep]``. Everything is validated at load, bounds against
+the run configuration itself, so that no study fails an hour in over a misspelt key.
 """
 
 from __future__ import annotations
@@ -98,6 +98,20 @@ class StopSpec(Spec):
     patience: int | None = Field(default=None, ge=1, description="ended trials since the best one")
 
 
+class KeepSpec(Spec):
+    """Which files of trials that have ended stay, and how much room a study may take on each machine."""
+
+    checkpoints: Literal["all", "best", "last_rung", "none"] = Field(
+        default="all",
+        description="whose checkpoints stay: of all, of the best, of those that came as far as any did, of none",
+    )
+    best: int = Field(default=3, ge=1, description="how many the best are")
+    quota_gb: float | None = Field(
+        default=None, gt=0, description="pause while the study's folder is larger; 1e9 bytes each"
+    )
+    free_gb: float | None = Field(default=None, gt=0, description="pause while the disk has less room; 1e9 bytes each")
+
+
 class StudySpec(Spec):
     """One study: what is searched, from which base, by which sampler and pruner, within which budget."""
 
@@ -131,6 +145,7 @@ class StudySpec(Spec):
     budget: StudyBudget = StudyBudget()
     retries: RetrySpec = RetrySpec()
     stop: StopSpec = StopSpec()
+    keep: KeepSpec = KeepSpec()
 
     @classmethod
     def from_stored(cls, tree: Mapping[str, Any], source: str) -> Self:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from ris_hpo.search.counting import Direction, Tally, best_trial, device_seconds, tally
+from ris_hpo.search.counting import Direction, Tally, best_trial, cause_of, device_seconds, tally
 from ris_hpo.store import attributes as names
 from ris_hpo.store.attributes import Cause
 from ris_hpo.store.owner import Owner
@@ -69,6 +69,17 @@ class FailedTrial:
 
 
 @dataclass(frozen=True)
+class InvalidTrial:
+    """A trial whose score does not count: why, since when, what it was, and what it scored."""
+
+    number: int
+    reason: str
+    time: str
+    state: str
+    score: float | None
+
+
+@dataclass(frozen=True)
 class StudyStatus:
     """Where a study stands: what ``status --json`` prints.
 
@@ -82,12 +93,13 @@ class StudyStatus:
     running: list[RunningTrial]
     causes: dict[str, int]
     failed: list[FailedTrial]
+    invalidated: list[InvalidTrial]
     device_hours: float
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON types, with each score under the name of its metric."""
         tree = asdict(self)
-        for trial in [tree["best"], *tree["running"]]:
+        for trial in [tree["best"], *tree["running"], *tree["invalidated"]]:
             if trial is not None:
                 trial[self.metric] = trial.pop("score")
         return tree
@@ -118,7 +130,7 @@ def study_status(
     failed = [
         _failed(trial, retried=trial.number in continued)
         for trial in trials
-        if trial.state == TrialState.FAIL and trial.user_attrs.get(names.CAUSE) != Cause.WITHDRAWN
+        if cause_of(trial) not in (None, Cause.WITHDRAWN, Cause.INVALIDATED)
     ]
     return StudyStatus(
         study=name,
@@ -128,6 +140,7 @@ def study_status(
         running=[_running(trial) for trial in trials if trial.state == TrialState.RUNNING],
         causes=dict(Counter(trial.cause for trial in failed)),
         failed=failed,
+        invalidated=[_invalid(trial) for trial in trials if cause_of(trial) == Cause.INVALIDATED],
         device_hours=device_seconds(trials) / 3600,
     )
 
@@ -145,12 +158,33 @@ def _running(trial: FrozenTrial) -> RunningTrial:
     )
 
 
+def _invalid(trial: FrozenTrial) -> InvalidTrial:
+    was = trial.user_attrs[names.SET_ASIDE]
+    score = None if was["values"] is None else was["values"][0]
+    return InvalidTrial(trial.number, trial.user_attrs[names.ERROR], was["time"], was["state"], score)
+
+
+def standing_verdict(attributes: Mapping[str, Any], trials: Sequence[FrozenTrial]) -> dict[str, Any] | None:
+    """Return the verdict on a study's winner; None where there is none, or a trial of it was invalidated since.
+
+    Args:
+        attributes: of the study.
+        trials: of the study.
+    """
+    verdict: dict[str, Any] | None = attributes.get(names.WINNER)
+    if verdict is None:
+        return None
+    compared = {candidate["name"] for candidate in verdict["candidates"]}
+    invalid = {f"trial {trial.number}" for trial in trials if cause_of(trial) == Cause.INVALIDATED}
+    return None if compared & invalid else verdict
+
+
 def _failed(trial: FrozenTrial, *, retried: bool) -> FailedTrial:
     attributes = trial.user_attrs
     owner = Owner.parse(attributes.get(names.OWNER))
     return FailedTrial(
         number=trial.number,
-        cause=str(attributes.get(names.CAUSE, Cause.BUG.value)),
+        cause=str(cause_of(trial)),
         error=attributes.get(names.ERROR),
         host=attributes.get(names.HOST) or (None if owner is None else owner.process.host),  # lost before it told
         device=attributes.get(names.DEVICE),

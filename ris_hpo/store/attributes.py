@@ -81,8 +81,11 @@ PREDECESSOR: Final = "predecessor"
 ATTEMPT: Final = "attempt"
 """1 for the first successor, and so on."""
 ORIGIN: Final = "origin"
-"""``base`` for the base configuration, ``warm-start STUDY#NUMBER`` for one taken from another study."""
+"""``base`` for the base configuration, ``warm-start STUDY#NUMBER`` for one taken from another study,
+``enqueued TIME#N`` for one that somebody asked for."""
 
+SET_ASIDE: Final = "set_aside"
+"""What an invalidated trial was: ``{"state": ..., "values": ..., "time": ...}``; shown by ``Store``, stored nowhere."""
 RETRIES: Final = "retries"
 """Failures of this line of trials by cause; the count of losses starts over after progress."""
 INHERITED_STEP: Final = "inherited_step"
@@ -110,6 +113,8 @@ CHANGES: Final = "changes"
 """What was changed after the study was made: ``[{"time": ..., "key": ..., "old": ..., "new": ...}, ...]``."""
 WINNER: Final = "winner"
 """Re-evaluation of the best configurations on fresh seeds and scenes, with its verdict."""
+INVALID: Final = "invalid"
+"""Trials whose scores do not count, by number: ``{"3": {"reason": ..., "time": ...}}``; see ``Cause.INVALIDATED``."""
 
 
 class Cause(StrEnum):
@@ -123,6 +128,9 @@ class Cause(StrEnum):
     """Training that cannot go on, in a study without a worst score; another try would end the same way."""
     WITHDRAWN = "withdrawn"
     """Taken out of the queue by a smaller ``--n-trials``; it never ran and is counted nowhere."""
+    INVALIDATED = "invalidated"
+    """Ended well, and declared invalid since. The database keeps its state and score; ``Store`` shows it as failed, so
+    that no sampler, pruner, ranking, report or outside reader of that storage takes its score into account."""
 
 
 RETRIED_CAUSES: Final = frozenset({Cause.LOST_WORKER, Cause.TIMEOUT, Cause.OUT_OF_MEMORY})
@@ -131,6 +139,6 @@ RETRIED_CAUSES: Final = frozenset({Cause.LOST_WORKER, Cause.TIMEOUT, Cause.OUT_O
 OF_THE_SERVICE: Final = frozenset(
     {CONFIG_FINGERPRINT, SEED, SCENES, SECONDS, SCENES_PER_SECOND, PEAK_MEMORY, HOST, DEVICE, THREADS}
     | {METRICS, DIVERGED, OWNER, CAUSE, ERROR, TRACEBACK, LAST_STEP, PREEMPTIONS, RELEASED_BY, FIGURES_MISSING}
-    | {LINEAGE, PREDECESSOR, ATTEMPT, ORIGIN, RETRIES, INHERITED_STEP, RUNGS, PAUSED, PROMOTED_AT}
+    | {LINEAGE, PREDECESSOR, ATTEMPT, ORIGIN, RETRIES, INHERITED_STEP, SET_ASIDE, RUNGS, PAUSED, PROMOTED_AT}
 )
 """Attributes of a trial that a training program cannot write."""

@@ -6,6 +6,7 @@ import copy
 import functools
 import threading
 from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, TypeVar, cast
 
@@ -17,8 +18,9 @@ from ris_hpo.errors import StudyGoneError
 from ris_hpo.store import attributes as names
 from ris_hpo.store import folders
 from ris_hpo.store.credentials import redact
+from ris_hpo.store.database import GONE
 from ris_hpo.store.retry import retried
-from ris_hpo.store.tickets import GONE, Claim, Promote, Seen, TicketStorage
+from ris_hpo.store.tickets import Claim, Promote, Seen, StudyContent, TicketStorage
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -47,6 +49,7 @@ class _Known:
         self.in_use = False
         self.trials: dict[int, FrozenTrial] = {}
         self.seen: dict[int, Seen] = {}
+        self.invalid: dict[str, dict[str, str]] = {}
         self.newest = -1
 
 
@@ -143,6 +146,21 @@ class Store(BaseStorage):
         """See ``TicketStorage.rename``; the study's folder is found by its identity."""
         retried(self.tickets.rename)(study_id, name)
 
+    def content(self, study_id: int) -> StudyContent:
+        """See ``TicketStorage.content``."""
+        try:
+            content: StudyContent = retried(self.tickets.content)(study_id)
+        except KeyError as error:
+            raise StudyGoneError(GONE) from error
+        return content
+
+    def receive(self, content: StudyContent, identity: str, place: Callable[[int], None]) -> int:
+        """See ``TicketStorage.receive``."""
+        study_id = int(retried(self.tickets.receive)(content, identity, place))
+        with self._lock:
+            self._forget(study_id)
+        return study_id
+
     def _forget(self, study_id: int) -> _Known:
         for seen in self._studies.pop(study_id, _Known()).seen.values():
             self._finished.pop(seen.trial_id, None)
@@ -215,13 +233,13 @@ class Store(BaseStorage):
     def _refresh(self, study_id: int) -> None:
         """Read again what may have changed: what runs or ran until now, and what is new."""
         known = self._studies.setdefault(study_id, _Known())
-        identity, now = self.tickets.trial_states(study_id, known.newest)
-        if known.identity not in (None, identity):  # deleted, and made anew under the same id
+        view = self.tickets.view(study_id, known.newest)
+        if known.identity not in (None, view.identity):  # deleted, and made anew under the same id
             if known.in_use:
                 raise StudyGoneError(GONE)
             known = self._forget(study_id)
-            identity, now = self.tickets.trial_states(study_id, known.newest)
-        known.identity = identity
+            view = self.tickets.view(study_id, known.newest)
+        known.identity, now = view.identity, view.trials
         untouched = {
             number
             for number, seen in now.items()
@@ -231,6 +249,9 @@ class Store(BaseStorage):
         stale |= {  # ended since the last look
             number for number, seen in known.seen.items() if not seen.state.is_finished() and number not in now
         }
+        before, known.invalid = known.invalid, view.invalid
+        changed = {int(key) for key in {*before, *view.invalid} if before.get(key) != view.invalid.get(key)}
+        stale |= changed & known.trials.keys()
         if not stale:
             return
         fresh: dict[int, FrozenTrial] = {}
@@ -245,18 +266,30 @@ class Store(BaseStorage):
         for number, trial in fresh.items():
             if number not in ids:
                 continue  # made after the first look
-            known.trials[number] = trial
+            shown = set_aside(trial, known.invalid.get(str(number)))
+            known.trials[number] = shown
             paused = trial.user_attrs.get(names.PAUSED)
             known.seen[number] = Seen(ids[number], trial.state, trial.datetime_start is not None, paused)
             known.newest = max(known.newest, ids[number])
             if trial.state.is_finished():
-                self._finished[ids[number]] = trial
+                self._finished[ids[number]] = shown
 
     # -- tickets -------------------------------------------------------------------------------------------------------
 
     def fill(self, study_id: int, tickets: Callable[[list[FrozenTrial]], list[FrozenTrial]]) -> int:
         """See ``TicketStorage.fill``."""
         return int(retried(self.tickets.fill)(study_id, tickets))
+
+    def enqueue(self, study_id: int, tickets: Callable[[list[FrozenTrial]], list[FrozenTrial]]) -> None:
+        """See ``TicketStorage.enqueue``."""
+        retried(self.tickets.enqueue)(study_id, tickets)
+        with self._lock:  # a ticket that was read before is not taken for untouched
+            known = self._studies.get(study_id, _Known())
+            known.seen = {number: replace(seen, begun=True) for number, seen in known.seen.items()}
+
+    def change_attribute(self, study_id: int, key: str, change: Callable[[Any], Any]) -> None:
+        """See ``TicketStorage.change_attribute``; ``change`` may be called again on what it made."""
+        retried(self.tickets.change_attribute)(study_id, key, change)
 
     def claim(self, study_id: int, owner: str, promote: Promote | None = None) -> int | None:
         """See ``TicketStorage.claim``; the number of the trial."""
@@ -301,3 +334,15 @@ def ticket(params: Mapping[str, Any] | None = None, marks: Mapping[str, Any] | N
     """Return a WAITING template: empty for the sampler to fill, or with parameters that are fixed beforehand."""
     system = {"fixed_params": dict(params)} if params else None
     return create_trial(state=TrialState.WAITING, user_attrs=dict(marks or {}), system_attrs=system)
+
+
+def set_aside(trial: FrozenTrial, entry: Mapping[str, str] | None) -> FrozenTrial:
+    """Return a trial as it is shown: as failed, with the reason, where its study's ``INVALID`` has an entry."""
+    if entry is None:
+        return trial
+    shown = copy.copy(trial)
+    was = {"state": trial.state.name.lower(), "values": trial.values, "time": entry["time"]}
+    marks = {names.CAUSE: names.Cause.INVALIDATED.value, names.ERROR: entry["reason"], names.SET_ASIDE: was}
+    marks |= {names.RUNGS: None}
+    shown.state, shown.values, shown.user_attrs = TrialState.FAIL, None, {**trial.user_attrs, **marks}
+    return shown

@@ -16,7 +16,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from ris_hpo.store.cache import Store
 
 MARKER: Final = ".study.json"
+PARTIAL: Final = ".partial-"
+"""How the folder of a study begins that is still being written."""
 ARTIFACTS: Final = "artifacts.txt"
 """In a trial's folder: names of its files in the artifact folder, one a line, so that they go when it goes."""
 _REMOVED: Final = ".removed-"
@@ -101,6 +103,41 @@ def remove_folder(store: Store, identity: str, storage: Path | None = None) -> N
     folder = _find(root, identity, "")
     if folder is not None and _is_leftover(_owner(folder), store):
         _remove(folder, root)
+
+
+@contextmanager
+def placing(
+    store: Store, staged: Path, name: str, identity: str, storage: Path | None = None
+) -> Iterator[Callable[[int], None]]:
+    """Let a prepared folder become that of a study that is being added to a store.
+
+    Args:
+        store: the store, where the study is not visible yet.
+        staged: the prepared folder, beside those of studies.
+        name: of the study.
+        identity: of the study.
+        storage: the storage directory; this process's own by default.
+
+    Yields:
+        What moves the folder to its place, given the study's id; an error afterwards removes it.
+    """
+    root, database, placed = _root(storage), store.database, []
+
+    def place(study_id: int) -> None:
+        folder = _new(root, name, store, inherits=False)
+        mine = Owner(identity, *database, study_id, staged.stat().st_ino)
+        (staged / MARKER).write_text(json.dumps(asdict(mine)), encoding="utf-8")
+        with writing(folder):
+            staged.replace(folder)  # which is empty
+        placed.append(folder)
+
+    with _locked(root):  # before the database's lock, as in study_folder
+        try:
+            yield place
+        except BaseException:
+            for folder in placed:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def leftovers(store: Store, storage: Path | None = None) -> list[Path]:

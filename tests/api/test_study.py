@@ -107,7 +107,18 @@ def test_a_study_from_its_file_to_its_best_configuration(home: Path) -> None:
 
     frame = study.frame()
     assert list(frame.index) == [0, 1, 2, 3]
-    assert list(frame.columns) == ["state", "gain", "rate", "loss", "steps", "seconds", "device", "origin", "cause"]
+    assert list(frame.columns) == [
+        "state",
+        "gain",
+        "rate",
+        "loss",
+        "steps",
+        "seconds",
+        "device",
+        "origin",
+        "cause",
+        "error",
+    ]
     assert frame["gain"].idxmax() == best.number
     assert frame.loc[1, "cause"] == "bug"
 

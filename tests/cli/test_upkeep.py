@@ -1,14 +1,17 @@
-"""``studies``, ``delete``, ``rename`` and ``log`` on the command line."""
+"""Commands that look after studies and trials, and the page that explains them."""
 
 from __future__ import annotations
 
 import csv
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 
-from ris_hpo.errors import OutputError, StudyError
+from ris_hpo.errors import ArchiveError, ConfigError, OutputError, SpaceError, StudyError
+
+from .test_readme import ROOT, commands
 
 
 def test_studies_are_listed_for_people_and_programs(cli, made_study: str) -> None:
@@ -68,3 +71,85 @@ def test_the_log_of_a_failed_trial_names_its_cause(cli, made_study: str) -> None
     outcome = cli("log", 9)
     assert outcome.code == StudyError.exit_code
     assert "has no trial 9" in outcome.err
+
+
+def test_configurations_are_queued_from_options_and_files(cli, made_study: str, tmp_path: Path) -> None:
+    outcome = cli("enqueue", "--set", "optimizer.learning_rate=0.005", "--dry-run")
+    assert (outcome.code, outcome.out) == (0, "would be queued: optimizer.learning_rate=0.005\n")
+    assert cli("enqueue", "--set", "optimizer.learning_rate=0.005", "--json").json == {
+        "study": made_study, "queued": [{"optimizer.learning_rate": 0.005}], "trials": [4], "repeated": [],
+        "n_trials": 5, "dry_run": False,
+    }  # fmt: skip
+    (tmp_path / "own.csv").write_text("optimizer.learning_rate\n0.005\n0.001\n0.007\n")
+    outcome = cli("enqueue", "own.csv")
+    assert [line.split(":")[0] for line in outcome.out.splitlines()] == ["queued", "left out", "left out"]
+    assert "6 trials; trials 5 run them" in outcome.err
+    assert cli("enqueue").code == cli("enqueue", "own.csv", "--set", "seed=1").code == 2
+    assert cli("enqueue", "none.csv").code == ConfigError.exit_code
+    outcome = cli("enqueue", "--set", "optimizer.learning_rate=5")
+    assert outcome.code == SpaceError.exit_code
+    assert "outside its range" in outcome.err
+
+
+def test_failed_trials_are_queued_again(cli, made_study: str) -> None:
+    assert cli("retry").code == 2
+    assert "would run again" in cli("retry", 3, "--dry-run").out
+    assert cli("retry", "--all", "--json").json["retried"] == [{"number": 3, "cause": "bug", "last_step": 1000}]
+    assert cli("retry", "--cause", "bug").out == "no trial failed so\n"
+    counts = cli("status", "--json").json["trials"]
+    assert (counts["fail"], counts["retried"], counts["waiting"]) == (0, 1, 2)
+
+
+def test_a_trial_is_invalidated_and_back(cli, made_study: str) -> None:
+    assert cli("invalidate", 1).code == cli("invalidate", 1, "--undo", "--reason", "x").code == 2
+    assert cli("invalidate", 1, "--reason", "wrong [file]", "--dry-run").out.startswith("would be invalidated: trial 1")
+    assert cli("invalidate", 1, "--reason", "wrong [file]").code == 0
+    stands = cli("status", "--json").json
+    assert (stands["best"]["number"], stands["trials"]["invalidated"]) == (0, 1)
+    assert stands["invalidated"][0]["k_loc"] == 1.75
+    assert "wrong [file]" in cli("status").out
+    row = cli("trials", "--json").json[1]
+    assert (row["state"], row["cause"], row["error"]) == ("invalidated", "invalidated", "wrong [file]")
+    found = cli("log", 1, "--json").json
+    assert (found["state"], found["scored"]) == ("invalidated", 1.75)
+    assert cli("export", "--trial", 1, "--out", "best.toml").code == StudyError.exit_code
+    assert cli("invalidate", 1, "--undo").code == 0
+    assert cli("status", "--json").json["best"]["number"] == 1
+
+
+def test_a_study_is_packed_restored_and_copied(cli, made_study: str, tmp_path: Path) -> None:
+    outcome = cli("archive", made_study, "--out", "made.zip", "--dry-run", "--json")
+    assert outcome.json == {"study": made_study, "trials": 5, "files": 0, "bytes": 0, "dry_run": True}
+    assert cli("archive", made_study, "--out", "made.tar").code == OutputError.exit_code
+    outcome = cli("archive", made_study, "--out", "made.zip", "--delete")
+    assert outcome.code == StudyError.exit_code
+    assert "--yes" in outcome.err
+    assert not (tmp_path / "made.zip").exists()
+    before = cli("trials", "--json").json
+    outcome = cli("archive", made_study, "--out", "made.zip", "--delete", "--yes")
+    assert outcome.out == "written to made.zip and removed: study 'made', 5 trials, 0 files, 0 B\n"
+    assert cli("studies", "--json").json == []
+    assert cli("restore", "made.zip", "--dry-run").code == 0
+    assert cli("studies", "--json").json == []
+    assert cli("restore", "made.zip").code == 0
+    assert cli("trials", "--json").json == before
+    outcome = cli("restore", "made.zip")
+    assert outcome.code == StudyError.exit_code
+    assert "--name NEW" in outcome.err
+    assert cli("copy", made_study, "--to", "other.db", "--name", "twin").code == 0
+    assert cli("trials", "--study", "twin", "--storage", "other.db", "--json").json == before
+    (tmp_path / "made.zip").write_bytes((tmp_path / "made.zip").read_bytes()[:-9])
+    outcome = cli("restore", "made.zip", "--name", "third")
+    assert (outcome.code, outcome.err.count("\n")) == (ArchiveError.exit_code, 1)
+
+
+def test_the_commands_of_the_page_run_as_printed(cli, made_study: str, tmp_path: Path) -> None:
+    cli("rename", made_study, "wide")
+    (tmp_path / "configurations.csv").write_text("optimizer.learning_rate\n0.002\n")
+    for line in commands((ROOT / "docs" / "how-to" / "studies.md").read_text()):
+        words = shlex.split(line)
+        assert words[0] == "ris-hpo"
+        if "postgresql://ris_hpo@db/ris_hpo" in words:
+            words[words.index("postgresql://ris_hpo@db/ris_hpo")] = "sqlite:///server.db"
+        outcome = cli(*words[1:])
+        assert outcome.code == 0, f"{line}\n{outcome.err}"

@@ -19,12 +19,12 @@ import sqlalchemy
 from optuna.study import StudySummary
 
 import ris_hpo
-from ris_hpo.store import tickets
+from ris_hpo.store import database
 from ris_hpo.store.cache import Store
 
 PACKAGE = Path(ris_hpo.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
-HEAD = Path(tickets.__file__)
+HEAD = Path(database.__file__)
 
 
 def is_private(name: str) -> bool:
@@ -117,13 +117,13 @@ def test_undocumented_attributes_stand_in_one_module() -> None:
     ]
     assert outside == []
     for name in ("engine", "scoped_session", "SCHEMA"):
-        assert f"{name}``" in str(tickets.__doc__)
+        assert f"{name}``" in str(database.__doc__)
 
 
 def test_the_schema_is_the_one_that_was_read(sqlite_store: Store) -> None:
-    assert sqlite_store.tickets.get_head_version() == tickets.SCHEMA
-    tables: list[Any] = [value for value in vars(tickets).values() if isinstance(value, sqlalchemy.TableClause)]
-    assert len(tables) >= 4
+    assert sqlite_store.tickets.get_head_version() == database.SCHEMA
+    tables: list[Any] = [value for value in vars(database).values() if isinstance(value, sqlalchemy.TableClause)]
+    assert len(tables) >= 9
     inspector = sqlalchemy.inspect(sqlite_store.tickets.engine)
     for table in tables:
         there = {column["name"] for column in inspector.get_columns(table.name)}
@@ -131,7 +131,7 @@ def test_the_schema_is_the_one_that_was_read(sqlite_store: Store) -> None:
 
 
 def test_optuna_is_held_to_the_version_that_was_read() -> None:
-    assert version("optuna").startswith(f"{tickets.OPTUNA}.")
-    major, minor = tickets.OPTUNA.split(".")
+    assert version("optuna").startswith(f"{database.OPTUNA}.")
+    major, minor = database.OPTUNA.split(".")
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert f"optuna>={tickets.OPTUNA},<{major}.{int(minor) + 1}" in project["dependencies"]
+    assert f"optuna>={database.OPTUNA},<{major}.{int(minor) + 1}" in project["dependencies"]
