@@ -343,6 +343,6 @@ def set_aside(trial: FrozenTrial, entry: Mapping[str, str] | None) -> FrozenTria
     shown = copy.copy(trial)
     was = {"state": trial.state.name.lower(), "values": trial.values, "time": entry["time"]}
     marks = {names.CAUSE: names.Cause.INVALIDATED.value, names.ERROR: entry["reason"], names.SET_ASIDE: was}
-    marks |= {names.RUNGS: None}
-    shown.state, shown.values, shown.user_attrs = TrialState.FAIL, None, {**trial.user_attrs, **marks}
+    marks_without_rungs = {**trial.user_attrs, **marks, names.RUNGS: None}  # promotion compares by them
+    shown.state, shown.values, shown.user_attrs = TrialState.FAIL, None, marks_without_rungs
     return shown

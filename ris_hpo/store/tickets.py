@@ -22,7 +22,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Final
 
@@ -476,6 +476,7 @@ def _standings(connection: Connection, study_id: int) -> list[Standing]:
             found[row.number].user_attrs[row.key] = loaded(row.value_json)
     for number in loaded(connection.scalar(_INVALID.where(STUDY_MARKS.c.study_id == study_id))) or {}:
         found[int(number)].user_attrs.pop(names.RUNGS, None)
+        found[int(number)] = replace(found[int(number)], state=TrialState.FAIL)
     return [found[number] for number in sorted(found)]
 
 

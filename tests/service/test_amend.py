@@ -20,6 +20,7 @@ from ris_hpo.search.amend import enqueue, invalidate, read_configurations, reins
 from ris_hpo.search.counting import ranked, tally
 from ris_hpo.search.lifecycle import fill_budget, get_study, status, stored_spec
 from ris_hpo.search.pruners import build_pruner
+from ris_hpo.search.rungs import as_samplers_see, next_promotion
 from ris_hpo.store import attributes as names
 from ris_hpo.store.cache import Store
 from ris_hpo.store.open import open_store
@@ -267,6 +268,33 @@ def test_the_pruner_does_not_compare_with_an_invalidated_trial(store: Store) -> 
     assert pruner.prune(study, frozen)
     invalidate(store, "unit", [0], "wrong scenes")
     assert not pruner.prune(study, frozen)
+
+
+def test_an_invalidated_trial_has_reached_no_rung(store: Store) -> None:
+    """Of three lines at the rung the best goes on; without the invalid one there are two, and none of them does."""
+    study = begin(store, 4, pruner={"name": "promotion"})
+    study_id, spec = id_of(store, study), stored_spec(study)
+    for number in range(3):
+        store.claim(study_id, str(elsewhere()))
+        marks = {names.RUNGS: [1.0 + number]}
+        if number < 2:
+            store.release(study_id, number, None, {**marks, names.PAUSED: 0})
+        else:
+            store.mark(study_id, number, marks)
+            study.tell(number, 5.0)
+    ends: list[int | None] = []
+
+    def chosen(standings: Any) -> int | None:
+        ends.append(next_promotion(standings, spec))
+        return None
+
+    store.claim(study_id, "first", chosen)
+    assert next_promotion(study.get_trials(), spec) == 0
+    invalidate(store, "unit", [2], "wrong scenes")
+    store.claim(study_id, "second", chosen)
+    assert next_promotion(study.get_trials(), spec) is None
+    assert ends == [0, None]
+    assert as_samplers_see(study.get_trials())[2].state is TrialState.FAIL
 
 
 def test_only_a_trial_with_a_score_is_invalidated_and_with_a_reason(sqlite_store: Store) -> None:
