@@ -318,6 +318,20 @@ def test_the_threads_of_a_trial_are_torchs_or_one(
     assert study.get_trials()[0].user_attrs[names.THREADS] == (3 if loaded else 1)
 
 
+@pytest.mark.parametrize(("platform", "peak"), [("linux", 3072), ("darwin", 3)])
+def test_the_peak_of_memory_is_in_bytes(
+    platform: str, peak: int, sqlite_store: Store, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system says 3, which are kibibytes on Linux."""
+    monkeypatch.setattr(context_module, "sys", SimpleNamespace(platform=platform, modules={}))
+    monkeypatch.setattr(context_module.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3))
+    study = begin(sqlite_store, base={"budget": {"scenes": 100}})
+    told: list[object] = []
+    attempt(sqlite_store, study, program, tmp_path, notify=told.append)
+    assert study.get_trials()[0].user_attrs[names.PEAK_MEMORY] == peak
+    assert [event.memory_bytes for event in told if isinstance(event, Report)] == [peak]
+
+
 # -- time ------------------------------------------------------------------------------------------------------------
 
 
