@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import ris_hpo
 from ris_hpo.cli import display, options
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ris_hpo.cli.scene_files import DrawnScenes, OwnScenes
+    from ris_hpo.learning.inference import Path as PathName
     from ris_hpo.physics.array import Geometry
     from ris_hpo.physics.grid import GridSpec
     from ris_hpo.physics.scene import Scenes, SceneSpec
@@ -68,7 +69,7 @@ def choose(
     estimator: str | None,
     pairs: Sequence[str] | None,
     device: str,
-    path: Literal["pipeline", "network"] = "pipeline",
+    path: PathName = "pipeline",
     surface: str | None = None,
 ) -> Method:
     """The method that ``--checkpoint``, ``--weights`` or ``--estimator`` names, with ``--set`` applied.
@@ -85,8 +86,8 @@ def choose(
             return _learned(checkpoint, str(checkpoint), pairs, device, path)
         shipped = weights or "default"
         return _learned(shipped_weights(shipped), f"weights '{shipped}'", pairs, device, path)
-    if path == "network":
-        raise options.UsageError("--path network needs a --checkpoint; an estimator has one path")
+    if path != "pipeline":
+        raise options.UsageError(f"the {path} path is a network's; --estimator has one path only")
     return _classical(estimator, pairs, surface)
 
 
@@ -168,11 +169,11 @@ def shipped_weights(name: str) -> Path:
     return file
 
 
-def _learned(checkpoint: Path, name: str, pairs: Sequence[str] | None, device: str, path: str) -> Method:
+def _learned(checkpoint: Path, name: str, pairs: Sequence[str] | None, device: str, path: PathName) -> Method:
     from typing import cast
 
     from ris_hpo.learning.bundle import is_bundle, load_bundle
-    from ris_hpo.learning.inference import explained, localize, network_sources, predict
+    from ris_hpo.learning.inference import explained, find_sources, predict
     from ris_hpo.learning.network import Network
     from ris_hpo.training.finished import load_network
 
@@ -182,16 +183,33 @@ def _learned(checkpoint: Path, name: str, pairs: Sequence[str] | None, device: s
     else:
         network, config = load_network(checkpoint, device)
         inference, scene = config.inference, config.scene
-    spec = options.changed(inference, pairs)
+    spec = options.changed(inference.of(path), pairs)
 
     def located(scenes: Scenes, counts: Tensor | None) -> Sources:
-        if path == "network":
-            outputs = predict(network, scenes)
-            return explained(network, scenes, outputs, network_sources(outputs, spec, counts))
-        return localize(network, scenes, spec, num_sources=counts)
+        outputs = predict(network, scenes)
+        found = find_sources(network, scenes, spec, path, num_sources=counts, outputs=outputs)
+        return explained(network, scenes, outputs, found) if path == "network" else found
 
     return Method(
-        f"{name} ({path})", located, 64, scene.geometry, scene, spec.likelihood.grid, network.spec.noise_known
+        f"{name} ({path})", located, 512, scene.geometry, scene, spec.likelihood.grid, network.spec.noise_known
+    )
+
+
+def recorded_of_fast(checkpoint: Path | None, weights: str | None) -> str:
+    """One line on how good and how fast the fast path is with a network, as its file records it."""
+    from ris_hpo.training import checkpoint as stored
+
+    file = shipped_weights(weights or "default") if checkpoint is None else checkpoint
+    figures: dict[str, Any] = {}
+    if file.is_file():
+        figures = stored.read(file)[1].get("provenance", {}).get("paths", {})
+    if not figures:
+        return "fast path: not measured for this network; 'ris-hpo evaluate --path fast' does"
+    fast, thorough = figures["fast"], figures["pipeline"]
+    rate = fast["scenes_per_second"] / thorough["scenes_per_second"]
+    return (
+        f"fast path: k_loc {fast['k_loc']:.2f} where the thorough path has {thorough['k_loc']:.2f}, at {rate:.1f} "
+        f"times its rate ({figures['scenes']:,} scenes, as recorded with the weights)"
     )
 
 

@@ -259,8 +259,11 @@ def evaluate(
         ),
     ] = None,
     path: Annotated[
-        Literal["pipeline", "network"],
-        typer.Option(help="pipeline: as localize, with refinement; network: from the network's outputs alone."),
+        Literal["pipeline", "fast", "network"],
+        typer.Option(
+            help="pipeline: as localize, with refinement; fast: as localize --fast, with less of it; network: from the "
+            "network's outputs alone."
+        ),
     ] = "pipeline",
     snr_db: Annotated[str, typer.Option(metavar="LIST", help="SNRs of drawn scenes, dB.")] = "0,5,10,15,20",
     counts: Annotated[str, typer.Option(metavar="LIST", help="Source counts of drawn scenes.")] = "1,2,3,4,5",
@@ -327,6 +330,8 @@ def evaluate(
         display.print_json({**head, "num_sources": num_sources, **evaluation.as_dict()})
         return
     evaluation_tables.show(evaluation, name, rate)
+    if path == "fast":
+        display.print_note(methods.recorded_of_fast(checkpoint, weights))
     if plot is not None:
         display.print_note(f"drawn: {plot}")
 
@@ -411,6 +416,9 @@ def localize(
     checkpoint: Checkpoint = None,
     weights: Weights = None,
     estimator: Estimator = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Less refinement: several times as fast and nearly as good. Says how good.")
+    ] = False,
     num_sources: NumSources = None,
     surface: options.Surface = None,
     set_: options.Changes = None,
@@ -424,7 +432,9 @@ def localize(
 
     target = options.check_output(out, suffix=SUFFIXES)
     find_device(device)
-    method = methods.choose(checkpoint, weights, estimator, set_, device, surface=surface)
+    method = methods.choose(checkpoint, weights, estimator, set_, device, "fast" if fast else "pipeline", surface)
+    if fast:
+        display.print_note(methods.recorded_of_fast(checkpoint, weights))
     wants_truth = num_sources == "truth" or method.needs_truth
     with scene_files.opened(
         scenes, surface, method.geometry, method.name, truth=wants_truth, estimates_noise=method.noise_known
@@ -479,7 +489,7 @@ def register(app: typer.Typer) -> None:
         evaluate: "ris-hpo evaluate --checkpoint runs/best --plot errors.png",
         package: "ris-hpo package --checkpoint runs/best --out bundle",
         simulate: "ris-hpo simulate --num-scenes 200 --out scenes.npz",
-        localize: "ris-hpo localize scenes.npz --estimator ml --out estimates.npz",
+        localize: "ris-hpo localize scenes.npz --fast --out estimates.npz",
     }
     for command, example in examples.items():
         app.command(rich_help_panel=PANEL, epilog=f"Example: {example}")(command)

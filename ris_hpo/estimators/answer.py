@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ris_hpo.estimators.box import COINCIDING, box_steering, coinciding, correlations, to_box_coordinates
-from ris_hpo.estimators.fit import Fit, stochastic_fit
+from ris_hpo.estimators.fit import Fit, joint_fit, stochastic_fit
 from ris_hpo.estimators.goodness import BEYOND_BORDER, residual_power, residual_range
 from ris_hpo.estimators.moments import Moments, position_moments
 from ris_hpo.estimators.observation import Observation
@@ -69,11 +69,15 @@ def answer(
     for k in range(int(count.max()), -1, -1):
         rows = torch.nonzero(count == k).squeeze(-1)
         part = observation[rows].double() if spec.double else observation[rows]
-        fit = Fit(part.y.real.new_zeros(len(rows), 0, 3), *part.y.real.new_zeros(2, len(rows), 0))
+        fit = Fit(polar.new_zeros(len(rows), 0, 3), *polar.new_zeros(2, len(rows), 0))
         if k and len(rows):
             steps, tolerance = spec.search.final_steps, spec.search.final_tolerance
             start = orders[k - 1].rows(rows)
-            fit = refined(part, start.u, start.log_power, region, spec.search, steps, tolerance)
+            if spec.search.power_steps == 0:  # powers and positions were refined together before
+                known = None if spec.double else start.evaluation
+                fit = joint_fit(part, start.u, start.log_power, region, steps, tolerance, known)
+            else:
+                fit = refined(part, start.u, start.log_power, region, spec.search, steps, tolerance)
             if count_known:
                 fit = moved_apart(part, atoms, rows, fit, spec)
             moments = position_moments(part, fit, region, mean=spec.range_estimate == "mean")
@@ -147,5 +151,5 @@ def moved_apart(observation: Observation, atoms: Atoms, scenes: Tensor, fit: Fit
         moved = stochastic_fit(part, torch.cat([rest.u, added], dim=1), None, spec.grid.region, 0, positions=False)
         free = best.isfinite()
         where = rows[free]
-        fit = Fit(*(old.index_put((where,), new[free]) for old, new in zip(fit, moved, strict=True)))
+        fit = Fit(*(old.index_put((where,), new[free]) for old, new in zip(fit[:3], moved[:3], strict=True)))
     return fit

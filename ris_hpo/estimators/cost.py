@@ -11,7 +11,8 @@ All solves are of size k, by R_l^-1 = I - V_l^H V_l with V_l = chol(I + P^1/2 G^
 eigendecomposition anywhere. The Fisher matrix is F_ab = sum_l tr(R_l^-1 dR_l/da R_l^-1 dR_l/db) (Slepian-Bangs).
 
 Both are in nats, less the constants that all orders share. Products with the sensing matrices, and the Gram matrices of
-what they give, run in the observation's precision; everything of the size of k in float64.
+what they give, run in the precision of the sensing matrices; everything of the size of k in that of the snapshots.
+Results are float64.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ris_hpo.estimators.box import box_steering
 from ris_hpo.estimators.observation import Observation
 from ris_hpo.physics.cholesky import cholesky
 
@@ -47,7 +47,7 @@ def deterministic_cost(observation: Observation, x: Tensor) -> Evaluation:
         NumericalError: a position or snapshot that is not finite.
     """
     k = x.shape[1] // 3
-    g, d = (part.to(torch.complex128) for part in observation.linearised(x.unflatten(-1, (k, 3))))
+    g, d = (part.to(observation.y.dtype) for part in observation.linearised(x.unflatten(-1, (k, 3))))
     y = observation.y.unsqueeze(-1)
     factor = cholesky(g.mH @ g, "Gram matrix of the sources", ridged=True)
     symbols = torch.cholesky_solve(g.mH @ y, factor)
@@ -57,7 +57,7 @@ def deterministic_cost(observation: Observation, x: Tensor) -> Evaluation:
     whole = weighted.flatten(1, 2)
     hessian = 2 * (whole.mH @ whole - inside.mH @ inside).real
     gradient = -2 * (whole.mH @ residual.flatten(1, 2)).real.squeeze(-1)
-    return residual.abs().square().sum((1, 2, 3)), gradient, hessian
+    return residual.abs().square().sum((1, 2, 3)).double(), gradient.double(), hessian.double()
 
 
 def stochastic_cost(observation: Observation, x: Tensor) -> Evaluation:
@@ -74,10 +74,10 @@ def stochastic_cost(observation: Observation, x: Tensor) -> Evaluation:
         NumericalError: a position, power or snapshot that is not finite.
     """
     k = x.shape[1] // 4
-    power = x[:, 3 * k :].exp()
+    power = x[:, 3 * k :].exp().to(observation.y.real.dtype)
     g, d = observation.linearised(x[:, : 3 * k].unflatten(-1, (k, 3)))
     seen = torch.cat([g, d, observation.y.unsqueeze(-1).to(g.dtype)], dim=-1)
-    gram = (seen.mH @ seen).to(torch.complex128)
+    gram = (seen.mH @ seen).to(observation.y.dtype)
     root = power.sqrt()[:, None, :]
     top = gram[..., :k, :] * root.unsqueeze(-1)
     factor = cholesky(_plus_identity(top[..., :k] * root.unsqueeze(-2)), _SIGNAL)
@@ -100,7 +100,8 @@ def stochastic_cost(observation: Observation, x: Tensor) -> Evaluation:
     block_p = gg.abs().square().sum(1) * power.unsqueeze(-1) * power.unsqueeze(-2)
     upper = torch.cat([block_u, block_up], dim=-1)
     lower = torch.cat([block_up.mT, block_p], dim=-1)
-    return cost, torch.cat([gradient_u, gradient_p], dim=-1), torch.cat([upper, lower], dim=-2)
+    gradient = torch.cat([gradient_u, gradient_p], dim=-1)
+    return cost.double(), gradient.double(), torch.cat([upper, lower], dim=-2).double()
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,19 +121,13 @@ class PowerStatistics:
     def __getitem__(self, index: Tensor) -> PowerStatistics:
         return PowerStatistics(self.gram[index], self.matched[index], self.energy[index])
 
-    def without(self, source: int) -> PowerStatistics:
-        """The statistics of the other sources."""
-        keep = [i for i in range(self.gram.shape[-1]) if i != source]
-        return PowerStatistics(self.gram[..., keep, :][..., keep], self.matched[..., keep], self.energy)
-
 
 def power_statistics(observation: Observation, u: Tensor) -> PowerStatistics:
     """Statistics for the powers of sources at u, float64 [B, k, 3]."""
-    g = observation.see(box_steering(observation.geometry, u))
+    g = observation.see_sources(u)
     matched = (g.mH @ observation.y.unsqueeze(-1).to(g.dtype)).squeeze(-1)
-    return PowerStatistics(
-        (g.mH @ g).to(torch.complex128), matched.to(torch.complex128), observation.y.abs().square().sum((1, 2))
-    )
+    precision = observation.y.dtype
+    return PowerStatistics((g.mH @ g).to(precision), matched.to(precision), observation.y.abs().square().sum((1, 2)))
 
 
 def power_cost(statistics: PowerStatistics, log_power: Tensor) -> Evaluation:
@@ -149,7 +144,7 @@ def power_cost(statistics: PowerStatistics, log_power: Tensor) -> Evaluation:
         NumericalError: a power or snapshot that is not finite.
     """
     k = log_power.shape[1]
-    power = log_power.exp()
+    power = log_power.exp().to(statistics.energy.dtype)
     root = power.sqrt()[:, None, :, None]
     stacked = torch.cat([statistics.gram, statistics.matched.unsqueeze(-1)], dim=-1)
     top = stacked * root
@@ -160,7 +155,21 @@ def power_cost(statistics: PowerStatistics, log_power: Tensor) -> Evaluation:
     log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).real.log().sum((1, 2))
     cost = log_det + statistics.energy - inside[..., k].abs().square().sum((1, 2))
     gradient = power * (gg.diagonal(dim1=-2, dim2=-1).real - seen.abs().square()).sum(1)
-    return cost, gradient, gg.abs().square().sum(1) * power.unsqueeze(-1) * power.unsqueeze(-2)
+    information = gg.abs().square().sum(1) * power.unsqueeze(-1) * power.unsqueeze(-2)
+    return cost.double(), gradient.double(), information.double()
+
+
+def removal_cost(statistics: PowerStatistics, log_power: Tensor) -> Tensor:
+    """Nll that each source's removal costs, the other powers as they are, float64 [B, k].
+
+    With M_l = I + P^1/2 G_l^H G_l P^1/2 and t_l = M_l^-1 P^1/2 G_l^H y_l, by the update of an inverse of rank one:
+    sum_l [ log (M_l^-1)_kk + |t_kl|^2 / (M_l^-1)_kk ].
+    """
+    root = (0.5 * log_power).exp().to(statistics.energy.dtype)[:, None, :, None]
+    factor = cholesky(_plus_identity(statistics.gram * root * root.mT), _SIGNAL)
+    share = torch.cholesky_inverse(factor).diagonal(dim1=-2, dim2=-1).real
+    symbols = torch.cholesky_solve(statistics.matched.unsqueeze(-1) * root, factor).squeeze(-1)
+    return (share.log() + symbols.abs().square() / share).sum(1).double()
 
 
 def least_squares_log_power(statistics: PowerStatistics) -> Tensor:
@@ -172,7 +181,7 @@ def least_squares_log_power(statistics: PowerStatistics) -> Tensor:
     symbols = torch.cholesky_solve(statistics.matched.unsqueeze(-1), factor).squeeze(-1)
     whole = symbols.abs().square().mean(1)
     noise = torch.cholesky_inverse(factor).diagonal(dim1=-2, dim2=-1).real.mean(1)
-    return torch.maximum(whole - noise, 0.1 * whole).clamp(min=1e-30).log().clamp(*LOG_POWER_LIMITS)
+    return torch.maximum(whole - noise, 0.1 * whole).clamp(min=1e-30).log().clamp(*LOG_POWER_LIMITS).double()
 
 
 _SIGNAL = "I + P^1/2 G^H G P^1/2"

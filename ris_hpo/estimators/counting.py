@@ -21,7 +21,6 @@ from torch import Tensor
 from ris_hpo.config import Spec
 from ris_hpo.errors import NumericalError
 from ris_hpo.estimators.box import limits, polar_slopes
-from ris_hpo.estimators.cost import stochastic_cost
 from ris_hpo.estimators.fit import Fit
 from ris_hpo.estimators.observation import Observation
 from ris_hpo.physics.cholesky import inverse_information
@@ -62,7 +61,13 @@ class EvidenceSpec(Spec):
 
 
 def order_scores(
-    observation: Observation, orders: list[Fit], region: Region, spec: EvidenceSpec, *, noise_known: bool = True
+    observation: Observation,
+    orders: list[Fit],
+    region: Region,
+    spec: EvidenceSpec,
+    *,
+    lowest: int = 1,
+    noise_known: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Negative log-evidence of orders 0..len(orders), and the chance that each, if right, has every source in place.
 
@@ -71,6 +76,7 @@ def order_scores(
         orders: fits of 1, 2, ... sources.
         region: allowed positions.
         spec: how orders are compared.
+        lowest: of the orders of sources that can be the answer; lower ones get infinity and 0.
         noise_known: the noise power is known; else order 0 takes the received power for the noise's, see ``null_nll``.
 
     Returns:
@@ -80,10 +86,14 @@ def order_scores(
     columns, chances = [null_nll(observation, noise_known=noise_known)], [torch.ones_like(null)]
     for fit in orders:
         k = fit.u.shape[1]
+        if k < lowest:
+            columns.append(torch.full_like(null, torch.inf))
+            chances.append(torch.zeros_like(null))
+            continue
         try:
             covariance, log_det = inverse_information(_precision(observation, fit, region), "information on an order")
         except NumericalError:  # as for the moments of positions
-            precise = _precision(observation.double(), fit, region)
+            precise = _precision(observation.double(), fit.plain(), region)
             covariance, log_det = inverse_information(precise, "information on an order")
         if spec.kind == "penalty":
             columns.append(fit.nll + spec.gamma * k)
@@ -102,7 +112,7 @@ def null_nll(observation: Observation, *, noise_known: bool = True) -> Tensor:
     Where the noise power is an estimate that other sources may have lowered or raised, order 0 has its own: the best
     one, E / (L M) times the estimate, which leaves L M (1 + log(E / (L M))).
     """
-    energy = observation.y.abs().square().sum((1, 2))
+    energy = observation.y.abs().square().sum((1, 2)).double()
     if noise_known:
         return energy
     size = observation.y[0].numel()
@@ -112,7 +122,7 @@ def null_nll(observation: Observation, *, noise_known: bool = True) -> Tensor:
 def _precision(observation: Observation, fit: Fit, region: Region) -> Tensor:
     """Fisher matrix of (u, log p) plus the precision of their prior, float64 [B, 4k, 4k]."""
     k = fit.u.shape[1]
-    _, _, information = stochastic_cost(observation, torch.cat([fit.u.flatten(1), fit.log_power], dim=-1))
+    _, _, information = fit.evaluated(observation)
     low, high = limits(region, fit.u.device)
     width = (high - low).clamp(min=1e-6)
     prior = torch.cat([(12 / width.square()).repeat(k), torch.full_like(fit.u[0, :, 0], 12 / _WIDE**2)])

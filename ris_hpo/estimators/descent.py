@@ -29,7 +29,8 @@ def descend(
     stride: Tensor,
     steps: int,
     tolerance: float,
-) -> tuple[Tensor, Tensor]:
+    start: Evaluation | None = None,
+) -> tuple[Tensor, Evaluation]:
     """Levenberg-Marquardt within a box; every scene has its own damping and leaves the batch when it has converged.
 
     Args:
@@ -41,14 +42,14 @@ def descend(
         stride: [P] largest move of one step.
         steps: at most so many evaluations after the first.
         tolerance: a scene is done when an accepted step gains less than this.
+        start: the objective at x, where it is known already.
 
     Returns:
-        x [B, P] and cost [B]; the cost never rises.
+        x [B, P] and the objective there; the cost never rises.
     """
-    best, best_cost = x.clone(), x.new_empty(len(x))
     active = torch.arange(len(x), device=x.device)
-    cost, gradient, hessian = objective(data, x)
-    best_cost.copy_(cost)
+    cost, gradient, hessian = objective(data, x) if start is None else start
+    best = tuple(value.clone() for value in (x, cost, gradient, hessian))
     damping = torch.full_like(cost, 1e-3)
     done = torch.zeros_like(active, dtype=torch.bool)
     eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
@@ -75,11 +76,12 @@ def descend(
         cost = torch.where(better, trial_cost, cost)
         gradient = torch.where(better.unsqueeze(-1), trial_gradient, gradient)
         hessian = torch.where(better[:, None, None], trial_hessian, hessian)
-        best[active], best_cost[active] = x, cost
+        for kept, value in zip(best, (x, cost, gradient, hessian), strict=True):
+            kept[active] = value
         running = torch.nonzero(~done).squeeze(-1)
         if len(running) == 0:
             break
         if len(running) <= 0.75 * len(done):  # narrowing copies the sensing matrices, so not for every scene that ends
             data, active, x, cost = data[running], active[running], x[running], cost[running]
             gradient, hessian, damping, done = gradient[running], hessian[running], damping[running], done[running]
-    return best, best_cost
+    return best[0], (best[1], best[2], best[3])

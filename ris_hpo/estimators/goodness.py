@@ -20,7 +20,6 @@ import torch
 from scipy.stats import binom, gamma
 from torch import Tensor
 
-from ris_hpo.estimators.box import box_steering
 from ris_hpo.estimators.observation import Observation
 from ris_hpo.physics.cholesky import cholesky
 from ris_hpo.physics.sources import Sources
@@ -52,10 +51,10 @@ def residual_power(observation: Observation, u: Tensor) -> Tensor:
         return torch.ones_like(observation.power_unit)
     y = observation.y.unsqueeze(-1)
     if k:
-        g = observation.see(box_steering(observation.geometry, u)).to(torch.complex128)
+        g = observation.see_sources(u).to(observation.y.dtype)
         factor = cholesky(g.mH @ g, "Gram matrix of the sources", ridged=True)
         y = y - g @ torch.cholesky_solve(g.mH @ y, factor)
-    return y.abs().square().sum((1, 2, 3)) / freedom
+    return y.abs().square().sum((1, 2, 3)).double() / freedom
 
 
 def degrees_of_freedom(snapshots: int, antennas: int, count: int) -> float:

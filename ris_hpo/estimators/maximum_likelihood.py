@@ -182,11 +182,11 @@ def order_evidence(
     u = clipped(from_cosine_coordinates(candidates), spec.grid.region)
     needed = _orders_needed(scenes, spec, None, log_prior)
     result = torch.full((len(scenes), spec.max_sources + 1), torch.inf, dtype=torch.float64, device=scenes.device)
-    for rows, most in _alike(needed[1], _batch(scenes, spec, u.shape[1])):
-        observation = Observation.of(scenes[rows], channel_error_db=spec.channel_error_db)
-        orders = _all_orders(observation, Atoms.of(observation, u[rows]), spec, needed[0][rows], most)
-        scores, _ = order_scores(observation, orders, spec.grid.region, spec.evidence)
+    for rows, few, most in _alike(*needed, spec, _batch(scenes, spec, u.shape[1])):
+        observation = _observed(scenes[rows], spec)
+        orders = _all_orders(observation, Atoms.of(observation, u[rows]), spec, (few, most))
         allowed = _allowed(needed[0][rows], needed[1][rows], spec)[:, : most + 1]
+        scores, _ = order_scores(observation, orders, spec.grid.region, spec.evidence, lowest=few)
         result[rows, : most + 1] = scores.masked_fill(~allowed, torch.inf)
     return result
 
@@ -211,18 +211,18 @@ def _in_batches(
     count = None if num_sources is None else known_count(scenes, num_sources, spec.max_sources)
     lowest, highest = _orders_needed(scenes, spec, count, log_prior)
     order, parts = [], []
-    for rows, most in _alike(highest, _batch(scenes, spec, num_atoms)):
-        observation = Observation.of(scenes[rows], channel_error_db=spec.channel_error_db)
+    for rows, few, most in _alike(lowest, highest, spec, _batch(scenes, spec, num_atoms)):
+        observation = _observed(scenes[rows], spec)
         atoms = atoms_of(observation, rows)
-        orders = _all_orders(observation, atoms, spec, lowest[rows], most, anew=anew)
+        orders = _all_orders(observation, atoms, spec, (few, most), anew=anew)
         if count is None:
             scores, chances = order_scores(
-                observation, orders, spec.grid.region, spec.evidence, noise_known=noise_known
+                observation, orders, spec.grid.region, spec.evidence, lowest=few, noise_known=noise_known
             )
             allowed = _allowed(lowest[rows], highest[rows], spec)[:, : most + 1]
             prior = None if log_prior is None else log_prior[rows]
-            few = None if weights is None else CountWeights(*(value[rows] for value in weights))
-            log_posterior = posterior_of_orders(scores, spec.evidence, prior, allowed, few)
+            mixing = None if weights is None else CountWeights(*(value[rows] for value in weights))
+            log_posterior = posterior_of_orders(scores, spec.evidence, prior, allowed, mixing)
             chosen = chosen_order(log_posterior, chances, spec.evidence)
             at_least = log_posterior.exp().flip(-1).cumsum(-1).flip(-1).clamp(0, 1)
         else:
@@ -232,6 +232,11 @@ def _in_batches(
         parts.append(answer(observation, atoms, orders, chosen, at_least, spec, **known))
         order.append(rows)
     return Sources.cat(parts)[torch.argsort(torch.cat(order))]
+
+
+def _observed(scenes: Scenes, spec: LikelihoodSpec) -> Observation:
+    algebra = torch.complex64 if spec.single else torch.complex128
+    return Observation.of(scenes, channel_error_db=spec.channel_error_db, algebra=algebra)
 
 
 def _is_large(scenes: Scenes, cells: int) -> bool:
@@ -245,11 +250,13 @@ def _batch(scenes: Scenes, spec: LikelihoodSpec, num_atoms: int) -> int:
     return max(1, min(spec.batch, _BATCH_BYTES // size))
 
 
-def _alike(highest: Tensor, batch: int) -> Iterator[tuple[Tensor, int]]:
-    """Rows of scenes that need the same highest order, so that none is fitted in vain, and that order."""
-    for most in highest.unique().tolist():
-        for rows in torch.nonzero(highest == most).squeeze(-1).split(batch):
-            yield rows, most
+def _alike(lowest: Tensor, highest: Tensor, spec: LikelihoodSpec, batch: int) -> Iterator[tuple[Tensor, int, int]]:
+    """Rows of scenes that need the same orders, so that none is fitted in vain, and the lowest and highest of these."""
+    if spec.search.every_order:
+        lowest = torch.ones_like(lowest)
+    for least, most in torch.stack([lowest, highest], -1).unique(dim=0).tolist():
+        for rows in torch.nonzero((lowest == least) & (highest == most)).squeeze(-1).split(batch):
+            yield rows, least, most
 
 
 def _allowed(lowest: Tensor, highest: Tensor, spec: LikelihoodSpec) -> Tensor:
@@ -275,10 +282,10 @@ def _orders_needed(
 
 
 def _all_orders(
-    observation: Observation, atoms: Atoms, spec: LikelihoodSpec, lowest: Tensor, highest: int, *, anew: bool = False
+    observation: Observation, atoms: Atoms, spec: LikelihoodSpec, needed: tuple[int, int], *, anew: bool = False
 ) -> list[Fit]:
-    """Fits of orders 1..highest (index 0 is order 1); those below every ``lowest`` are unpolished."""
-    region, needed = spec.grid.region, (int(lowest.min()), highest)
+    """Fits of orders 1..highest (index 0 is order 1); ``needed``: the lowest and highest that can be the answer."""
+    region, highest = spec.grid.region, needed[1]
     count = max(spec.search.residual_maxima, _MAXIMA if anew else 0)
     look_again = None if count == 0 else lambda fit: residual_maxima(observation, fit, spec, count)
     first = 2 if anew else highest + 1

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ris_hpo.errors import NumericalError
 from ris_hpo.estimators.box import limits, polar_slopes, to_polar
-from ris_hpo.estimators.cost import stochastic_cost
 from ris_hpo.estimators.fit import Fit
 from ris_hpo.estimators.observation import Observation
 from ris_hpo.physics.array import position_jacobian
@@ -53,7 +52,7 @@ def position_moments(observation: Observation, fit: Fit, region: Region, *, mean
     """
     k = fit.u.shape[1]
     x = torch.cat([fit.u.flatten(1), fit.log_power], dim=-1)
-    _, gradient, information = stochastic_cost(observation, x)
+    _, gradient, information = fit.evaluated(observation)
     low, high = limits(region, fit.u.device)
     precision = 12 / (high - low).clamp(min=1e-6).square()
     precision[2] = 1e-9  # the range's prior enters below
@@ -66,7 +65,7 @@ def position_moments(observation: Observation, fit: Fit, region: Region, *, mean
     except NumericalError:  # single precision cannot tell two strong sources at almost one place apart
         if observation.sensing.dtype == torch.complex128:
             raise
-        return position_moments(observation.double(), fit, region, mean=mean)
+        return position_moments(observation.double(), fit.plain(), region, mean=mean)
     newton = x - (covariance @ gradient.unsqueeze(-1)).squeeze(-1)
     centre = newton[:, : 3 * k].unflatten(-1, (k, 3))[..., 2]
     blocks = torch.stack([covariance[:, 3 * i : 3 * i + 3, 3 * i : 3 * i + 3] for i in range(k)], dim=1)

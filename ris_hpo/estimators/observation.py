@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ris_hpo.errors import ConfigError, NumericalError
-from ris_hpo.estimators.box import box_steering_jacobian, to_polar
+from ris_hpo.estimators.box import box_steering, box_steering_jacobian, to_polar
 from ris_hpo.estimators.channel import posterior_mean_channel
 from ris_hpo.physics.array import Geometry
 from ris_hpo.physics.scene import Scenes
@@ -26,7 +26,8 @@ class Observation:
     Attributes:
         geometry: the surface.
         sensing: [B, L M, N] rows of T_l = H diag(c_l), in the precision that products are computed in.
-        y: complex128 [B, L, M] snapshots divided by the noise's standard deviation.
+        y: [B, L, M] snapshots divided by the noise's standard deviation, in the precision of what is of the sources'
+            size: complex128, or complex64 where speed counts more than the last digits.
         power_unit: float64 [B], what a power in these units is to be multiplied with to be in the scenes' units.
     """
 
@@ -43,7 +44,11 @@ class Observation:
 
     @staticmethod
     def of(
-        scenes: Scenes, *, channel_error_db: float | None = None, dtype: torch.dtype = torch.complex64
+        scenes: Scenes,
+        *,
+        channel_error_db: float | None = None,
+        dtype: torch.dtype = torch.complex64,
+        algebra: torch.dtype = torch.complex128,
     ) -> Observation:
         """Whiten scenes: y divided by the noise's standard deviation, H scaled to mean square 1 / M per entry.
 
@@ -56,6 +61,7 @@ class Observation:
                 mean takes the known one's place (:mod:`ris_hpo.estimators.channel`), and what is left of the error adds
                 to the noise: (H_true - H^) diag(c) A s is white to first order.
             dtype: precision of the sensing matrices.
+            algebra: precision of the snapshots, and so of all that is of the sources' size.
 
         Raises:
             ConfigError: a channel error for a channel that changes with the snapshot.
@@ -74,20 +80,26 @@ class Observation:
             noise = noise + (error * gain).double() * (received - noise).clamp(min=0)
             scenes = dataclasses.replace(scenes, bs_ris_channel=channel)
         sensing = scenes.sensing_matrices().flatten(1, 2).to(dtype)
-        return Observation(scenes.geometry, sensing, y * noise.rsqrt()[:, None, None], noise * power_unit)
+        white = (y * noise.rsqrt()[:, None, None]).to(algebra)
+        return Observation(scenes.geometry, sensing, white, noise * power_unit)
 
     def double(self) -> Observation:
         """The same with products in complex128."""
-        return Observation(self.geometry, self.sensing.to(torch.complex128), self.y, self.power_unit)
+        precise = (self.sensing.to(torch.complex128), self.y.to(torch.complex128))
+        return Observation(self.geometry, *precise, self.power_unit)
 
     def see(self, vectors: Tensor) -> Tensor:
         """T_l x for vectors [B, C, N]: [B, L, M, C] in the sensing matrices' precision."""
         result: Tensor = torch.bmm(self.sensing, vectors.to(self.sensing.dtype).mT).unflatten(1, self.y.shape[1:])
         return result
 
+    def see_sources(self, u: Tensor) -> Tensor:
+        """T_l a of sources at u [B, k, 3]: [B, L, M, k] in the sensing matrices' precision."""
+        return self.see(box_steering(self.geometry, u.to(self.y.real.dtype)))
+
     def linearised(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """G [B, L, M, k] and D [B, L, M, 3k] = dG/du in the sensing matrices' precision at u [B, k, 3]."""
-        a, da = box_steering_jacobian(self.geometry, u)
+        a, da = box_steering_jacobian(self.geometry, u.to(self.y.real.dtype))
         seen = self.see(torch.cat([a, da.flatten(1, 2)], dim=1))
         k = u.shape[1]
         return seen[..., :k], seen[..., k:]

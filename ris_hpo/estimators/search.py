@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ris_hpo.config import Spec
 from ris_hpo.estimators.box import box_steering
-from ris_hpo.estimators.cost import power_cost, power_statistics
-from ris_hpo.estimators.fit import Fit, deterministic_fit, stochastic_fit
+from ris_hpo.estimators.cost import LOG_POWER_LIMITS, power_statistics, removal_cost
+from ris_hpo.estimators.fit import Fit, deterministic_fit, joint_fit, stochastic_fit
 from ris_hpo.estimators.observation import Observation
 from ris_hpo.physics.cholesky import cholesky
 from ris_hpo.physics.grid import Region
@@ -39,6 +39,13 @@ class SearchSpec(Spec):
         "stochastic", description="symbols averaged over as Gaussian, or estimated by least squares"
     )
     greedy_steps: int = Field(4, ge=0, le=100, description="refinement steps after each source that is added")
+    power_steps: int = Field(
+        4,
+        ge=0,
+        le=100,
+        description="steps of the powers alone before positions move as well; 0: every fit goes on from the one "
+        "before, an added source at the power that explains its own part",
+    )
     final_steps: int = Field(12, ge=0, le=200, description="refinement steps of the chosen order, at most")
     final_tolerance: float = Field(1e-5, gt=0, le=1, description="nats; a scene whose last step gained less is done")
     extra_order: int = Field(
@@ -46,6 +53,11 @@ class SearchSpec(Spec):
     )
     residual_maxima: int = Field(
         0, ge=0, le=256, description="extra orders choose among so many maxima of the residual's spectrum instead"
+    )
+    every_order: bool = Field(
+        True,
+        description="search orders below the lowest that can be the answer as thoroughly as the others: an answer "
+        "falls back on one where two of its sources coincide",
     )
     backward: bool = Field(True, description="orders are improved from the next higher one, without one of its sources")
     sweeps: int = Field(
@@ -95,13 +107,18 @@ class Atoms:
 
 def gains(observation: Observation, atoms: Atoms, fit: Fit | None, spec: SearchSpec) -> Tensor:
     """Likelihood gain of every atom beside the sources of ``fit``, float32 [B, C], in nats."""
+    return _gains(observation, atoms, *_visibility(observation, atoms, fit, spec), spec)
+
+
+def _visibility(observation: Observation, atoms: Atoms, fit: Fit | None, spec: SearchSpec) -> tuple[Tensor, Tensor]:
+    """Alpha and beta of every atom beside the sources of ``fit``, float32 [B, L, C] each: see the module."""
     y = observation.y
     rows, alpha = y.unsqueeze(-2).conj(), atoms.energy  # rows: conj of R^-1 y and of the projector's rows, [B, L, *, M]
     if fit is not None and fit.u.shape[1]:
-        g = observation.see(box_steering(observation.geometry, fit.u)).to(torch.complex128)
+        g = observation.see_sources(fit.u).to(y.dtype)
         gram = g.mH @ g
         if spec.objective == "stochastic":
-            root = (0.5 * fit.log_power).exp()[:, None, :, None]
+            root = (0.5 * fit.log_power).exp().to(y.real.dtype)[:, None, :, None]
             eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
             factor = cholesky(eye + gram * root * root.mT, "I + P^1/2 G^H G P^1/2")
             basis = torch.linalg.solve_triangular(factor, g.mH * root, upper=False)
@@ -114,6 +131,11 @@ def gains(observation: Observation, atoms: Atoms, fit: Fit | None, spec: SearchS
     beta = _energy(products[..., :1, :])
     if products.shape[-2] > 1:
         alpha = (alpha - _energy(products[..., 1:, :])).clamp_(min=0)
+    return alpha, beta
+
+
+def _gains(observation: Observation, atoms: Atoms, alpha: Tensor, beta: Tensor, spec: SearchSpec) -> Tensor:
+    y = observation.y
     if spec.objective == "deterministic":
         return (beta / (alpha + 1e-2 * atoms.energy + 1e-30)).sum(1)
     excess = (y.abs().square().mean((1, 2)) - 1).clamp(min=0.02)
@@ -179,10 +201,23 @@ def extended(
     observation: Observation, atoms: Atoms, fit: Fit | None, region: Region, spec: SearchSpec, steps: int
 ) -> Fit:
     """Add the best atom and refine everything."""
-    index = gains(observation, atoms, fit, spec).argmax(-1)
+    alpha, beta = _visibility(observation, atoms, fit, spec)
+    index = _gains(observation, atoms, alpha, beta, spec).argmax(-1)
     added = atoms.u.gather(1, index[:, None, None].expand(-1, 1, 3))
     u = added if fit is None else torch.cat([fit.u, added], dim=1)
-    return refined(observation, u, None if fit is None else fit.log_power, region, spec, steps)
+    log_power = None if fit is None else fit.log_power
+    if spec.power_steps == 0:
+        here = index[:, None, None].expand(-1, alpha.shape[1], 1)
+        new = _log_power_of(alpha.gather(2, here).squeeze(-1), beta.gather(2, here).squeeze(-1))
+        log_power = new if log_power is None else torch.cat([log_power, new], dim=-1)
+    return refined(observation, u, log_power, region, spec, steps)
+
+
+def _log_power_of(alpha: Tensor, beta: Tensor) -> Tensor:
+    """Log of an atom's power from alpha and beta [B, L] at it, float64 [B, 1]: E beta_l = alpha_l + q alpha_l^2."""
+    whole, squared = beta.sum(-1, keepdim=True), alpha.square().sum(-1, keepdim=True).clamp(min=1e-30)
+    power = (whole - alpha.sum(-1, keepdim=True)).maximum(0.1 * whole) / squared
+    return power.double().clamp(min=1e-30).log().clamp(*LOG_POWER_LIMITS)
 
 
 def refined(
@@ -212,20 +247,15 @@ def refined(
     if log_power is not None and log_power.shape[1] < u.shape[1]:
         level = log_power.mean(-1, keepdim=True)
         log_power = torch.cat([log_power, level.expand(-1, u.shape[1] - log_power.shape[1])], dim=-1)
-    return stochastic_fit(observation, u, log_power, region, steps, tolerance)
+    if spec.power_steps == 0 and log_power is not None:
+        return joint_fit(observation, u, log_power, region, steps, tolerance)
+    return stochastic_fit(observation, u, log_power, region, steps, tolerance, power_steps=spec.power_steps)
 
 
 def removal_costs(observation: Observation, fit: Fit) -> Tensor:
     """Nll that each source's removal would cost with the other powers as they are, float64 [B, k]."""
     statistics = power_statistics(observation, fit.u)
-    costs = []
-    for source in range(fit.u.shape[1]):
-        others = [i for i in range(fit.u.shape[1]) if i != source]
-        if others:
-            costs.append(power_cost(statistics.without(source), fit.log_power[:, others])[0] - fit.nll)
-        else:
-            costs.append(statistics.energy - fit.nll)
-    return torch.stack(costs, dim=-1)
+    return removal_cost(statistics, fit.log_power)
 
 
 def without(fit: Fit, source: Tensor) -> Fit:
@@ -249,10 +279,7 @@ def improved_from_above(observation: Observation, above: Fit, fit: Fit, region: 
     part = observation if len(rows) == len(observation) else observation[rows]
     tried = refined(part, rest.u[rows], rest.log_power[rows], region, spec, spec.greedy_steps)
     old = fit.rows(rows)
-    best = tried.take(tried.nll < old.nll, old)
-    u, log_power, nll = fit.u.clone(), fit.log_power.clone(), fit.nll.clone()
-    u[rows], log_power[rows], nll[rows] = best
-    return Fit(u, log_power, nll)
+    return fit.put(rows, tried.take(tried.nll < old.nll, old))
 
 
 def swept(observation: Observation, atoms: Atoms, fit: Fit, region: Region, spec: SearchSpec, steps: int) -> Fit:

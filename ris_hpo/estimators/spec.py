@@ -25,6 +25,10 @@ class LikelihoodSpec(Spec):
     )
     channel_error_db: float | None = Field(None, ge=-100, le=20, description="stated error of the known channel")
     double: bool = Field(True, description="products with the sensing matrices in complex128 for the chosen order")
+    single: bool = Field(
+        False,
+        description="all that depends on the snapshots in complex64, not products with the sensing matrices alone",
+    )
     batch: int = Field(16, ge=1, le=4096, description="scenes at once; more need more memory")
 
     @model_validator(mode="after")

@@ -1,14 +1,15 @@
-"""From a scene to sources: one path for validation, evaluation and use.
+"""From a scene to sources: three paths, for validation, evaluation and use alike.
 
 ``network``: sources from the network's outputs alone; y is not used again. Searches compare trials on this path.
 ``pipeline``: what the command ``localize`` does. Proposals of the network -> orthogonal least squares among them with
 Levenberg-Marquardt refinement -> count from evidence and count head -> sources with existence and position covariance.
+``fast``: the same with the settings :data:`FAST`, as ``localize --fast`` does.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Final, Literal, assert_never
 
 import torch
 from pydantic import Field
@@ -28,6 +29,25 @@ from ris_hpo.learning.network import Network, Outputs, count_weights, slot_geome
 from ris_hpo.physics.array import Cosines, steering
 from ris_hpo.physics.scene import Scenes
 from ris_hpo.physics.sources import Sources
+
+Path = Literal["network", "fast", "pipeline"]
+"""Ways from a scene to sources."""
+
+FAST: Final[dict[str, object]] = {
+    "localizer": "polish",
+    "likelihood.single": True,
+    "likelihood.double": False,
+    "likelihood.search.greedy_steps": 1,
+    "likelihood.search.power_steps": 0,
+    "likelihood.search.every_order": False,
+    "likelihood.search.residual_maxima": 0,
+    "likelihood.search.final_steps": 3,
+    "likelihood.search.final_tolerance": 1e-2,
+    "likelihood.evidence.least_prior": 0.1,
+}
+"""Settings of the fast path, each measured (benchmarks/LOG.md): one refinement step a source that is added instead of
+two, no spectrum of the residual, three last steps instead of ten, orders that the count head gives less than .1 left
+out, and single precision throughout. The others are the network's own."""
 
 _EXPLAINING = 10  # steps of slots or peaks before their residual is taken: cells are coarser than the snapshots
 
@@ -56,6 +76,10 @@ class InferenceSpec(Spec):
         description="search, refinement and evidence of polish; the count head is the prior that evidence weighs",
     )
     hybrid: HybridSpec = Field(HybridSpec(), description="R_eff, for music, mvdr and the loss")
+
+    def of(self, path: Path) -> InferenceSpec:
+        """The settings of a path: for ``fast`` these with :data:`FAST` in place of what it names."""
+        return self.replaced(FAST) if path == "fast" else self
 
 
 @torch.no_grad()
@@ -94,6 +118,23 @@ def network_sources(outputs: Outputs, spec: InferenceSpec, num_sources: Tensor |
     mask = torch.arange(slots, device=counted.device) < num_sources.unsqueeze(-1)
     azimuth, elevation, range_m = slot_geometry(outputs, slots)
     return Sources(azimuth, elevation, range_m, outputs.power[:, :slots], mask, existence)
+
+
+def find_sources(
+    network: Network,
+    scenes: Scenes,
+    spec: InferenceSpec,
+    path: Path,
+    *,
+    num_sources: Tensor | None = None,
+    outputs: Outputs | None = None,
+) -> Sources:
+    """The sources that a path finds; arguments as of :func:`localize`, ``spec`` with the settings of that path."""
+    if path == "network":
+        return network_sources(predict(network, scenes) if outputs is None else outputs, spec, num_sources)
+    if path == "fast" or path == "pipeline":
+        return localize(network, scenes, spec, num_sources=num_sources, outputs=outputs)
+    assert_never(path)
 
 
 def localize(

@@ -222,7 +222,7 @@ def built_in(kind: str, objective: str) -> str:
 
     Args:
         kind: "training" or "inference".
-        objective: "network" or "pipeline".
+        objective: "network", "fast" or "pipeline"; an "inference" study has no "fast", whose settings it draws.
     """
     return _BUILT_IN[kind] + objective.upper()
 

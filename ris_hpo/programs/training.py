@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from ris_hpo.errors import GateError
+from ris_hpo.learning.inference import Path
 from ris_hpo.programs.program import Program, TrialContext
 from ris_hpo.scoring.k_loc import efficiency, finite_score
 from ris_hpo.training.config import RunConfig
 from ris_hpo.training.results import Conclusion, Validation
 from ris_hpo.training.trainer import Trainer
 
-Objective = Literal["network", "pipeline"]
+Objective = Path
+"""The path whose ``k_loc`` is a trial's score. Validations report that of ``fast``, or else that of ``network``."""
 
 
 class _Run(Protocol):
@@ -34,20 +36,21 @@ def train(trial: TrialContext, *, objective: Objective) -> float | None:
 
     Args:
         trial: settings of a ``RunConfig``.
-        objective: whose ``k_loc``: the network's own estimates, or the refined ones.
+        objective: whose ``k_loc``.
     """
     config = RunConfig.parse(trial.config)
     trial.plan(config.budget.validate_every, config.budget.scenes)
-    return follow(trial, Trainer(config, trial.directory, device=trial.device), objective)
+    trainer = Trainer(config, trial.directory, device=trial.device, fast=objective == "fast")
+    return follow(trial, trainer, objective)
 
 
 def follow(trial: TrialContext, run: _Run, objective: Objective) -> float | None:
     """Run something that validates like a trainer to its end, and report it; see ``train``."""
     try:
         if _is_pruned(trial, run):
-            best = min(run.history, key=lambda validation: finite_score(validation.network.k_loc))
+            best = min(run.history, key=lambda validation: finite_score(validation.searched[0].k_loc))
             trial.show(history=run.history, conclusion=None)
-            trial.record(components=best.network.as_dict())
+            trial.record(components=best.searched[0].as_dict())
             return None
         if not run.finished:
             trial.requeue()
@@ -58,11 +61,13 @@ def follow(trial: TrialContext, run: _Run, objective: Objective) -> float | None
     trial.show(history=run.history, conclusion=conclusion)
     if objective == "network":
         score, floor = conclusion.network, conclusion.floor
+    elif objective == "fast" and conclusion.fast is not None:
+        score, floor = conclusion.fast, conclusion.pipeline_floor
     else:  # on fewer scenes, which have a floor of their own
         score, floor = conclusion.pipeline, conclusion.pipeline_floor
     value = finite_score(score.k_loc)
     trial.record(
-        components=conclusion.network.as_dict(),
+        components=(score if objective == "fast" else conclusion.network).as_dict(),
         pipeline=conclusion.pipeline.as_dict(),
         pipeline_floor=conclusion.pipeline_floor.k_loc,
         parameters=sum(conclusion.parameters.values()),
@@ -81,7 +86,8 @@ def _is_pruned(trial: TrialContext, run: _Run) -> bool:
 
     for validation in validations():
         trial.replan(run.last_validation)
-        pruned = trial.report(validation.scenes_seen, validation.network.k_loc, floor=validation.floor.k_loc)
+        scores, floor = validation.searched
+        pruned = trial.report(validation.scenes_seen, scores.k_loc, floor=floor.k_loc)
         if validation.scenes_seen >= resumed_at:
             trial.show(history=run.history)
         if pruned:
@@ -90,4 +96,5 @@ def _is_pruned(trial: TrialContext, run: _Run) -> bool:
 
 
 NETWORK = Program(partial(train, objective="network"), RunConfig)
+FAST = Program(partial(train, objective="fast"), RunConfig)
 PIPELINE = Program(partial(train, objective="pipeline"), RunConfig)

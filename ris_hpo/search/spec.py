@@ -129,8 +129,9 @@ class StudySpec(Spec):
     direction: Literal["minimize", "maximize"] = Field(default="minimize", description="which way its score is better")
     worst: float | None = Field(default=None, description="score of a trial whose training diverged; unset: it fails")
     seed: int = Field(default=0, ge=0, lt=2**32, description="source of the seeds of all trials and samplers")
-    objective: Literal["network", "pipeline"] = Field(
-        default="network", description="whose k_loc is minimised: the network's own estimates, or refined ones"
+    objective: Literal["network", "fast", "pipeline"] = Field(
+        default="network",
+        description="whose k_loc is minimised: the network's own estimates, those of localize --fast, or of localize",
     )
     cost: Literal["parameters", "seconds"] = Field(default="parameters", description="second objective of nsga2")
     base: dict[str, Any] = Field(
@@ -175,6 +176,8 @@ class StudySpec(Spec):
             seen.append(path)
         if self.program is None and (self.score, self.direction, self.worst) != ("k_loc", "minimize", None):
             raise ValueError("score, direction and worst are those of a program of your own; set program too")
+        if self.program is None and (self.kind, self.objective) == ("inference", "fast"):
+            raise ValueError("an inference study draws the settings that 'fast' fixes; set objective to 'pipeline'")
         if self.sampler.name == "nsga2" and self.pruner.name != "none":
             raise ValueError("nsga2 has two objectives, and no pruner works with two; set pruner.name to 'none'")
         if self.pruner.name == "promotion":

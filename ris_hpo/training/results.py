@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ris_hpo.learning.inference import InferenceSpec, localize, network_sources
+from ris_hpo.learning.inference import InferenceSpec, find_sources, localize, network_sources
 from ris_hpo.learning.network import Network
 from ris_hpo.physics.scene import Scenes
 from ris_hpo.physics.sources import Sources
@@ -16,6 +16,8 @@ from ris_hpo.scoring.metrics import Scores, floor_scores, score
 from ris_hpo.training.config import RunConfig
 from ris_hpo.training.data import Frozen
 from ris_hpo.training.phases import Verdict
+
+_SCORES = ("network", "floor", "fast", "fast_floor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,8 @@ class Validation:
         loss: mean training loss since the validation before.
         seconds: that the validation took.
         verdicts: of the gates, where a phase ends here.
+        fast: scores of the fast path on the first ``budget.pipeline_scenes`` scenes, where that path is searched.
+        fast_floor: likewise, on the same scenes.
     """
 
     scenes_seen: int
@@ -37,17 +41,27 @@ class Validation:
     loss: float
     seconds: float
     verdicts: tuple[Verdict, ...] = ()
+    fast: Scores | None = None
+    fast_floor: Scores | None = None
+
+    @property
+    def searched(self) -> tuple[Scores, Scores]:
+        """Scores by which weights are chosen and trials pruned, with their floor: of ``fast`` where there is one."""
+        if self.fast is None or self.fast_floor is None:
+            return self.network, self.floor
+        return self.fast, self.fast_floor
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         verdicts = [verdict.as_dict() for verdict in self.verdicts]
-        scores = {"network": self.network.as_dict(), "floor": self.floor.as_dict()}
+        given = {name: getattr(self, name) for name in _SCORES}
+        scores = {name: None if value is None else value.as_dict() for name, value in given.items()}
         return dataclasses.asdict(self) | scores | {"verdicts": verdicts}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Validation:
         """Inverse of :meth:`as_dict`."""
-        scores = {name: Scores.from_dict(values[name]) for name in ("network", "floor")}
+        scores = {name: Scores.from_dict(values[name]) for name in _SCORES if values.get(name) is not None}
         verdicts = tuple(Verdict.from_dict(verdict) for verdict in values["verdicts"])
         return cls(**(values | scores | {"verdicts": verdicts}))
 
@@ -69,6 +83,7 @@ class Conclusion:
     """Scores of the best weights on both paths, each with the floor on the scenes it was scored on.
 
     ``pipeline`` is scored on the first ``budget.pipeline_scenes`` validation scenes; with 0 it repeats ``network``.
+    ``fast`` is scored on the same scenes as ``pipeline``, where the fast path is searched.
     ``parameters`` counts those of the backbone and of the heads.
     """
 
@@ -78,6 +93,7 @@ class Conclusion:
     pipeline_floor: Scores
     parameters: dict[str, int]
     findings: Findings
+    fast: Scores | None = None
 
 
 @torch.no_grad()
@@ -87,16 +103,26 @@ def found_by(network: Network, frozen: Frozen, inference: InferenceSpec) -> Sour
     return Sources.cat(parts)
 
 
-def concluded(network: Network, frozen: Frozen, config: RunConfig) -> Conclusion:
-    """Score a finished network on both paths."""
+def found_fast(network: Network, frozen: Frozen, config: RunConfig) -> tuple[Sources, Scenes]:
+    """Sources of the first ``budget.pipeline_scenes`` validation scenes (all where that is 0) on the fast path."""
+    few = frozen.scenes[: config.budget.pipeline_scenes or None]
+    return find_sources(network, few, config.inference.of("fast"), "fast"), few
+
+
+def concluded(network: Network, frozen: Frozen, config: RunConfig, *, fast: bool = False) -> Conclusion:
+    """Score a finished network on the network's own path and the pipeline; with ``fast`` on the fast path as well."""
     scenes, truth, counts = frozen.scenes, frozen.scenes.require_truth(), network.parameter_counts()
     found = found_by(network, frozen, config.inference)
     scores, few = score(found, truth), scenes[: config.budget.pipeline_scenes]
+    quick = None
+    if fast:
+        located, among = found_fast(network, frozen, config)
+        quick = score(located, among.require_truth())
     if len(few) == 0:
-        return Conclusion(scores, frozen.floor, scores, frozen.floor, counts, Findings(scenes, found, found[:0]))
+        return Conclusion(scores, frozen.floor, scores, frozen.floor, counts, Findings(scenes, found, found[:0]), quick)
     refined = localize(network, few, config.inference)
     pipeline, findings = score(refined, few.require_truth()), Findings(scenes, found, refined)
-    return Conclusion(scores, frozen.floor, pipeline, floor_scores(few), counts, findings)
+    return Conclusion(scores, frozen.floor, pipeline, floor_scores(few), counts, findings, quick)
 
 
 def diagnosed(

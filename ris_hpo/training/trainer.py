@@ -21,7 +21,7 @@ from ris_hpo.learning.network import Network
 from ris_hpo.physics.device import find_device
 from ris_hpo.physics.scene import Scenes
 from ris_hpo.scoring.k_loc import SCORE_VERSION
-from ris_hpo.scoring.metrics import Scores, score
+from ris_hpo.scoring.metrics import Scores, floor_scores, score
 from ris_hpo.training import checkpoint, telemetry
 from ris_hpo.training.checkpoint import BEST, LAST, refuse_another_run
 from ris_hpo.training.config import RunConfig
@@ -29,7 +29,7 @@ from ris_hpo.training.data import OwnScenes, RunData, load_own
 from ris_hpo.training.finished import finish, load_network
 from ris_hpo.training.learner import Learner
 from ris_hpo.training.phases import PhaseEnd
-from ris_hpo.training.results import Conclusion, Validation, concluded, diagnosed, found_by
+from ris_hpo.training.results import Conclusion, Validation, concluded, diagnosed, found_by, found_fast
 from ris_hpo.training.telemetry import Telemetry
 
 __all__ = ["RunConfig", "Trainer", "load_network"]
@@ -46,6 +46,7 @@ class Trainer:
         scenes: train on these instead of simulated ones or ``data.scenes``; part of them is held out to validate and
             calibrate on.
         validation: validate on these; only with ``scenes``.
+        fast: score the fast path at every validation, and choose the best weights by it.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or of another configuration or other scenes.
@@ -63,7 +64,9 @@ class Trainer:
         resume: bool = True,
         scenes: Scenes | None = None,
         validation: Scenes | None = None,
+        fast: bool = False,
     ) -> None:
+        self._fast = fast
         self.device = find_device(device)
         self.config = config
         self.directory = Path(directory)
@@ -134,8 +137,12 @@ class Trainer:
         frozen, began = self.data.frozen(), time.monotonic()
         with self.learner.evaluation_weights() as network:
             scores = score(found_by(network, frozen, self.config.inference), frozen.scenes.require_truth())
+            found = found_fast(network, frozen, self.config) if self._fast else None
+        quick = None if found is None else score(found[0], found[1].require_truth())
+        floor = None if found is None else floor_scores(found[1])
         loss = self._loss_sum / self._loss_count if self._loss_count else 0.0
-        return Validation(self.scenes_seen, scores, frozen.floor, loss, time.monotonic() - began)
+        seconds = time.monotonic() - began
+        return Validation(self.scenes_seen, scores, frozen.floor, loss, seconds, fast=quick, fast_floor=floor)
 
     def finished_network(self) -> Network:
         """The best weights as a user gets them, what is fitted after training included.
@@ -151,7 +158,7 @@ class Trainer:
         Raises:
             CheckpointError: there are no best weights yet.
         """
-        return concluded(self.finished_network(), self.data.frozen(), self.config)
+        return concluded(self.finished_network(), self.data.frozen(), self.config, fast=self._fast)
 
     def diagnosis(self) -> str:
         """One line on whether the run learned, and if not, why; and which phases an early end left out."""
@@ -211,7 +218,7 @@ class Trainer:
         self.history.append(validation)
         log.write(telemetry.VALIDATION, self.scenes_seen, **_flat(validation))
         self._loss_sum, self._loss_count = 0.0, 0
-        if self.best is None or validation.network.k_loc < self.best.network.k_loc:
+        if self.best is None or validation.searched[0].k_loc < self.best.searched[0].k_loc:
             self.best = validation
             self._save_best()
         if end is not None and self.config.phases:
@@ -282,7 +289,7 @@ class Trainer:
         baseline = state["phase_baseline"]
         self._baseline = Scores.from_dict(baseline) if baseline else None
         self.history = [Validation.from_dict(values) for values in state["history"]]
-        self.best = min(self.history, key=lambda validation: validation.network.k_loc, default=None)
+        self.best = min(self.history, key=lambda validation: validation.searched[0].k_loc, default=None)
         self.initial = Validation.from_dict(state["initial"]) if state["initial"] else None
         self.seconds = state["seconds"]
         self._loss_sum, self._loss_count = state["loss"]

@@ -12,6 +12,7 @@ import torch
 
 from ris_hpo.errors import CheckpointError, ConfigError, DeviceError, GateError, OutputError, ProofError, SceneFileError
 from ris_hpo.physics.files import load_estimates
+from ris_hpo.training import checkpoint
 from tests.waiting import until
 
 SMALL = """
@@ -116,6 +117,32 @@ def test_files_go_through_localize_and_evaluate(cli, workshop: Path, tmp_path: P
     by_file = cli("evaluate", "--estimates", "e.npz", "--scenes", workshop / "scenes.npz", "--json").json
     assert direct["overall"]["scores"]["k_loc"] == pytest.approx(by_file["overall"]["scores"]["k_loc"], abs=1e-4)
     assert direct["overall"]["floor"]["k_loc"] == by_file["overall"]["floor"]["k_loc"]
+
+
+def test_the_fast_path_is_one_path_for_localize_and_evaluate(cli, workshop: Path, tmp_path: Path) -> None:
+    scenes, run = workshop / "scenes.npz", ["--checkpoint", workshop / "run"]
+    found = cli("localize", scenes, *run, "--fast", "--out", "fast.npz")
+    assert found.code == 0, found.err
+    assert "not measured for this network" in found.err
+    direct = cli("evaluate", *run, "--scenes", scenes, "--path", "fast", "--json").json
+    by_file = cli("evaluate", "--estimates", "fast.npz", "--scenes", scenes, "--json").json
+    assert direct["method"].endswith("(fast)")
+    assert direct["overall"]["scores"]["k_loc"] == pytest.approx(by_file["overall"]["scores"]["k_loc"], abs=1e-4)
+    one = ["--fast", "--set", "likelihood.num_sources=[1, 1]"]  # settings of one's own go on top
+    assert cli("localize", scenes, *run, *one, "--out", "one.npz").code == 0
+    assert load_estimates(tmp_path / "one.npz").num_sources.tolist() == [1] * 6
+    refused = cli("localize", scenes, "--estimator", "ml", "--fast", "--out", "ml.npz")
+    assert refused.code == 2
+    assert "the fast path is a network's" in refused.err
+
+
+def test_what_is_known_of_a_fast_path_is_told(cli, workshop: Path, tmp_path: Path) -> None:
+    tensors, state = checkpoint.read(workshop / "run" / "best.safetensors")
+    rates = {"fast": {"k_loc": 2.5, "scenes_per_second": 90.0}, "pipeline": {"k_loc": 2.4, "scenes_per_second": 30.0}}
+    state["provenance"] = {"paths": {**rates, "scenes": 1000}}
+    checkpoint.write(tmp_path / "own.safetensors", tensors, state)
+    told = cli("localize", workshop / "scenes.npz", "--checkpoint", "own.safetensors", "--fast", "--out", "e.npz").err
+    assert "k_loc 2.50 where the thorough path has 2.40, at 3.0 times its rate (1,000 scenes" in told
 
 
 def test_evaluate_draws_its_own_scenes_per_cell(cli, tmp_path: Path) -> None:

@@ -9,18 +9,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ris_hpo.errors import ConfigError, NumericalError
+from ris_hpo.estimators import fit as fits
 from ris_hpo.estimators.box import box_steering_jacobian, to_box_coordinates, to_polar
 from ris_hpo.estimators.channel import posterior_mean_channel
 from ris_hpo.estimators.cost import (
+    PowerStatistics,
     deterministic_cost,
     least_squares_log_power,
     power_cost,
     power_statistics,
+    removal_cost,
     stochastic_cost,
 )
 from ris_hpo.estimators.counting import EvidenceSpec, order_scores
 from ris_hpo.estimators.descent import descend
-from ris_hpo.estimators.fit import Fit, deterministic_fit, stochastic_fit
+from ris_hpo.estimators.fit import Fit, deterministic_fit, joint_fit, stochastic_fit
 from ris_hpo.estimators.moments import position_moments
 from ris_hpo.estimators.observation import Observation
 from ris_hpo.estimators.refinement import evidence, refine
@@ -373,6 +376,51 @@ def test_input_that_is_not_finite_is_a_named_error(mixed):
         refine(broken, mixed.truth, 3)
     with pytest.raises(NumericalError, match="must be finite"):
         evidence(dataclasses.replace(mixed, noise_power=mixed.noise_power * 0), mixed.truth)
+
+
+def test_the_cost_of_a_removal_is_that_of_the_model_without_the_source():
+    observation, u, _ = observed(3)
+    statistics = power_statistics(observation, u)
+    log_power = torch.tensor([3.0, 0.5, -2.0], dtype=torch.float64).expand(3, 3)
+    whole = power_cost(statistics, log_power)[0]
+    for source in range(3):
+        rest = [each for each in range(3) if each != source]
+        fewer = PowerStatistics(
+            statistics.gram[..., rest, :][..., rest], statistics.matched[..., rest], statistics.energy
+        )
+        without = power_cost(fewer, log_power[:, rest])[0]
+        torch.testing.assert_close(removal_cost(statistics, log_power)[:, source], without - whole)
+
+
+def test_single_precision_gives_the_cost_to_its_digits():
+    observation, u, scenes = observed(3)
+    x = torch.cat([u.flatten(1), torch.ones(3, 3, dtype=torch.float64)], -1)
+    single = Observation.of(scenes, algebra=torch.complex64)
+    assert single.y.dtype == torch.complex64
+    for rough, exact in zip(stochastic_cost(single, x), stochastic_cost(observation, x), strict=True):
+        assert rough.dtype == torch.float64
+        assert not torch.equal(rough, exact)
+        torch.testing.assert_close(rough, exact, rtol=1e-4, atol=1e-4 * float(exact.abs().max()))
+    assert single.double().y.dtype == torch.complex128
+
+
+def test_a_fit_goes_on_from_what_is_known_of_it(monkeypatch):
+    """Two steps at once are one step, then one from its result, for one evaluation less than with a new start."""
+    observation, u, _ = observed(2)
+    log_power, evaluations = torch.ones(3, 2, dtype=torch.float64), []
+
+    def counted(data, x):
+        evaluations.append(len(x))
+        return stochastic_cost(data, x)
+
+    monkeypatch.setattr(fits, "stochastic_cost", counted)
+    first = joint_fit(observation, u, log_power, Region(), 1, 0)
+    assert first.evaluated(observation) is not None
+    assert len(evaluations) == 2
+    torch.testing.assert_close(first.evaluation, first.plain().evaluated(observation))
+    evaluations.clear()
+    joint_fit(observation, first.u, first.log_power, Region(), 1, 0, first.evaluation)
+    assert len(evaluations) == 1
 
 
 def test_moments_are_the_inverse_information_where_the_range_is_sharp():

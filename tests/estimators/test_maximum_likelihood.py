@@ -189,6 +189,22 @@ def test_the_posterior_of_orders_obeys_prior_and_limits():
     assert posterior_of_orders(scores, spec, prior, counts >= 1).argmax(-1).item() == 2
 
 
+@pytest.mark.parametrize("every_order", [True, False])
+def test_orders_that_other_scenes_of_the_batch_need_change_nothing(mixed, every_order):
+    """Scenes of which a prior rules out other counts than of their neighbours."""
+    spec = FAST.replaced({"search.every_order": every_order, "evidence.least_prior": 0.1, "search.extra_order": 0})
+    candidates = to_cosines(mixed.truth.azimuth, mixed.truth.elevation, mixed.truth.range_m.nan_to_num(1.0))
+    count = mixed.truth.num_sources.unsqueeze(-1)
+    order = torch.arange(6)
+    prior = torch.where((order == count) | (order == count - 1), 0.5, 1e-6).log()
+    whole = ols(mixed, candidates, spec, log_prior=prior)
+    for scene in range(3):
+        one = slice(scene, scene + 1)
+        alone = ols(mixed[one], Cosines(*(axis[one] for axis in candidates)), spec, log_prior=prior[one])
+        torch.testing.assert_close(whole[one].positions(), alone.positions(), atol=1e-3, rtol=0)
+        torch.testing.assert_close(whole.existence[one], alone.existence, atol=1e-4, rtol=0)
+
+
 def test_a_scene_does_not_depend_on_the_others_of_its_batch():
     scenes = simulate(SceneSpec(), 12, range(8))
     candidates = spectrum_maxima(scenes, 32)

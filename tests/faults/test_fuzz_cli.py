@@ -89,7 +89,7 @@ FITTING = {
         "nothing=1",
         "optimizer.batch_size=-1",
     ],
-    "path": ["network", "pipeline"],
+    "path": ["network", "fast", "pipeline"],
     "engine": ["local", "ray"],
     "sampler": ["tpe", "random", "nsga2", "tp"],
     "pruner": ["asha", "none", "median", "x"],

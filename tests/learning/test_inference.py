@@ -9,8 +9,17 @@ import pytest
 import torch
 
 from ris_hpo.errors import ConfigError
+from ris_hpo.estimators import fit
 from ris_hpo.estimators.channel import split_channel
-from ris_hpo.learning.inference import InferenceSpec, localize, network_sources, predict, refinement, sharpened
+from ris_hpo.learning.inference import (
+    InferenceSpec,
+    find_sources,
+    localize,
+    network_sources,
+    predict,
+    refinement,
+    sharpened,
+)
 from ris_hpo.learning.losses import label_factor
 from ris_hpo.learning.network import Network, NetworkSpec, Outputs
 from ris_hpo.physics.array import to_cosines
@@ -71,6 +80,30 @@ def moved(places: Sources, azimuth_deg: float, range_m: float) -> Sources:
     return dataclasses.replace(
         places, azimuth=places.azimuth + math.radians(azimuth_deg), range_m=places.range_m + range_m
     )
+
+
+def test_the_fast_path_finds_the_same_sources_with_less_work(network, scenes, monkeypatch):
+    """From proposals 2 deg off; work is counted in evaluations of the likelihood, scenes times sources each."""
+    evaluate, work = fit.stochastic_cost, []
+
+    def counted(observation, x):
+        work.append(x.numel())
+        assert observation.y.dtype == precision
+        return evaluate(observation, x)
+
+    monkeypatch.setattr(fit, "stochastic_cost", counted)
+    outputs, spec = outputs_at(moved(scenes.truth, 2, 0.3)), InferenceSpec()
+    precision = torch.complex128
+    thorough = find_sources(network, scenes, spec.of("pipeline"), "pipeline", outputs=outputs)
+    long, precision = sum(work), torch.complex64
+    work.clear()
+    fast = find_sources(network, scenes, spec.of("fast"), "fast", outputs=outputs)
+    assert sum(work) < 0.7 * long
+    assert torch.equal(fast.num_sources, scenes.truth.num_sources)
+    torch.testing.assert_close(fast.positions()[fast.mask], thorough.positions()[fast.mask], atol=0.02, rtol=0)
+    plain = network_sources(outputs, spec)
+    assert torch.equal(find_sources(network, scenes, spec, "network", outputs=outputs).azimuth, plain.azimuth)
+    assert spec.of("network") is spec
 
 
 @pytest.mark.parametrize("localizer", ["music", "mvdr"])

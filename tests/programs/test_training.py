@@ -23,7 +23,11 @@ def scores(k_loc: float) -> Scores:
 
 class Conclusion:
     network, floor = scores(2.0), scores(1.0)
-    pipeline, pipeline_floor = scores(1.7), scores(0.4)  # on fewer scenes, which have a floor of their own
+    pipeline, fast, pipeline_floor = (
+        scores(1.7),
+        scores(1.9),
+        scores(0.4),
+    )  # on fewer scenes, which have a floor of their own
     parameters: ClassVar = {"body": 900, "heads": 100}
 
 
@@ -98,6 +102,23 @@ def test_value_floor_and_efficiency_are_of_the_same_scenes(objective: Any, tmp_p
     assert trial.metrics == {"floor": 1.0}
     assert trial.concluded
     assert trial.shown == [{"history"}] * 4 + [{"history", "conclusion"}]
+
+
+def test_the_fast_objective_is_reported_recorded_and_returned(tmp_path: Path) -> None:
+    class Fast(Run):
+        def validation(self, scenes: int) -> Validation:
+            quick = scores(2.5 if scenes == 200 else 2.6)
+            return dataclasses.replace(super().validation(scenes), fast=quick, fast_floor=scores(0.4))
+
+    trial = Watched(tmp_path / "whole")
+    assert follow(trial, Fast(), "fast") == 1.9
+    assert trial.scores == {100: 2.6, 200: 2.5, 300: 2.6, 400: 2.6}
+    assert trial.metrics == {"floor": 0.4}
+    assert (trial.recorded["components"]["k_loc"], trial.recorded["floor"]) == (1.9, 0.4)
+    pruned = Watched(tmp_path / "pruned")
+    pruned.prune_at = 300
+    assert follow(pruned, Fast(), "fast") is None
+    assert pruned.recorded == {"components": scores(2.5).as_dict()}
 
 
 def test_a_resumed_run_reports_again_what_it_did_before(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from ris_hpo.config import to_toml
 from ris_hpo.errors import ConfigError, SpaceError
+from ris_hpo.programs import training
+from ris_hpo.programs.program import load_program
 from ris_hpo.results.doctor import examine
 from ris_hpo.search import files
 from ris_hpo.search.dimension import Dimension
@@ -86,6 +88,16 @@ def refused(tree: dict[str, Any], words: str) -> None:
 )
 def test_a_bad_file_is_refused_in_one_line(changes: dict[str, Any], words: str) -> None:
     refused(study_tree(**changes), words)
+
+
+def test_a_study_of_settings_has_no_objective_that_fixes_them() -> None:
+    tree = {
+        "study": {"kind": "inference", "objective": "fast"},
+        "space": {"inference.proposals": {"low": 5, "high": 9}},
+    }
+    refused(tree, "an inference study draws the settings that 'fast' fixes")
+    trained = parse_study(tree | {"study": {"objective": "fast"}}, name="quick", source="quick.toml")
+    assert load_program(trained.program_name()) is training.FAST
 
 
 def test_the_least_of_everything_is_accepted() -> None:

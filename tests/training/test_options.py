@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ris_hpo.learning.losses import TERMS, LossSpec
 from ris_hpo.physics.scene import simulate
+from ris_hpo.training import checkpoint, results
 from ris_hpo.training import learner as learner_module
 from ris_hpo.training.balance import Balance
 from ris_hpo.training.config import BalanceSpec, PhaseSpec, RunConfig
@@ -429,6 +430,30 @@ def test_the_budget_says_how_much_and_when(tiny, tmp_path):
     plain = config.replaced({"budget.pipeline_scenes": 0})
     without = concluded(trainer.finished_network(), trainer.data.frozen(), plain)
     assert without.pipeline == without.network
+    assert (without.fast, conclusion.fast) == (None, None)
+
+
+def test_the_fast_path_is_scored_on_the_scenes_of_the_pipeline_and_chooses_the_weights(tiny, tmp_path, monkeypatch):
+    """The path itself is replaced by one that is right at the second validation alone."""
+    budget = {"scenes": 48, "validate_every": 16, "validation_scenes": 6, "pipeline_scenes": 2}
+    config = tiny.replaced({f"budget.{name}": value for name, value in budget.items()})
+    calls = []
+
+    def found(network, scenes, spec, path):
+        assert (len(scenes), path) == (2, "fast")
+        assert spec == config.inference.of("fast")
+        calls.append(path)
+        right = scenes.require_truth()
+        return right if len(calls) == 3 else dataclasses.replace(right, range_m=right.range_m + 3)
+
+    monkeypatch.setattr(results, "find_sources", found)
+    trainer = Trainer(config, tmp_path, fast=True)
+    history = list(trainer.run())
+    assert [validation.fast.success for validation in history] == [0, 1, 0]
+    assert history[0].searched == (history[0].fast, history[0].fast_floor)
+    assert checkpoint.read(tmp_path / "best.safetensors")[1]["scenes_seen"] == 32
+    assert Trainer(config, tmp_path, fast=True).best == history[1]  # read back from the checkpoint
+    assert trainer.conclude().fast.num_scenes == 2
 
 
 def test_fixed_scenes_are_trained_and_validated_on_again_and_again(tiny):
