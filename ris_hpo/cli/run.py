@@ -91,8 +91,8 @@ def run(
         list[str] | None,
         typer.Option(
             metavar="COMMAND|URL",
-            help="Send each trial that fails for good, and the end of the run, as JSON to a command or a web address; "
-            "may be repeated.",
+            help="Send failed trials, each new best one, pauses and the end of the run as JSON to a command or a web "
+            "address; may be repeated.",
         ),
     ] = None,
     tensorboard: Annotated[

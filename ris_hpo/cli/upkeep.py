@@ -1,4 +1,4 @@
-"""Commands about studies as a whole: all of them at a glance, name, removal, archives, copies in other stores."""
+"""Commands about studies as a whole: all of them at a glance, name, removal, archives, copies, files."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def _described(store: Store, study: str, *, force: bool) -> str:
     """A study that is to be removed, in words; one that runs is refused."""
     from ris_hpo.search.counting import tally
     from ris_hpo.search.lifecycle import get_study
-    from ris_hpo.search.upkeep import folder_size, require_at_rest
-    from ris_hpo.store.folders import find_folder
+    from ris_hpo.search.upkeep import require_at_rest
+    from ris_hpo.store.folders import find_folder, folder_size
 
     require_at_rest(store, study, force=force)
     counts = tally(get_study(store, study).get_trials(deepcopy=False))
@@ -190,6 +190,46 @@ def copy(
     _show_moved(moved, f"copied to {target.redacted}", dry_run=dry_run, json_=json_)
 
 
+def clean(
+    study: Annotated[
+        str | None, typer.Argument(help="The study whose checkpoints are looked at.", show_default="all of the store")
+    ] = None,
+    storage: Storage = None,
+    checkpoints: Annotated[
+        Literal["all", "best", "last_rung", "none"] | None,
+        typer.Option(help="Whose checkpoints stay among the ended trials.", show_default="what each study says"),
+    ] = None,
+    best: Annotated[int, typer.Option(min=1, help="How many the best are.")] = 3,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+    json_: options.Json = False,
+) -> None:
+    """Remove files that nobody needs: checkpoints by rule, folders without a study, artifacts without a trial."""
+    from ris_hpo.search import disk
+    from ris_hpo.search.lifecycle import get_study
+    from ris_hpo.search.spec import KeepSpec
+    from ris_hpo.store.open import open_store
+
+    store = open_store(storage, create=False)
+    keep = None if checkpoints is None else KeepSpec(checkpoints=checkpoints, best=best)
+    titles = [each.study_name for each in store.get_all_studies()] if study is None else [study]
+    for title in titles:
+        get_study(store, title)
+    found = disk.removable(store, titles, keep)
+    size = file_size(sum(each.bytes for each in found))
+    if not json_:
+        for each in found:
+            display.print_result(f"{each.path}: {file_size(each.bytes)}, {each.why}")
+    if found and not dry_run:
+        _confirm(f"{len(found)} files and folders, {size}", yes=yes)
+        disk.remove(found)
+    if json_:
+        rows = [{"path": str(each.path), "bytes": each.bytes, "why": each.why} for each in found]
+        display.print_json({"removed": rows, "dry_run": dry_run})
+        return
+    display.print_result(f"{'would be ' * dry_run}removed: {len(found)} files and folders, {size}")
+
+
 def _show_moved(moved: Moved, what: str, *, dry_run: bool, json_: bool) -> None:
     if json_:
         display.print_json({**asdict(moved), "dry_run": dry_run})
@@ -206,6 +246,7 @@ def register(app: typer.Typer) -> None:
         rename: "ris-hpo rename smoke smoke-2",
         archive: "ris-hpo archive wide --out wide.zip --checkpoints best",
         restore: "ris-hpo restore wide.zip --name wide-2025",
+        clean: "ris-hpo clean --dry-run",
         copy: "ris-hpo copy wide --to postgresql://ris_hpo@db/ris_hpo",
     }
     for command, example in examples.items():

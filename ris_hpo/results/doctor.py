@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -161,7 +160,7 @@ def _opened_store(store: Store) -> Iterator[Finding]:
     for folder in leftovers(store):
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         found = f"{folder}: {size / _GIB:.2f} GiB of a study that this store does not have any more"
-        yield Finding("left over", "note", found, f"rm -r {shlex.quote(str(folder))}")
+        yield Finding("left over", "note", found, "ris-hpo clean")
     for frozen in store.get_all_studies():
         study_id = store.get_study_id_from_name(frozen.study_name)
         counts = counting.tally(store.get_all_trials(study_id, deepcopy=False))

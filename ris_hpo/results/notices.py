@@ -1,4 +1,4 @@
-"""Notices of a run: a command or a web address hears of each trial that fails for good, and of the run's end.
+"""Notices of a run: a command or a web address hears of failed trials, each new best one, a full disk, and the end.
 
 A command gets the notice as JSON on its standard input, a web address as the body of a POST request. Notices leave on
 a thread of their own and are tried three times: none ever holds up a trial or changes how a run ends.
@@ -47,9 +47,9 @@ def notified(
 ) -> Iterator[PoolSnapshot]:
     """Pass a run's snapshots on, and send notices of what they say.
 
-    Each is ``{"event", "study", "time", "trials", "best", ...}``: ``trial_failed`` with ``trial`` (number, cause,
-    error, host), ``run_ended`` with ``ending`` (finished, interrupted, or the rule that applied), ``run_failed`` with
-    ``error``.
+    Each is ``{"event", "study", "time", "trials", "best", ...}``: ``trial_failed`` (for good) with ``trial`` (number,
+    cause, error, host), ``new_best``, ``run_paused`` with ``reason`` (the disk has no room), ``run_ended`` with
+    ``ending`` (finished, interrupted, or the rule that applied), ``run_failed`` with ``error``.
 
     Args:
         snapshots: of the run.
@@ -65,8 +65,15 @@ def notified(
         return
     with Notifier(targets) as notifier:
         heard: set[int] | None = None
+        best, paused, begun = None, None, False
         try:
             for snapshot in snapshots:
+                leader = None if snapshot.best is None else snapshot.best.number
+                if begun and leader is not None and leader != best:
+                    notifier.send(_notice("new_best", study))
+                if snapshot.paused is not None and paused is None:
+                    notifier.send(_notice("run_paused", study, reason=snapshot.paused))
+                best, paused, begun = leader, snapshot.paused, True
                 failed = {} if snapshot.tally.fail == 0 else _failed(study)
                 for number in sorted(set(failed) - (set(failed) if heard is None else heard)):
                     notifier.send(_notice("trial_failed", study, trial=failed[number]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any, Literal
 
 from optuna.exceptions import DuplicatedStudyError
@@ -15,7 +14,7 @@ from ris_hpo.search.counting import Tally, best_trial, tally
 from ris_hpo.search.lifecycle import check_name, direction_of, get_study
 from ris_hpo.store import attributes as names
 from ris_hpo.store.cache import Store
-from ris_hpo.store.folders import find_folder
+from ris_hpo.store.folders import find_folder, folder_size
 from ris_hpo.store.owner import Owner
 
 State = Literal["running", "waiting", "ended", "empty"]
@@ -86,18 +85,6 @@ def _host(trial: FrozenTrial) -> str | None:
     owner = Owner.parse(trial.user_attrs.get(names.OWNER))
     host: str | None = trial.user_attrs.get(names.HOST)
     return host if host is not None or owner is None else owner.process.host
-
-
-def folder_size(folder: Path) -> int:
-    """Return the bytes of all files below a folder; those that vanish meanwhile do not count."""
-    total = 0
-    for path in folder.rglob("*"):
-        try:
-            if path.is_file() and not path.is_symlink():
-                total += path.stat().st_size
-        except FileNotFoundError:
-            continue
-    return total
 
 
 def require_at_rest(store: Store, name: str, *, force: bool = False) -> None:

@@ -16,11 +16,14 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+import psutil
 
 from ris_hpo.atomic import make_folder, remove_abandoned, replacing, writing
 from ris_hpo.errors import StudyGoneError
@@ -36,6 +39,7 @@ PARTIAL: Final = ".partial-"
 ARTIFACTS: Final = "artifacts.txt"
 """In a trial's folder: names of its files in the artifact folder, one a line, so that they go when it goes."""
 _REMOVED: Final = ".removed-"
+_UPLOAD_S = 3600.0  # longer than any file takes to be written and entered in a list
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,57 @@ def leftovers(store: Store, storage: Path | None = None) -> list[Path]:
     """Return folders of studies that were in this store and are not any more: deleted by another program."""
     root = _root(storage)
     return [folder for folder in _folders(root) if _is_leftover(_owner(folder), store)]
+
+
+def folder_size(folder: Path) -> int:
+    """Return the bytes of all files below a folder; those that vanish meanwhile do not count."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            if path.is_file() and not path.is_symlink():
+                total += path.stat().st_size
+        except FileNotFoundError:
+            continue
+    return total
+
+
+def abandoned(storage: Path | None = None) -> list[Path]:
+    """Return folders that a process left half removed, or half written when it died an hour ago or more."""
+    root, before = _root(storage), time.time() - _UPLOAD_S
+    partial = []
+    for folder in root.glob(f"{PARTIAL}*"):
+        process = folder.name.removeprefix(PARTIAL).partition("-")[0]
+        is_running = process.isdigit() and psutil.pid_exists(int(process))  # on this machine, that is
+        if not is_running and folder.stat().st_mtime < before:
+            partial.append(folder)
+    return sorted([*root.glob(f"{_REMOVED}*"), *partial])
+
+
+def has_others(store: Store, storage: Path | None = None) -> bool:
+    """Say whether folders lie here of studies of another store, or of one that is not known."""
+    owners = [_owner(folder) for folder in _folders(_root(storage))]
+    return any(owner is None or (owner.database, owner.number) != store.database for owner in owners)
+
+
+def unlisted_artifacts(storage: Path | None = None) -> list[Path]:
+    """Return files in the artifact folder that no study's folder lists, made an hour ago or more."""
+    root = _root(storage)
+    listed = {name for each in root.glob(f"*/*/{ARTIFACTS}") for name in each.read_text(encoding="utf-8").split()}
+    before = time.time() - _UPLOAD_S
+    files = [path for path in (root.parent / "artifacts").glob("*") if path.is_file() and not path.is_symlink()]
+    return sorted(path for path in files if path.name not in listed and path.stat().st_mtime < before)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder of this module, with the artifacts that it lists.
+
+    Raises:
+        OutputError: it cannot be removed.
+    """
+    if folder.name.startswith((PARTIAL, _REMOVED)):
+        shutil.rmtree(folder, ignore_errors=True)  # whoever began it may be at it still
+    else:
+        _remove(folder, folder.parent)
 
 
 def finish_removals(storage: Path | None = None) -> None:

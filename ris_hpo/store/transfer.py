@@ -100,10 +100,21 @@ def gather(
     content = store.content(store.get_study_id_from_name(name))
     folder = folders.find_folder(store, name, storage)
     files = {} if folder is None else dict(_files(folder, wanted))
-    attributes = [content.system_attrs, *(trial.system_attrs for trial in content.trials)]
-    named = {each for attrs in attributes for each in _UUID.findall(json.dumps([*attrs]))}
+    named = _named_in(content)
     place = _artifacts(storage)
     return Package(content, files, {each: place / each for each in sorted(named) if (place / each).is_file()})
+
+
+def artifacts_of(store: Store) -> set[str]:
+    """Return the identifiers of all artifacts that a store's studies and trials name."""
+    studies = store.get_all_studies()
+    contents = (store.content(store.get_study_id_from_name(study.study_name)) for study in studies)
+    return {name for content in contents for name in _named_in(content)}
+
+
+def _named_in(content: StudyContent) -> set[str]:
+    attributes = [content.system_attrs, *(trial.system_attrs for trial in content.trials)]
+    return {each for attrs in attributes for each in _UUID.findall(json.dumps([*attrs]))}
 
 
 def _files(folder: Path, wanted: Callable[[PurePosixPath], bool]) -> Iterator[tuple[str, Path]]:

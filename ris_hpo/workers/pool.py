@@ -34,7 +34,16 @@ _FAILURES = 5  # in a row, after which a slot, or the whole run on this machine,
 _LONGEST_BACK_OFF_S = 30.0
 
 State = Literal[
-    "starting", "waiting for memory", "idle", "training", "scoring", "restarting", "stopping", "gone", "gave up"
+    "starting",
+    "waiting for memory",
+    "idle",
+    "training",
+    "scoring",
+    "restarting",
+    "stopping",
+    "paused",
+    "gone",
+    "gave up",
 ]
 
 
@@ -201,7 +210,7 @@ class WorkerPool:
         self._max_trials = max_trials
         self._bugs: list[str] = []
         self._failures = 0
-        self._is_stopping = False
+        self._is_stopping = self._is_paused = False
         self.places = [Place(slot) for slot in executor.slots()]
         self.succeeded = 0
         self.messages: deque[str] = deque(maxlen=200)
@@ -232,7 +241,7 @@ class WorkerPool:
 
     def start(self) -> None:
         """Start a worker in every slot that has none and is to have one."""
-        now = time.monotonic()
+        now, self._is_paused = time.monotonic(), False
         for place in self.places:
             if place.worker is not None or place.is_done or place.has_given_up or now < place.start_after:
                 continue
@@ -272,6 +281,16 @@ class WorkerPool:
         """Let slots go on that had found nothing to do: a trial has come back into the queue."""
         for place in self.places:
             place.is_done = False
+
+    def pause(self) -> None:
+        """Ask every worker to checkpoint its trial, put it back and leave; ``start`` starts new ones."""
+        if not self._is_paused:
+            self._is_paused = True
+            for worker in self.alive:
+                worker.ask_to_stop()
+        for place in self.places:
+            if not (place.is_done or place.has_given_up):
+                place.state = "paused"
 
     def shut_down(self) -> None:
         """Ask every worker to checkpoint, wait, end those that do not leave, and put their trials back."""
@@ -350,6 +369,8 @@ class WorkerPool:
         place.running = None
         if end.reason in (Reason.DONE, Reason.LIMIT):
             place.is_done, place.state = True, "gone"
+            return
+        if end.reason is Reason.STOPPED and self._is_paused:
             return
         place.state = "gave up" if place.has_given_up else "restarting"
         place.restarts += not place.has_given_up

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Literal
 
 from optuna.study import Study
+from optuna.trial import FrozenTrial
 
 from ris_hpo.process import StopSignals
-from ris_hpo.search import counting
+from ris_hpo.search import counting, disk
 from ris_hpo.search.lifecycle import stored_spec
 from ris_hpo.search.rungs import next_promotion
 from ris_hpo.search.status import BestTrial, summarise_best
@@ -28,6 +29,7 @@ from ris_hpo.workers.worker import WorkerJob
 
 _POLL_INTERVAL_S = 0.1  # between two looks at the workers
 _STUDY_INTERVAL_S = 1.0  # between two looks at the study
+_DISK_INTERVAL_S = 5.0  # between two looks at the room on the disk
 _GRACE_S = 7.0  # for workers to leave when nothing is left to do
 
 Ending = Literal["finished", "interrupted", "max_trials"] | counting.StopRule
@@ -48,6 +50,8 @@ class PoolSnapshot:
     metric: str = "k_loc"
     """What the score is called."""
     step_unit: str = "scenes"
+    paused: str | None = None
+    """Why no trial runs although some wait: the disk has no room. None where they run."""
 
 
 class Supervisor:
@@ -92,6 +96,9 @@ class Supervisor:
         self._stop = StopSignals()
         self._begun = time.monotonic()
         self._finished_since: float | None = None
+        self._swept: set[int] = set()
+        self._next_measure = 0.0
+        self._paused: str | None = None
         self.ending: Ending | None = None
         self.ended = 0
         self.succeeded = 0
@@ -127,13 +134,13 @@ class Supervisor:
             try:
                 self._look_at_study(pool)  # first: where nothing is left to do no worker is started
                 while self.ending is None:
-                    if not self._stop():
+                    if not self._stop() and self._paused is None:
                         pool.start()
                     pool.follow()
                     now = time.monotonic()
                     if self._stop():
                         self.ending = "interrupted"
-                    elif now >= next_look or not pool.alive:
+                    elif now >= next_look or not (pool.alive or self._paused):
                         next_look = now + _STUDY_INTERVAL_S
                         self._look_at_study(pool)
                     if now >= next_snapshot or self.ending is not None:
@@ -155,6 +162,7 @@ class Supervisor:
         pool.messages.extend(f"trial {number}: its worker is gone or silent" for number in lost)
         trials, now = pool.trials(), time.monotonic()
         counts = counting.tally(trials)
+        self._remove_checkpoints(trials)
         is_promoted = next_promotion(trials, self._spec) is not None
         if counts.open == 0 and not is_promoted:
             if self._finished_since is None:
@@ -169,6 +177,29 @@ class Supervisor:
             self.ending = "max_trials"
         elif counts.waiting > 0 or is_promoted:
             pool.reopen()
+        if now >= self._next_measure:
+            self._next_measure = now + _DISK_INTERVAL_S
+            self._look_at_disk(pool)
+
+    def _remove_checkpoints(self, trials: list[FrozenTrial]) -> None:
+        """Remove the checkpoints of trials that have ended since the last look and do not keep them."""
+        keep, folder = self._spec.keep, Path(self._job.directory)
+        kept = disk.kept_numbers(trials, keep, self._spec.direction)
+        ended = {trial.number for trial in trials if trial.state.is_finished()} - kept
+        if ended <= self._swept:
+            return
+        self._swept |= ended
+        disk.remove(disk.checkpoints_to_remove(folder, trials, keep, self._spec.direction))
+
+    def _look_at_disk(self, pool: WorkerPool) -> None:
+        """Pause the run before the disk is full, and let it go on when there is room again."""
+        before, self._paused = self._paused, disk.shortage(Path(self._job.directory), self._spec.keep)
+        if self._paused is not None:
+            pool.pause()
+            if before is None:
+                pool.messages.append(f"paused: {self._paused}; make room ('ris-hpo clean'), and the run goes on")
+        elif before is not None:
+            pool.messages.append("there is room again: the run goes on")
 
     def _snapshot(self, pool: WorkerPool) -> PoolSnapshot:
         trials = pool.trials()
@@ -185,4 +216,5 @@ class Supervisor:
             messages=messages,
             metric=self._spec.score,
             step_unit=self._spec.step_unit,
+            paused=self._paused,
         )

@@ -131,6 +131,8 @@ def test_a_study_from_its_file_to_its_best_configuration(home: Path) -> None:
     assert study.run(4, workers=1, gpus=()).trials.ended == 4  # nothing is added
 
     sent = [json.loads(line) for line in Path("notices.jsonl").read_text().splitlines()]
+    assert any(notice["event"] == "new_best" for notice in sent)
+    sent = [notice for notice in sent if notice["event"] != "new_best"]
     assert [notice["event"] for notice in sent] == ["trial_failed", "run_ended"]
     assert sent[0]["trial"]["number"] == 1
     assert sent[0]["trial"]["cause"] == "bug"

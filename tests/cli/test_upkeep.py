@@ -143,6 +143,21 @@ def test_a_study_is_packed_restored_and_copied(cli, made_study: str, tmp_path: P
     assert (outcome.code, outcome.err.count("\n")) == (ArchiveError.exit_code, 1)
 
 
+def test_files_that_nobody_needs_are_removed(cli, made_study: str, tmp_path: Path) -> None:
+    left = tmp_path / "storage" / "trials" / ".removed-old-1"
+    left.mkdir(parents=True)
+    (left / "last.bin").write_bytes(bytes(10))
+    assert [row["bytes"] for row in cli("clean", "--dry-run", "--json").json["removed"]] == [10]
+    outcome = cli("clean")
+    assert outcome.code == StudyError.exit_code
+    assert "--yes" in outcome.err
+    assert left.exists()
+    assert cli("clean", "--yes").out.endswith("removed: 1 files and folders, 10 B\n")
+    assert not left.exists()
+    assert cli("clean", made_study, "--checkpoints", "none").out == "removed: 0 files and folders, 0 B\n"
+    assert cli("clean", "maid").code == StudyError.exit_code
+
+
 def test_the_commands_of_the_page_run_as_printed(cli, made_study: str, tmp_path: Path) -> None:
     cli("rename", made_study, "wide")
     (tmp_path / "configurations.csv").write_text("optimizer.learning_rate\n0.002\n")
