@@ -149,6 +149,25 @@ def test_a_verdict_is_not_obeyed_at_the_last_step_whatever_was_planned(
     assert built == [{"first_step": 1, "last_step": 3}]  # the rungs are those of all trials
 
 
+def test_a_program_that_plans_nothing_is_pruned_all_the_same(
+    sqlite_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(trial: TrialContext) -> float | None:
+        return None if any(trial.report(step, 2.5) for step in (1, 2, 3)) else 2.5
+
+    built: list[dict[str, Any]] = []
+
+    def build(*args: Any, **options: Any) -> Verdicts:
+        built.append(options)
+        return Verdicts(2)
+
+    monkeypatch.setattr(context_module, "build_pruner", build)
+    study = begin(sqlite_store)
+    assert attempt(sqlite_store, study, Program(train, double.RunConfig), tmp_path).state == "pruned"
+    assert list(study.get_trials()[0].intermediate_values) == [1, 2]
+    assert built == [{"first_step": 1, "last_step": None}]
+
+
 # -- what a trial scores ---------------------------------------------------------------------------------------------
 
 
