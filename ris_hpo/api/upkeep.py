@@ -1,4 +1,4 @@
-"""What is done to a study from outside: packed, copied, its trials asked for, tried again, set aside."""
+"""What is done to a study from outside: watched, packed, copied, its trials asked for, tried again, set aside."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from ris_hpo.api.table import LiveTable, in_notebook
 from ris_hpo.search import amend
 from ris_hpo.search.archive import EVERYTHING, Moved, archive_study, copy_study
+from ris_hpo.search.lifecycle import status as status_of
 from ris_hpo.search.spec import KeepSpec
+from ris_hpo.search.status import StudyStatus
 from ris_hpo.store.cache import Store
 from ris_hpo.store.open import open_store
+from ris_hpo.workers.watch import watched
 
 
 class StudyUpkeep:
-    """The part of ``Study`` that neither runs nor reads it.
+    """The part of ``Study`` that looks after it and its trials.
 
     Args:
         store: the store.
@@ -25,6 +29,19 @@ class StudyUpkeep:
     def __init__(self, store: Store, name: str) -> None:
         self._store = store
         self.name = name
+
+    def watch(self, interval: float = 2.0, *, show: bool | None = None) -> StudyStatus:
+        """Follow the study while somebody else runs it, until it has ended; return where it then stands.
+
+        Args:
+            interval: seconds between two looks.
+            show: keep a table up to date in the notebook; by default where there is a notebook.
+        """
+        table = LiveTable() if (in_notebook() if show is None else show) else None
+        for snapshot in watched(self._store, self.name, interval):
+            if table is not None:
+                table.update(snapshot)
+        return status_of(self._store, self.name)
 
     def archive(self, out: str | Path, *, keep: KeepSpec = EVERYTHING) -> Moved:
         """Write the study with its files into one file (``.zip``); it stays in the store.

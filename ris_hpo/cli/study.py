@@ -1,4 +1,4 @@
-"""Commands around a study: status, best, report, export, replay, spaces, init."""
+"""Commands around a study: status, top, best, compare, report, export, replay, spaces, init."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ris_hpo.cli import display, options, standing
+from ris_hpo.cli import display, live, options, standing
 from ris_hpo.cli.options import PANEL, Storage, StudyName
 from ris_hpo.errors import OutputError, StudyError
 
@@ -85,6 +85,72 @@ def best(
         display.table("", columns, rows)
         display.print_result(str(verdict["sentence"]))
     display.print_note(f"next: ris-hpo export --study {shlex.quote(title)} --out best.toml")
+
+
+def top(
+    study: StudyName = None,
+    storage: Storage = None,
+    interval: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 2.0,
+) -> None:
+    """Follow a study that somebody else runs, until it has ended or you press Ctrl-C."""
+    from ris_hpo.store.open import open_store
+    from ris_hpo.workers.watch import watched
+
+    store = open_store(storage, create=False)
+    title = standing.choose_study(store, study)
+    live.follow(watched(store, title, interval))
+    standing.show_status(store, title, json_=False)
+
+
+def compare(
+    first: Annotated[str, typer.Argument(help="The one study.")],
+    second: Annotated[str, typer.Argument(help="The other study.")],
+    storage: Storage = None,
+    other_storage: Annotated[
+        str | None, typer.Option(metavar="URL", help="Store of the other study.", show_default="the same")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write a page, ending in .html.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=100, help="Fresh seeds for each winner.")] = 5,
+    as_searched: Annotated[bool, typer.Option("--as-searched", help="Train nothing; show both as searched.")] = False,
+    device: options.Device = "cpu",
+    json_: options.Json = False,
+) -> None:
+    """Compare two studies: train the winner of each again on the same new seeds and scenes, and tell the difference."""
+    from ris_hpo.atomic import write_text
+    from ris_hpo.physics.device import find_device
+    from ris_hpo.process import storage_directory
+    from ris_hpo.results.compare import compare_studies, comparison_page
+    from ris_hpo.search.lifecycle import get_study
+    from ris_hpo.store.open import open_store
+
+    if out is not None:
+        options.check_output(out, suffix=".html")
+    find_device(device)
+    store = open_store(storage, create=False)
+    other = store if other_storage is None else open_store(other_storage, create=False)
+    one, two = get_study(store, first), get_study(other, second)
+    with display.progress(2 * seeds, "runs") as advance:
+        found = compare_studies(
+            one,
+            two,
+            storage_directory() / "compare",
+            seeds=seeds,
+            device=device,
+            train=not as_searched,
+            progress=lambda done, total, what: advance(done, what),
+        )
+    if out is not None:
+        write_text(out, comparison_page(found, one, two))
+        display.print_note(f"written: {out}")
+    if json_:
+        display.print_json(found.as_dict())
+        return
+    columns = ["study", "trials", "best trial", f"{found.metric} as searched", "on fresh seeds", "floor"]
+    rows = [
+        (each.study, each.trials, each.best, each.score, each.mean, each.floor) for each in (found.first, found.second)
+    ]
+    display.table("", columns, rows)
+    display.print_result(found.sentence)
 
 
 def report(
@@ -248,6 +314,8 @@ def register(app: typer.Typer) -> None:
     examples: dict[Callable[..., None], str] = {
         status: "ris-hpo status --study wide --json",
         best: "ris-hpo best --study wide --top 3",
+        top: "ris-hpo top --study wide",
+        compare: "ris-hpo compare wide narrow --out comparison.html",
         report: "ris-hpo report --study wide --out report.html",
         export: "ris-hpo export --study wide --out best.toml",
         replay: "ris-hpo replay 3 --study wide",

@@ -29,7 +29,8 @@ def trials(
         options.check_output(csv, suffix=".csv")
     store = open_store(storage, create=False)
     title = standing.choose_study(store, study)
-    rows = Study(store, get_study(store, title)).records()
+    opened = Study(store, get_study(store, title))
+    rows = opened.records()
     if csv is not None:
         display.write_csv(csv, rows)
         display.print_result(f"written: {csv}, {len(rows)} trials")

@@ -121,7 +121,7 @@ def judge(
     alpha = 1 - confidence
     compared = []
     for name, row in zip(candidates, others, strict=True):
-        difference, low, high = _interval(row, base, alpha / len(candidates))
+        difference, low, high = paired_interval(row, base, alpha / len(candidates))
         compared.append(Comparison(name, float(row.mean()), difference, low, high, better=high < 0))
     order = sorted(range(len(candidates)), key=lambda index: (compared[index].mean, index))
     first = order[0]
@@ -129,7 +129,7 @@ def judge(
     peers = tuple(
         candidates[index]
         for index in order[1:]
-        if not _interval(others[first], others[index], alpha / max(1, pairs))[2] < 0
+        if not paired_interval(others[first], others[index], alpha / max(1, pairs))[2] < 0
     )
     leader = compared[first]
     behind = leader.difference >= 0
@@ -200,13 +200,13 @@ def confirm(
             f"study '{study.study_name}' has no completed trial besides the base configuration; nothing to confirm"
         )
     configs: dict[str, Spec] = {"base": base, **{name: config for name, (_, config) in candidates.items()}}
-    code = _code_of(spec)
+    code = code_of(spec)
     fresh = [derived_seed(spec.seed, index, "winner") for index in range(seeds)]
     table = np.empty((len(configs), seeds))
     runs = list(itertools.product(enumerate(fresh), enumerate(configs.items())))  # seed by seed: whole pairs early
     for done, ((column, seed), (row, (name, chosen))) in enumerate(runs):
         progress(done, len(runs), f"{name}, seed {column + 1} of {seeds}")
-        table[row, column] = _kept(evaluate, _seeded(chosen, seed), directory, code, device)
+        table[row, column] = kept_score(evaluate, seeded(chosen, seed), directory, code, device)
     progress(len(runs), len(runs), "done")
     verdict = judge(list(candidates), table, confidence=confidence, metric=spec.score, direction=spec.direction)
     searched = {name: trial.values[0] for name, (trial, _) in candidates.items()}
@@ -296,7 +296,7 @@ def program_score(config: Spec, directory: Path, *, spec: StudySpec, device: str
         return spec.worst_score
 
 
-def _interval(first: Row, second: Row, alpha: float) -> tuple[float, float, float]:
+def paired_interval(first: Row, second: Row, alpha: float) -> tuple[float, float, float]:
     """Mean of ``first - second`` with its two-sided paired t interval at level ``1 - alpha``: (mean, low, high)."""
     mean = float((first - second).mean())
     if len(first) < 2:
@@ -333,7 +333,7 @@ def _sentence(verdict: Verdict, leader: Comparison, metric: str, direction: Dire
     )
 
 
-def _code_of(spec: StudySpec) -> str:
+def code_of(spec: StudySpec) -> str:
     """Fingerprint of the code that a study's scores depend on.
 
     Of a program of one's own that is its package, or its module with the modules beside it in the current folder.
@@ -355,7 +355,7 @@ def _code_of(spec: StudySpec) -> str:
     return fingerprint({str(file): file.read_text(encoding="utf-8") for file in sorted(files)})
 
 
-def _kept(evaluate: Evaluate, config: Spec, directory: Path, code: str, device: str) -> float:
+def kept_score(evaluate: Evaluate, config: Spec, directory: Path, code: str, device: str) -> float:
     """The score of a configuration, computed once for all that it depends on."""
     version = {
         "config": config.fingerprint(),  # the seed is in it
@@ -374,14 +374,15 @@ def _kept(evaluate: Evaluate, config: Spec, directory: Path, code: str, device: 
     return value
 
 
-def _seeded(config: Spec, seed: int) -> Spec:
+def seeded(config: Spec, seed: int) -> Spec:
+    """Return a configuration with another seed."""
     if isinstance(config, AnySettings):
         return AnySettings.parse({**config.model_dump(), "seed": seed})
     return config.replaced({"seed": seed})
 
 
 def _same(config: Spec) -> str:
-    return _seeded(config, 0).fingerprint()
+    return seeded(config, 0).fingerprint()
 
 
 def _bounded(value: float) -> float | None:

@@ -25,6 +25,7 @@ NOT_RUN = {
     r".*--notify |.*--tensorboard ": "tests/api/test_study.py runs both",
     r".*--device cuda": "needs a GPU",
     r"ris-hpo (simulate|run) .*--surface|ris-hpo .*mine\.toml|.*--surface ": "tests/physics and tests/cli run surfaces",
+    r"ris-hpo top": "follows a study; tests/cli/test_upkeep.py follows one that has ended",
     r"ris-hpo backup": "tests/store/test_opening.py runs it",
 }
 """What is not run as printed, and why; a pattern from the start of the line."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ris_hpo.errors import ArchiveError, ConfigError, OutputError, SpaceError, StudyError
+from ris_hpo.store.open import open_store
 
 from .test_readme import ROOT, commands
 
@@ -156,6 +157,26 @@ def test_files_that_nobody_needs_are_removed(cli, made_study: str, tmp_path: Pat
     assert not left.exists()
     assert cli("clean", made_study, "--checkpoints", "none").out == "removed: 0 files and folders, 0 B\n"
     assert cli("clean", "maid").code == StudyError.exit_code
+
+
+def test_two_studies_are_compared(cli, made_study: str, tmp_path: Path) -> None:
+    cli("copy", made_study, "--to", "other.db", "--name", "twin")
+    both = (made_study, "twin", "--other-storage", "other.db", "--as-searched")
+    found = cli("compare", *both, "--out", "comparison.html", "--json").json
+    assert (found["first"]["score"], found["second"]["score"], found["better"]) == (1.75, 1.75, None)
+    assert "Nothing was trained again" in (tmp_path / "comparison.html").read_text()
+    assert "As searched" in cli("compare", *both).out
+    assert cli("compare", *both, "--out", "comparison.txt").code == OutputError.exit_code
+    assert cli("compare", made_study, "maid").code == StudyError.exit_code
+
+
+def test_a_study_is_followed_to_its_end(cli, made_study: str, tmp_path: Path) -> None:
+    store = open_store(f"sqlite:///{tmp_path}/storage/studies.db")
+    store.withdraw(store.get_study_id_from_name(made_study), [4])
+    store.close()
+    outcome = cli("top")
+    assert "4 of 4 trials" in outcome.err
+    assert "trial 1: k_loc 1.750" in outcome.out
 
 
 def test_the_commands_of_the_page_run_as_printed(cli, made_study: str, tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def test_a_kept_score_is_not_used_for_another_question(tmp_path, monkeypatch, wh
     elif what == "fresh scenes":
         monkeypatch.setattr(winner, "FRESH_SHARE", winner.FRESH_SHARE + 1)
     else:
-        monkeypatch.setattr(winner, "_code_of", lambda spec: "of tomorrow")
+        monkeypatch.setattr(winner, "code_of", lambda spec: "of tomorrow")
     assert confirmed() == verdict
     assert len(set(seen)) == 8
 
@@ -213,7 +213,7 @@ def test_the_code_of_ones_own_program_is_its_module_and_those_beside_it(tmp_path
     (tmp_path / "own_program_of_this_test.py").write_text("from own_helper_of_this_test import train\n")
     (tmp_path / "own_helper_of_this_test.py").write_text("def train(trial):\n    return 1.0\n")
     spec = SPEC.replaced({"program": "own_program_of_this_test:train"})
-    before = winner._code_of(spec)
-    assert winner._code_of(spec) == before
+    before = winner.code_of(spec)
+    assert winner.code_of(spec) == before
     (tmp_path / "own_helper_of_this_test.py").write_text("def train(trial):\n    return 2.0\n")
-    assert winner._code_of(spec) != before
+    assert winner.code_of(spec) != before
