@@ -27,17 +27,8 @@ from ris_hpo import drawing
 from ris_hpo.config import Spec
 from ris_hpo.errors import StudyError
 from ris_hpo.report.collect import Report, Trial, collect
-from ris_hpo.results.winner import (
-    CONFIDENCE,
-    SEEDS,
-    Evaluate,
-    code_of,
-    fresh_score,
-    kept_score,
-    paired_interval,
-    program_score,
-    seeded,
-)
+from ris_hpo.results import winner
+from ris_hpo.results.winner import CONFIDENCE, SEEDS, Evaluate, code_of, kept_score, paired_interval, seeded
 from ris_hpo.search.counting import Direction
 from ris_hpo.search.lifecycle import direction_of, stored_spec
 from ris_hpo.search.spec import StudySpec, derived_seed
@@ -211,8 +202,8 @@ def _why_unpaired(
 
 def _evaluation(spec: StudySpec, device: str) -> Evaluate:
     if spec.program is None:
-        return lambda config, folder: fresh_score(config, folder, device=device)
-    return lambda config, folder: program_score(config, folder, spec=spec, device=device)
+        return lambda config, folder: winner.fresh_score(config, folder, device=device)
+    return lambda config, folder: winner.program_score(config, folder, spec=spec, device=device)
 
 
 def _judged(found: StudyComparison, table: np.ndarray[Any, np.dtype[np.float64]]) -> StudyComparison:

@@ -39,6 +39,7 @@ from ris_hpo.training import proof
 from ris_hpo.training.config import RunConfig
 from ris_hpo.training.files import Exported, write_config
 from ris_hpo.training.trainer import Trainer
+from ris_hpo.workers import watch
 from ris_hpo.workers.supervisor import PoolSnapshot, Supervisor
 from tests.training.conftest import TINY
 
@@ -102,6 +103,11 @@ FITTING = {
     "counts": ["1", "1,2", "0", "7"],
     "host": ["127.0.0.1", "localhost", "256.0.0.1"],
     "port": ["0", "99999"],
+    "first": ["made", "maid"],
+    "second": ["made"],
+    "to": ["other.db", "scenes.npz"],
+    "file": ["tiny.toml", "scenes.npz", "bad.npz"],
+    "checkpoints": ["best", "none", "few"],
     "token": ["correct-horse-battery", "short"],
 }
 
@@ -184,6 +190,7 @@ def cut_short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(Supervisor, "run", finished)
     monkeypatch.setattr(dashboard.Dashboard, "run", lambda self: None)
+    monkeypatch.setattr(watch, "watched", lambda *_: iter(()))
     monkeypatch.setattr(winner, "fresh_score", lambda config, folder, device: 2.0 + config.seed % 7)
     monkeypatch.setattr(proof, "prove", refused(ProofError("cut short")))
     monkeypatch.setattr(reference, "measure", refused(StudyError("cut short")))
