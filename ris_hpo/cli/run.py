@@ -56,7 +56,8 @@ def run(
     ] = "local",
     address: Annotated[str, typer.Option(help="The Ray cluster, with --engine ray.")] = "auto",
     sampler: Annotated[
-        str | None, typer.Option(help="tpe, gp, cmaes, random, qmc, nsga2.", show_default="the study's")
+        str | None,
+        typer.Option(help="tpe, gp, cmaes, random, qmc, nsga2, grid, brute_force.", show_default="the study's"),
     ] = None,
     pruner: Annotated[
         str | None, typer.Option(help="asha, promotion, hyperband, median, wilcoxon, none.", show_default="the study's")

@@ -208,10 +208,16 @@ class Program:
         train: trains and returns the final score; None stands for the last one reported.
         config: class of the settings, for defaults and checks when a study is loaded; None takes any settings. Where it
             has a field ``seed``, that is the trial's.
+        length: dotted key of the settings that is the last step of a trial; None where there is none.
+        interval: dotted key of the settings that is the step of its first report.
+        rungs: dotted key of the settings that the rungs' steps are written to, for a program that prepares for them.
     """
 
     train: Callable[[TrialContext], float | None]
     config: type[Spec] | None = None
+    length: str | None = None
+    interval: str | None = None
+    rungs: str | None = None
 
 
 _BUILT_IN: Final = {"training": "ris_hpo.programs.training:", "inference": "ris_hpo.programs.inference:"}

@@ -95,6 +95,8 @@ def _is_pruned(trial: TrialContext, run: _Run) -> bool:
     return False
 
 
-NETWORK = Program(partial(train, objective="network"), RunConfig)
-FAST = Program(partial(train, objective="fast"), RunConfig)
-PIPELINE = Program(partial(train, objective="pipeline"), RunConfig)
+_STEPS = {"length": "budget.scenes", "interval": "budget.validate_every", "rungs": "budget.rungs"}
+
+NETWORK = Program(partial(train, objective="network"), RunConfig, **_STEPS)
+FAST = Program(partial(train, objective="fast"), RunConfig, **_STEPS)
+PIPELINE = Program(partial(train, objective="pipeline"), RunConfig, **_STEPS)

@@ -211,7 +211,7 @@ def continuation(trial: FrozenTrial, times: Mapping[str, int]) -> FrozenTrial:
         names.RETRIES: dict(times),
         names.INHERITED_STEP: max(inherited, reached),
     }
-    of_the_line = (names.ORIGIN, names.RUNGS, names.PROMOTED_AT)
+    of_the_line = (names.ORIGIN, names.RUNGS, names.PROMOTED_AT, names.POINT)
     marks |= {name: trial.user_attrs[name] for name in of_the_line if name in trial.user_attrs}
     if names.CONFIG_FINGERPRINT in trial.user_attrs:
         # handed on with the parameters: the successor may be lost before it gets to write its own

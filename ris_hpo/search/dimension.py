@@ -18,6 +18,7 @@ from ris_hpo.config import Spec
 Value = bool | int | float | str
 
 _MOST_STEPS = 1_000_000
+_MOST_VALUES = 10_000
 
 
 class Dimension(Spec):
@@ -121,6 +122,64 @@ class Dimension(Spec):
             return distribution.low + distribution.step * round((value - distribution.low) / distribution.step)
         assert self.choices is not None
         return generator.choice(self.choices)
+
+    def values(self, levels: int | None = None) -> list[Value] | None:
+        """Return the values of this dimension in their order; None where there are more than 10,000.
+
+        Args:
+            levels: of a range at most so many of its values, evenly apart, its ends among them.
+        """
+        if self.choices is not None:
+            return list(self.choices)
+        distribution = self.distribution()
+        assert isinstance(distribution, IntDistribution | FloatDistribution)
+        low, high, step = distribution.low, distribution.high, distribution.step
+        if step is not None:
+            count = round((high - low) / step) + 1
+            whole = isinstance(distribution, IntDistribution)
+            if levels is None and count > _MOST_VALUES:
+                return None
+            if levels is None or count <= levels:
+                return [int(low + index * step) if whole else low + index * step for index in range(count)]
+        elif levels is None:
+            return None
+        shares = [index / (levels - 1) for index in range(levels)]
+        return list(dict.fromkeys(self._at(share) for share in shares))
+
+    def near(self, centre: Value | None, generator: random.Random, width: float = 0.25) -> Value:
+        """Return a random value near another one.
+
+        A number is drawn from a normal distribution of so much of the range, within it; a choice stays in half of the
+        draws, and is any other in the rest.
+
+        Args:
+            centre: the other one; None draws evenly.
+            generator: of random numbers.
+            width: standard deviation over the range, in logarithms where the dimension is.
+        """
+        if centre is None or not self.contains(centre):
+            return self.draw(generator)
+        if self.choices is not None:
+            return centre if generator.random() < 0.5 else generator.choice(self.choices)
+        assert self.low is not None
+        assert self.high is not None
+        assert isinstance(centre, int | float)
+        low, high, middle = (math.log(v) if self.log else v for v in (self.low, self.high, centre))
+        place = (middle - low) / (high - low)
+        while not 0 <= (share := generator.gauss(place, width)) <= 1:
+            pass
+        return self._at(share)
+
+    def _at(self, share: float) -> Value:
+        """The value of a range at a share of it, 0..1."""
+        distribution = self.distribution()
+        assert isinstance(distribution, IntDistribution | FloatDistribution)
+        low, high, step = distribution.low, distribution.high, distribution.step
+        value = low * (high / low) ** share if distribution.log else low + share * (high - low)
+        if step is not None and not (distribution.log and isinstance(distribution, FloatDistribution)):
+            value = low + step * round((value - low) / step)
+        value = min(max(value, low), high)
+        return int(value) if isinstance(distribution, IntDistribution) else float(value)
 
     def suggest(self, trial: Trial, path: str) -> Value:
         """Ask the study's sampler for a value, under the name ``path``."""

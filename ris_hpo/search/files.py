@@ -10,7 +10,8 @@ from typing import Any, Final
 from ris_hpo.config import SCHEMA, SCHEMA_KEY, read_toml, suggestion
 from ris_hpo.errors import ConfigError, SpaceError
 from ris_hpo.process import study_directories
-from ris_hpo.search.dimension import Dimension, Value
+from ris_hpo.search.dimension import Dimension
+from ris_hpo.search.points import Points
 from ris_hpo.search.spec import StudySpec, leaves
 
 _PROBES: Final = 64
@@ -81,12 +82,11 @@ def checked(spec: StudySpec) -> StudySpec:
                 off = path not in reference
                 parents = {parent: values[0] for parent, values in dimension.when.items()} if off else {}
                 spec.config({**parents, path: value})
-        generator = random.Random(0)
-        for _ in range(_PROBES):
-            params: dict[str, Value] = {}
-            for path, dimension in spec.space.items():
-                if dimension.active(params):
-                    params[path] = dimension.draw(generator)
+        generator, points = random.Random(0), Points(spec)
+        if not points.allows(reference):
+            raise SpaceError(f"study '{spec.name}': the base configuration does not meet the constraints")
+        draws = [points.draw(generator) for _ in range(_PROBES)]
+        for params in filter(points.allows, draws):
             spec.config(params)
     except SpaceError:
         raise
@@ -135,10 +135,10 @@ def parse_study(tree: Mapping[str, Any], *, name: str, source: str) -> StudySpec
         if not isinstance(value, Mapping):
             raise SpaceError(f"{source}: '{key}' must be a table (found {value!r})")
     head = dict(tree.get("study", {}))
-    heading = ("name", "description", "kind", "program", "score", "direction", "worst", "seed", "objective", "cost")
+    heading = [key for key in StudySpec.model_fields if key not in (*tables, "base_schema")]
     for key in head:
         if key not in heading:
-            raise SpaceError(f"{source}: unknown key 'study.{key}'{suggestion(key, list(heading))}")
+            raise SpaceError(f"{source}: unknown key 'study.{key}'{suggestion(key, heading)}")
 
     def dimension_like(table: Mapping[str, Any]) -> bool:
         return any(key in table for key in ("low", "high", "choices"))

@@ -24,6 +24,7 @@ from ris_hpo.migrations import RENAMED
 from ris_hpo.scoring.k_loc import SCORE_VERSION
 from ris_hpo.search import counting
 from ris_hpo.search.counting import Direction
+from ris_hpo.search.points import Points
 from ris_hpo.search.spec import NAME, StudySpec, leaves
 from ris_hpo.search.status import StudyStatus, study_status
 from ris_hpo.store import attributes as names
@@ -31,7 +32,7 @@ from ris_hpo.store.cache import Store, ticket
 from ris_hpo.store.credentials import redact
 
 _WARM_TRIALS = 5
-_COMPARED = ("kind", "program", "score", "direction", "worst", "objective")
+_COMPARED = ("kind", "program", "score", "direction", "worst", "objective", "constraints")
 _FIXED = {"name", "description", *_COMPARED, "base", "space", "base_schema"}
 _SETTLING_S = 10.0  # how long a study may stand without attributes while another process is making it
 
@@ -249,7 +250,9 @@ def _check_same_search(study: Study, old: StudySpec, new: StudySpec, free_name: 
     for field in _COMPARED:
         if getattr(old, field) != getattr(new, field):
             raise SpaceError(f"study '{title}' was made with another {field}; add {fork} to start a new one")
-    before_values, now_values = (dict(leaves(spec.config({}).model_dump(mode="json"))) for spec in (old, new))
+    # the pruner may differ, and with promotion it has a part in the configuration
+    alike = new.replaced({"pruner": old.pruner, "sampler": old.sampler})
+    before_values, now_values = (dict(leaves(spec.config({}).model_dump(mode="json"))) for spec in (old, alike))
     for path in sorted({*before_values, *now_values}):
         was, has = before_values.get(path), now_values.get(path)
         if was != has and path in new.base:
@@ -356,6 +359,13 @@ def fill_budget(store: Store, study: Study, n_trials: int | None = None) -> int:
     wanted = spec.budget.n_trials if n_trials is None else n_trials
     if wanted < 1:
         raise StudyError(f"number of trials: {wanted} is not above 0")
+
+    points = Points(spec)
+    if points.is_finite and (there := points.count(wanted)) < wanted:
+        raise StudyError(
+            f"study '{study.study_name}': its space has {there} points, and none is tried twice; found a budget of "
+            f"{wanted} trials, expected at most --n-trials {there}"
+        )
 
     def first() -> list[FrozenTrial]:
         base = spec.base_params()

@@ -22,28 +22,6 @@ from ris_hpo.search.spec import StudySpec
 from ris_hpo.store import attributes as names
 
 
-def rung_steps(first: int, last: int | None, reduction: int, count: int) -> list[int]:
-    """Return the steps of the first ``count`` rungs; the last step of a trial is its end, and no rung.
-
-    Where the last step is known the rungs are ``last / reduction``, ``last / reduction**2`` and so on down to
-    ``first``, in whole steps; where it is not, ``first``, ``first * reduction`` and so on.
-
-    Args:
-        first: the least step that a rung may have.
-        last: step at which a trial ends, where it is known.
-        reduction: ratio of neighbouring rungs.
-        count: how many at most.
-    """
-    if last is None:
-        return [first * reduction**rung for rung in range(count)]
-    steps: list[int] = []
-    step = -(-last // reduction)  # rounded up: a rung is the first report at or above its step
-    while first <= step < last and (not steps or step < steps[0]):
-        steps.insert(0, step)
-        step = -(-step // reduction)
-    return steps[:count]
-
-
 def next_promotion(trials: Sequence[Counted], spec: StudySpec) -> int | None:
     """Return the number of the paused trial that is to be promoted now; None where there is none.
 

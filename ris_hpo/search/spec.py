@@ -42,9 +42,17 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 class SamplerSpec(Spec):
     """How new parameters are proposed."""
 
-    name: Literal["tpe", "gp", "cmaes", "random", "qmc", "nsga2"] = Field(
-        default="tpe", description="algorithm; nsga2 minimises k_loc and a cost together"
+    name: Literal["tpe", "gp", "cmaes", "random", "qmc", "nsga2", "grid", "brute_force"] = Field(
+        default="tpe",
+        description="algorithm; nsga2 minimises k_loc and a cost together, grid and brute_force draw each point once",
     )
+    prior: float = Field(
+        default=0.0,
+        ge=0,
+        le=0.9,
+        description="share of the draws near the base configuration and the best trials, not the algorithm's own",
+    )
+    levels: int = Field(default=5, ge=2, description="values that grid takes of a range, at most")
     startup: int = Field(default=10, ge=1, description="random trials before a model is fitted: tpe, gp, cmaes")
     population: int = Field(default=20, ge=2, description="trials in a generation of nsga2")
 
@@ -69,6 +77,27 @@ class PrunerSpec(Spec):
         default=0, ge=0, description="prune only trials without a better score in so many reports; 0 prunes any"
     )
     p_threshold: float = Field(default=0.1, gt=0, lt=1, description="significance level of wilcoxon")
+
+    def rung_steps(self, first_report: int, last: int | None, count: int = 64) -> list[int]:
+        """Return the steps of the first ``count`` rungs; the last step of a trial is its end, and no rung.
+
+        Where the last step is known the rungs are ``last / reduction``, ``last / reduction**2`` and so on down to the
+        first, in whole steps; where it is not, the first one, ``reduction`` times it, and so on.
+
+        Args:
+            first_report: step of a trial's first report; no rung lies below it.
+            last: step at which a trial ends, where it is known.
+            count: how many at most.
+        """
+        first = max(self.first_scenes or first_report, first_report)
+        if last is None:
+            return [first * self.reduction**rung for rung in range(count)]
+        steps: list[int] = []
+        step = -(-last // self.reduction)  # rounded up: a rung is the first report at or above its step
+        while first <= step < last and (not steps or step < steps[0]):
+            steps.insert(0, step)
+            step = -(-step // self.reduction)
+        return steps[:count]
 
 
 class StudyBudget(Spec):
@@ -138,6 +167,9 @@ class StudySpec(Spec):
         default_factory=dict, description="run-configuration values other than the defaults, by dotted key"
     )
     space: dict[str, Dimension] = Field(min_length=1, description="what is searched, by dotted key")
+    constraints: list[str] = Field(
+        default_factory=list, description="conditions on the parameters, such as 'network.width % network.heads == 0'"
+    )
     base_schema: int = Field(
         default=SCHEMA, ge=0, le=SCHEMA, description="schema version of the keys in base and space; the others move on"
     )
@@ -181,7 +213,7 @@ class StudySpec(Spec):
         if self.sampler.name == "nsga2" and self.pruner.name != "none":
             raise ValueError("nsga2 has two objectives, and no pruner works with two; set pruner.name to 'none'")
         if self.pruner.name == "promotion":
-            if self.sampler.name in ("gp", "cmaes"):
+            if self.sampler.name in ("gp", "cmaes"):  # nsga2 has no pruner at all
                 raise ValueError(
                     f"{self.sampler.name} learns from completed trials alone, and promotion completes few; "
                     "choose another sampler or pruner"
@@ -230,8 +262,8 @@ class StudySpec(Spec):
         return self.worst_score
 
     def space_fingerprint(self) -> str:
-        """Fingerprint of what makes two trials comparable: program, base, space, objective, number of objectives."""
-        what = {"kind", "program", "objective", "score", "direction"}
+        """Fingerprint of what makes two trials comparable: program, base, space with constraints, objectives."""
+        what = {"kind", "program", "objective", "score", "direction", "constraints"}
         tree = self.model_dump(mode="json", include=what, exclude_defaults=True)
         if self.program is None:
             defaults = stored_defaults(self.base_schema, self.kind)
@@ -321,9 +353,20 @@ class StudySpec(Spec):
         self, kind: type[Spec], params: Mapping[str, Value], root: int | None, seed: int | None
     ) -> dict[str, Any]:
         values = {**self.base, **params}
+        if self.pruner.name == "promotion" and kind is not AnySettings:
+            values |= self._rungs(kind, values)
         if "seed" in kind.model_fields and (seed is not None or root is not None):
             values["seed"] = seed if seed is not None else self.trial_seed(root or 0)
         return values
+
+    def _rungs(self, kind: type[Spec], values: Mapping[str, Any]) -> dict[str, Any]:
+        """The rungs' steps, for a program that wants to know them in its settings."""
+        program = load_program(self.program_name())
+        if program.rungs is None or program.length is None or program.interval is None:
+            return {}
+        given = dict(leaves(kind.parse({}).replaced({**values, program.rungs: []}).model_dump(mode="json")))
+        steps = self.pruner.rung_steps(given[program.interval], given[program.length])
+        return {program.rungs: steps}
 
     def _base_config(self) -> dict[str, Any]:
         """The base configuration, whole, in the keys of the study's own schema version."""

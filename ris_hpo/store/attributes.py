@@ -86,6 +86,8 @@ ORIGIN: Final = "origin"
 
 SET_ASIDE: Final = "set_aside"
 """What an invalidated trial was: ``{"state": ..., "values": ..., "time": ...}``; shown by ``Store``, stored nowhere."""
+POINT: Final = "point"
+"""Text of the parameters that were chosen for the trial, written in the transaction that keeps them from others."""
 RETRIES: Final = "retries"
 """Failures of this line of trials by cause; the count of losses starts over after progress."""
 INHERITED_STEP: Final = "inherited_step"
@@ -139,6 +141,6 @@ RETRIED_CAUSES: Final = frozenset({Cause.LOST_WORKER, Cause.TIMEOUT, Cause.OUT_O
 OF_THE_SERVICE: Final = frozenset(
     {CONFIG_FINGERPRINT, SEED, SCENES, SECONDS, SCENES_PER_SECOND, PEAK_MEMORY, HOST, DEVICE, THREADS}
     | {METRICS, DIVERGED, OWNER, CAUSE, ERROR, TRACEBACK, LAST_STEP, PREEMPTIONS, RELEASED_BY, FIGURES_MISSING}
-    | {LINEAGE, PREDECESSOR, ATTEMPT, ORIGIN, RETRIES, INHERITED_STEP, SET_ASIDE, RUNGS, PAUSED, PROMOTED_AT}
+    | {LINEAGE, PREDECESSOR, ATTEMPT, ORIGIN, RETRIES, INHERITED_STEP, SET_ASIDE, RUNGS, PAUSED, PROMOTED_AT, POINT}
 )
 """Attributes of a trial that a training program cannot write."""

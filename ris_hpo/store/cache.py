@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import threading
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from typing import Any, TypeVar, cast
@@ -20,7 +20,8 @@ from ris_hpo.store import folders
 from ris_hpo.store.credentials import redact
 from ris_hpo.store.database import GONE
 from ris_hpo.store.retry import retried
-from ris_hpo.store.tickets import Claim, Promote, Seen, StudyContent, TicketStorage
+from ris_hpo.store.standings import Promote
+from ris_hpo.store.tickets import Claim, Seen, StudyContent, TicketStorage
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -320,6 +321,10 @@ class Store(BaseStorage):
         """See ``TicketStorage.heartbeats``."""
         beats: dict[int, datetime] = retried(self.tickets.heartbeats)(study_id)
         return beats
+
+    def reserve(self, study_id: int, number: int, choose: Callable[[Collection[str]], str]) -> str:
+        """See ``TicketStorage.reserve``."""
+        return str(retried(self.tickets.reserve)(study_id, number, choose))
 
     def withdraw(self, study_id: int, numbers: Sequence[int]) -> None:
         """See ``TicketStorage.withdraw``."""

@@ -21,10 +21,10 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final
+from typing import Any
 
 import sqlalchemy
 from optuna.exceptions import DuplicatedStudyError
@@ -46,10 +46,9 @@ from ris_hpo.store.database import (
     mark_of,
     put_marks,
 )
+from ris_hpo.store.standings import INVALID, Promote, standings
 
-_STANDING: Final = (names.RUNGS, names.PAUSED, names.PREDECESSOR, names.CAUSE, names.DIVERGED)
 _IDENTITY = sqlalchemy.select(STUDY_MARKS.c.value_json).where(STUDY_MARKS.c.key == names.IDENTITY)
-_INVALID = sqlalchemy.select(STUDY_MARKS.c.value_json).where(STUDY_MARKS.c.key == names.INVALID)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,19 +60,6 @@ class Seen:
     begun: bool
     paused: int | None
     """Rung at which a waiting trial is paused."""
-
-
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """A trial in what promotion depends on: its state, and the attributes that tell of its line and its rungs."""
-
-    number: int
-    state: TrialState
-    user_attrs: dict[str, Any]
-
-
-Promote = Callable[[list[Standing]], int | None]
-"""Chooses the paused trial that goes on now, given all trials of the study; None where none should."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +203,7 @@ class TicketStorage(Database):
                 TRIALS.c.datetime_start,
                 _attribute(names.PAUSED).label("paused"),
                 _IDENTITY.where(STUDY_MARKS.c.study_id == study_id).scalar_subquery().label("identity"),
-                _INVALID.where(STUDY_MARKS.c.study_id == study_id).scalar_subquery().label("invalid"),
+                INVALID.where(STUDY_MARKS.c.study_id == study_id).scalar_subquery().label("invalid"),
             )
             .select_from(STUDIES.outerjoin(TRIALS, wanted))
             .where(STUDIES.c.study_id == study_id)
@@ -362,7 +348,7 @@ class TicketStorage(Database):
             row = connection.execute(waiting).one_or_none()
             marks: dict[str, Any] = {names.OWNER: owner}
             if promote is not None and not (row is not None and row.begun):
-                number = promote(_standings(connection, study_id))
+                number = promote(standings(connection, study_id))
                 if number is not None:
                     row = self._locked(connection, study_id, number)
                     times = mark_of(connection, row.trial_id, names.PROMOTED_AT) or []
@@ -425,6 +411,28 @@ class TicketStorage(Database):
                 self.create_new_trial(study_id, template)
         return True
 
+    def reserve(self, study_id: int, number: int, choose: Callable[[Collection[str]], str]) -> str:
+        """Give a running trial a text that no other trial of the study has; repeated, the same one.
+
+        Args:
+            study_id: the study.
+            number: the trial.
+            choose: makes the text, given those of all other trials.
+        """
+        with self.transaction(study_id) as connection:
+            row = self._locked(connection, study_id, number)
+            own = mark_of(connection, row.trial_id, names.POINT)
+            if own is None:
+                self.check_trial_is_updatable(row.trial_id, row.state)
+                query = (
+                    sqlalchemy.select(MARKS.c.value_json)
+                    .join_from(TRIALS, MARKS, MARKS.c.trial_id == TRIALS.c.trial_id)
+                    .where(TRIALS.c.study_id == study_id, MARKS.c.key == names.POINT)
+                )
+                own = choose({loaded(text) for text in connection.scalars(query)})
+                put_marks(connection, row.trial_id, {names.POINT: own})
+        return str(own)
+
     def withdraw(self, study_id: int, numbers: Sequence[int]) -> None:
         """Take waiting trials out of the queue for good; one that a worker has claimed meanwhile stays."""
         with self.transaction() as connection:
@@ -460,24 +468,6 @@ def _attribute(key: str) -> Any:
     """The value of one attribute of each row of ``TRIALS``."""
     of_trial = sqlalchemy.and_(MARKS.c.trial_id == TRIALS.c.trial_id, MARKS.c.key == key)
     return sqlalchemy.select(MARKS.c.value_json).where(of_trial).correlate(TRIALS).scalar_subquery()
-
-
-def _standings(connection: Connection, study_id: int) -> list[Standing]:
-    """Read all trials of a study, by number, in what promotion depends on; invalid ones have reached no rung."""
-    trials = sqlalchemy.select(TRIALS.c.number, TRIALS.c.state).where(TRIALS.c.study_id == study_id)
-    found = {row.number: Standing(row.number, row.state, {}) for row in connection.execute(trials)}
-    marks = (
-        sqlalchemy.select(TRIALS.c.number, MARKS.c.key, MARKS.c.value_json)
-        .join_from(TRIALS, MARKS, MARKS.c.trial_id == TRIALS.c.trial_id)
-        .where(TRIALS.c.study_id == study_id, MARKS.c.key.in_(_STANDING))
-    )
-    for row in connection.execute(marks):
-        if row.number in found:  # PostgreSQL may have seen a trial begin between the two
-            found[row.number].user_attrs[row.key] = loaded(row.value_json)
-    for number in loaded(connection.scalar(_INVALID.where(STUDY_MARKS.c.study_id == study_id))) or {}:
-        found[int(number)].user_attrs.pop(names.RUNGS, None)
-        found[int(number)] = replace(found[int(number)], state=TrialState.FAIL)
-    return [found[number] for number in sorted(found)]
 
 
 def _holds(connection: Connection, row: Any, owner: str | None) -> bool:

@@ -22,6 +22,10 @@ class BudgetSpec(Spec):
     """How long to train and how often to validate; lengths are counted in scenes, whatever the batch size."""
 
     scenes: int = Field(6144, ge=1, description="scenes to train on, repeated ones counted each time")
+    rungs: list[int] = Field(
+        default_factory=list,
+        description="scenes at which a study pauses the run, see pruner 'promotion'; it fills them in",
+    )
     validate_every: int = Field(1024, ge=1, description="scenes between validations")
     validation_scenes: int = Field(
         512, ge=1, description="scenes of the validation set; at most this many of one's own"
@@ -121,6 +125,11 @@ class RunConfig(NetworkSettings):
             raise ValueError(
                 f"budget.validate_every {self.budget.validate_every} is above budget.scenes {self.budget.scenes}"
             )
+        rungs = self.budget.rungs
+        if rungs != sorted(set(rungs)) or any(not 0 < rung < self.budget.scenes for rung in rungs):
+            raise ValueError(f"budget.rungs {rungs} must rise, within budget.scenes {self.budget.scenes}")
+        if self.optimizer.schedule == "wsd" and self.phases:
+            raise ValueError("schedule 'wsd' is for runs without phases")
         if self.phases and abs(sum(phase.share for phase in self.phases) - 1) > 1e-6:
             raise ValueError("the shares of the phases must add up to 1")
         if self.scene.num_sources[1] == 0:
@@ -142,6 +151,13 @@ class RunConfig(NetworkSettings):
         """Boundaries of the phases; a run without phases is one phase with the run's own settings."""
         phases = self.phases or [PhaseSpec(name="", share=1)]
         return PhasePlan.begin(phases, self.budget.scenes, self.budget.validate_every)
+
+    def branch_ends(self) -> tuple[int, ...]:
+        """Scenes at which decayed branches of ``wsd`` end: the validations at or above each rung, and the end."""
+        if self.optimizer.schedule != "wsd":
+            return ()
+        every, total = self.budget.validate_every, self.budget.scenes
+        return (*sorted({min(-(-rung // every) * every, total) for rung in self.budget.rungs} - {total}), total)
 
     def phase_loss(self, phase: PhaseSpec) -> LossSpec:
         """Loss weights in a phase; a ramped term has 1 here, so that it is computed, and is scaled by the balance."""

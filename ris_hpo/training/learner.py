@@ -7,6 +7,7 @@ check of every term among them, are read from the device at once at its end.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -51,11 +52,16 @@ class Learner:
         self.balance = Balance(config.balance, TERMS).to(device)
         learned = [p for p in self.balance.parameters() if p.requires_grad]
         plan, spec = config.plan(), config.optimizer
-        self.gate = StepGate(self.network, spec, plan.steps(spec.scenes_per_step), learned).to(device)
+        ends = config.branch_ends()
+        warm_over = dataclasses.replace(plan, budget=ends[0]).steps(spec.scenes_per_step) if ends else None
+        steps = plan.steps(spec.scenes_per_step)
+        self.gate = StepGate(self.network, spec, steps, learned, warm_over=warm_over).to(device)
         self.averaged = AveragedWeights(self.network, spec).to(device)
         self._losses = [config.phase_loss(phase) for phase in plan.phases]
 
-    def step(self, batches: Iterable[MicroBatch], plan: PhasePlan, first: int, last: int) -> dict[str, Any]:
+    def step(
+        self, batches: Iterable[MicroBatch], plan: PhasePlan, first: int, last: int, left: float = 1.0
+    ) -> dict[str, Any]:
         """Take one step, or skip it where the gradient is not fit for one.
 
         Args:
@@ -63,6 +69,7 @@ class Learner:
             plan: of the run.
             first: scenes seen before the step.
             last: scenes seen after it.
+            left: share of a decaying branch that is left, see ``StepGate.rate``.
 
         Returns:
             Figures by name: ``loss``, ``taken``, ``movement``, ``scale``, ``rate_*`` and ``gradient_norm_*`` by group,
@@ -83,7 +90,7 @@ class Learner:
             for sums, values in ((raw, terms), (weighted, parts)):
                 for name, value in values.items():  # a term that is not finite stays so in its sum
                     sums[name] = sums.get(name, 0) + batch.share * value.detach()
-        taken, moved = self._move(place.phase.backbone_rate, last / plan.total)
+        taken, moved = self._move(place.phase.backbone_rate, last / plan.total, left)
         return self._read(raw, weighted, taken, moved)
 
     def extend(self, plan: PhasePlan) -> None:
@@ -172,10 +179,10 @@ class Learner:
         (loss * self.gate.scale).backward()
         return weighted
 
-    def _move(self, backbone_rate: float, spent: float) -> tuple[Tensor, Tensor]:
+    def _move(self, backbone_rate: float, spent: float, left: float) -> tuple[Tensor, Tensor]:
         """Take the optimiser's step with ``spent`` of the run behind it; returns whether, and how far it moved."""
         before = [p.detach().clone() for p in self.network.parameters()]
-        taken = self.gate.step(backbone_rate)
+        taken = self.gate.step(backbone_rate, left)
         moved = movement(before, (p.detach() for p in self.network.parameters()))
         self.balance.move()
         self.averaged.update(self.network, taken, spent)

@@ -34,9 +34,20 @@ class OptimizerSpec(Spec):
     )
     batch_size: int = Field(32, ge=1, le=65536, description="scenes in one forward pass")
     accumulate: int = Field(1, ge=1, le=1024, description="forward passes in one step")
-    warmup: float = Field(0.05, ge=0, le=0.9, description="share of the planned steps in which the rate rises")
+    schedule: Literal["cosine", "wsd"] = Field(
+        "cosine",
+        description="after the warm-up: cosine falls over the whole run; wsd stays, and falls in a branch toward each "
+        "of budget.rungs and toward the end",
+    )
+    decay_share: float = Field(0.2, gt=0, lt=1, description="wsd: share of the scenes up to a rung in which it falls")
+    warmup: float = Field(
+        0.05,
+        ge=0,
+        le=0.9,
+        description="share of the planned steps, with wsd up to the first rung, in which the rate rises",
+    )
     warmup_floor: float = Field(0.05, gt=0, le=1, description="share of the highest rate that it rises from")
-    final_rate: float = Field(0.02, ge=0, le=1, description="share of the highest rate at the end of the cosine")
+    final_rate: float = Field(0.02, ge=0, le=1, description="share of the highest rate where it has fallen")
     clip: float = Field(1.0, gt=0, description="longer gradients, over all parameters, are scaled to this norm")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="of the learned part; auto is bf16 where the device computes it natively, else fp32"
@@ -51,6 +62,8 @@ class OptimizerSpec(Spec):
     def _check(self) -> OptimizerSpec:
         if self.swa_start < 1 and self.ema_decay > 0:
             raise ValueError("choose one of ema_decay > 0 and swa_start < 1")
+        if self.schedule == "wsd" and self.swa_start < 1:
+            raise ValueError("swa_start is a share of a planned run; with schedule 'wsd' use ema_decay")
         return self
 
     @property
@@ -92,9 +105,22 @@ class StepGate(nn.Module):
     gradient_norms: Tensor
 
     def __init__(
-        self, network: Network, spec: OptimizerSpec, planned_steps: int, weights: Iterable[nn.Parameter] = ()
+        self,
+        network: Network,
+        spec: OptimizerSpec,
+        planned_steps: int,
+        weights: Iterable[nn.Parameter] = (),
+        *,
+        warm_over: int | None = None,
     ) -> None:
         """Group the network's parameters; learned loss ``weights`` go with the heads.
+
+        Args:
+            network: what is trained.
+            spec: of the optimiser.
+            planned_steps: of the whole run.
+            weights: learned loss weights.
+            warm_over: steps of which ``spec.warmup`` is a share; those of the whole run by default.
 
         Raises:
             ConfigError: no parameter is trained.
@@ -102,7 +128,7 @@ class StepGate(nn.Module):
         super().__init__()
         self.spec = spec
         self.total_steps = max(1, planned_steps)
-        self._warm = max(1.0, spec.warmup * self.total_steps)  # stays where an extension moves the end
+        self._warm = max(1.0, spec.warmup * (warm_over or self.total_steps))  # stays where an extension moves the end
         groups = []
         for name, candidates, multiplier in (
             ("backbone", [*network.backbone.parameters()], 1.0),
@@ -128,14 +154,20 @@ class StepGate(nn.Module):
         """Move the end of the learning rate's fall; the warm-up stays as it was planned."""
         self.total_steps = max(1, planned_steps)
 
-    def rate(self) -> Tensor:
-        """Learning rate over its highest value: a line up from the floor, then a cosine; by the steps taken."""
+    def rate(self, left: float = 1.0) -> Tensor:
+        """Learning rate over its highest value: a line up from the floor; then a cosine, by the steps taken.
+
+        Args:
+            left: ``wsd`` only: share of the branch that is left, by which the rate falls along a line.
+        """
         spec, taken = self.spec, self.steps_taken.float()
         warm = self._warm
         rising = spec.warmup_floor + (1 - spec.warmup_floor) * (taken + 1) / warm
         progress = ((taken - warm) / max(1.0, self.total_steps - warm)).clamp(0, 1)
-        falling = spec.final_rate + (1 - spec.final_rate) * 0.5 * (1 + torch.cos(math.pi * progress))
-        return torch.where(taken + 1 < warm, rising, falling)
+        fallen = (
+            0.5 * (1 + torch.cos(math.pi * progress)) if spec.schedule == "cosine" else torch.full_like(taken, left)
+        )
+        return torch.where(taken + 1 < warm, rising, spec.final_rate + (1 - spec.final_rate) * fallen)
 
     def counts(self) -> tuple[int, int]:
         """Steps taken and steps skipped so far."""
@@ -149,11 +181,12 @@ class StepGate(nn.Module):
         """Gradient norm of each group at the last step, before clipping."""
         return dict(zip(self.rates(), self.gradient_norms, strict=True))
 
-    def step(self, backbone_scale: float = 1.0) -> Tensor:
+    def step(self, backbone_scale: float = 1.0, left: float = 1.0) -> Tensor:
         """Take a step, or skip it.
 
         Args:
             backbone_scale: factor on the backbone's rate (a phase may slow it).
+            left: see ``rate``.
 
         Returns:
             bool tensor: whether the step was taken.
@@ -170,7 +203,7 @@ class StepGate(nn.Module):
         fit: Tensor = finite & (total > SMALLEST_NORM)
 
         clip = (self.spec.clip / total.clamp(min=self.spec.clip)).nan_to_num(1.0)
-        rate = self.rate()
+        rate = self.rate(left)
         for gradients in self._gradients().values():
             if gradients:
                 torch._foreach_mul_(gradients, clip)

@@ -23,6 +23,7 @@ from ris_hpo.physics.scene import Scenes
 from ris_hpo.scoring.k_loc import SCORE_VERSION
 from ris_hpo.scoring.metrics import Scores, floor_scores, score
 from ris_hpo.training import checkpoint, telemetry
+from ris_hpo.training.branches import Branches
 from ris_hpo.training.checkpoint import BEST, LAST, refuse_another_run
 from ris_hpo.training.config import RunConfig
 from ris_hpo.training.data import OwnScenes, RunData, load_own
@@ -88,6 +89,7 @@ class Trainer:
         simulated = scenes is None and validation is None
         own = None if simulated else OwnScenes.divide(config, scenes, validation)
         self.learner = Learner(config, self.device)
+        self._branches = Branches(config)
         self.data = RunData(config, self.learner.network, self.device, own)
         last = self.directory / LAST
         if last.exists():
@@ -127,9 +129,11 @@ class Trainer:
                 if stop():
                     self._save(log)
                     return
-                boundary = self.plan.next_validation(self.scenes_seen)
-                self._step(boundary, log)
-                if self.scenes_seen == boundary:
+                validated = self.history[-1].scenes_seen if self.history else 0
+                self._branches.leave(self.scenes_seen, validated, self.learner)
+                validation = self.plan.next_validation(self.scenes_seen)
+                self._step(self._branches.boundary(self.scenes_seen, validation), log)
+                if self.scenes_seen == validation > validated:  # not where a branch has been before the trunk
                     yield self._check(log)
 
     def validate(self) -> Validation:
@@ -179,8 +183,8 @@ class Trainer:
         """Train on the scenes of one step, none beyond ``boundary``, and record its figures."""
         began, first = time.monotonic(), self.scenes_seen
         self.scenes_seen = min(first + self.config.optimizer.scenes_per_step, boundary)
-        batches = self.data.micro_batches(first, self.scenes_seen)
-        figures = self.learner.step(batches, self.plan, first, self.scenes_seen)
+        batches, left = self.data.micro_batches(first, self.scenes_seen), self._branches.fall(self.scenes_seen)
+        figures = self.learner.step(batches, self.plan, first, self.scenes_seen, left)
         if math.isfinite(figures["loss"]):
             self._loss_sum += figures["loss"]
             self._loss_count += 1
@@ -209,7 +213,7 @@ class Trainer:
     # -- at a validation ---------------------------------------------------------------------------------------------
 
     def _check(self, log: Telemetry) -> Validation:
-        """Validate, keep the best weights, judge the phase that ends here, and save."""
+        """Validate, keep the best weights, judge the phase or the branch that ends here, and save."""
         validation = self.validate()
         assert self._baseline is not None
         end = self.plan.end_of_phase(self.scenes_seen, self._baseline, validation.network)
@@ -228,6 +232,8 @@ class Trainer:
             self.finished = self.scenes_seen >= self.plan.total or (is_flat and self.plan.may_stop(self.scenes_seen))
         if self.finished or self.failure is not None:
             log.write(telemetry.END, self.scenes_seen, diagnosis=self.failure or self.diagnosis())
+        else:
+            self.scenes_seen = self._branches.rejoin(self.scenes_seen, self.learner)
         self._save(log)
         return validation
 
@@ -262,7 +268,9 @@ class Trainer:
             "first_bad_term": self._first_bad_term,
             "telemetry_offset": self._telemetry_offset,
         }
-        checkpoint.write(self.directory / LAST, self.learner.state(), state)
+        if self._branches.start is not None:
+            state["trunk"] = self._branches.start
+        checkpoint.write(self.directory / LAST, self.learner.state() | self._branches.state(), state)
 
     def _save_best(self) -> None:
         assert self.best is not None
@@ -283,6 +291,7 @@ class Trainer:
     def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         refuse_another_run(self.directory / LAST, state, self.config, self.data.fingerprint)
         self.learner.restore(tensors)
+        self._branches.restore(tensors, state.get("trunk"))  # absent on the trunk
         self.scenes_seen, self.finished, self.failure = state["scenes_seen"], state["finished"], state["failure"]
         self.plan = dataclasses.replace(self.plan, extensions=tuple(state["extensions"]))
         self.learner.extend(self.plan)

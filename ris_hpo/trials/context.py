@@ -6,6 +6,7 @@ import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from optuna.trial import FrozenTrial
 
 from ris_hpo.config import Spec
 from ris_hpo.programs.program import Program, TrialContext
+from ris_hpo.search.points import Points
 from ris_hpo.search.pruners import build_pruner
-from ris_hpo.search.rungs import rung_steps
 from ris_hpo.search.spec import StudySpec
 from ris_hpo.store import attributes as names
 from ris_hpo.store.cache import Store
@@ -78,6 +79,11 @@ class TrialEnvironment:
     notify: Callable[[Started | Report | Scoring], None] = lambda event: None
     figures: Callable[[optuna.Trial, Path], Figures] | None = None
     keep: Callable[[optuna.Trial, Path], None] | None = None
+
+    @cached_property
+    def points(self) -> Points:
+        """The points of the study's space."""
+        return Points(self.spec)
 
 
 class StudyTrial(TrialContext):
@@ -161,8 +167,7 @@ class StudyTrial(TrialContext):
         pruner, reached = self._spec.pruner, len(self.rungs)
         if pruner.name != "promotion" or step == self._last_step or self.is_at_rung:
             return False
-        first = max(pruner.first_scenes or self._first_step, self._first_step)
-        steps = rung_steps(first, self._planned_last, pruner.reduction, reached + 1)
+        steps = pruner.rung_steps(self._first_step, self._planned_last, reached + 1)
         return len(steps) > reached and step >= steps[reached]
 
     def finite(self, score: float) -> float:

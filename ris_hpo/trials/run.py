@@ -20,6 +20,7 @@ from ris_hpo.config import Spec
 from ris_hpo.errors import CheckpointError, StoreError, StudyGoneError, TrainingDivergedError, WorkerError
 from ris_hpo.programs.program import RequeuedError, as_number
 from ris_hpo.search.counting import lineage_root
+from ris_hpo.search.proposals import choose, given_point
 from ris_hpo.search.rungs import as_samplers_see
 from ris_hpo.search.samplers import build_sampler
 from ris_hpo.search.view import View
@@ -77,8 +78,9 @@ def run_trial(environment: TrialEnvironment, number: int, owner: Owner) -> Outco
         name, sampler = store.get_study_name_from_id(study_id), build_sampler(spec, lineage_root(claimed))
         seen: Any = View(store, as_samplers_see)
         study = optuna.load_study(study_name=name, storage=seen, sampler=sampler, pruner=NopPruner())
-        trial = optuna.Trial(study, trial_id)
         try:
+            _choose_point(environment, study, claimed, trial_id)
+            trial = optuna.Trial(study, trial_id)
             outcome = _Attempt(environment, claimed, trial, owner, record).run()
         except UpdateFinishedTrialError:
             return Outcome("fenced", number, error="declared lost while this worker was silent; its successor goes on")
@@ -98,6 +100,14 @@ def run_trial(environment: TrialEnvironment, number: int, owner: Owner) -> Outco
         for directory in (environment.directory(number), *_predecessors(environment, claimed)):
             checkpoints.remove_leftovers(directory)
     return outcome
+
+
+def _choose_point(environment: TrialEnvironment, study: optuna.Study, claimed: FrozenTrial, trial_id: int) -> None:
+    """Fix the parameters of a trial in a finite or constrained space beforehand; others are drawn one by one."""
+    spec, points = environment.spec, environment.points
+    if points.is_restricted and not points.is_whole(given_point(claimed) or {}):
+        point = choose(environment.store, environment.study_id, spec, points, study, claimed)
+        environment.store.set_trial_system_attr(trial_id, "fixed_params", point)
 
 
 def _predecessors(environment: TrialEnvironment, trial: FrozenTrial) -> Iterator[Path]:

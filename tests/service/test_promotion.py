@@ -23,14 +23,14 @@ from ris_hpo.report.collect import collect
 from ris_hpo.results.replay import replay
 from ris_hpo.search import counting
 from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget, stored_spec
-from ris_hpo.search.rungs import as_samplers_see, next_promotion, rung_steps
-from ris_hpo.search.spec import StudySpec
+from ris_hpo.search.rungs import as_samplers_see, next_promotion
+from ris_hpo.search.spec import PrunerSpec, StudySpec
 from ris_hpo.store import attributes as names
 from ris_hpo.store.attributes import Cause
 from ris_hpo.store.cache import Store, ticket
 from ris_hpo.store.open import open_store
 from ris_hpo.store.owner import Owner
-from ris_hpo.store.tickets import Standing
+from ris_hpo.store.standings import Standing
 from ris_hpo.trials.context import TrialEnvironment
 from ris_hpo.trials.run import Outcome, run_trial
 from tests.properties import examples
@@ -72,13 +72,22 @@ def whole_lines(store: Store, study: Study) -> dict[int, list[FrozenTrial]]:
 # -- the rule ----------------------------------------------------------------------------------------------------------
 
 
-def test_rungs_divide_the_length_of_a_trial() -> None:
-    assert rung_steps(2048, 131_072, 4, 9) == [2048, 8192, 32_768]
-    assert rung_steps(1024, 6144, 3, 9) == [2048]
-    assert rung_steps(100, 1000, 3, 9) == [112, 334]  # rounded up: a rung is the first report at or above its step
-    assert rung_steps(7, None, 3, 3) == [7, 21, 63]
-    assert rung_steps(100, 100, 2, 9) == []
-    assert rung_steps(1, 3, 2, 9) == [1, 2]
+@pytest.mark.parametrize(
+    ("first", "report", "last", "reduction", "steps"),
+    [
+        (2048, 1024, 131_072, 4, [2048, 8192, 32_768]),
+        (None, 1024, 6144, 3, [2048]),
+        (100, 50, 1000, 3, [112, 334]),  # rounded up: a rung is the first report at or above its step
+        (7, 1, None, 3, [7, 21, 63]),
+        (100, 100, 100, 2, []),
+        (1, 2, 8, 2, [2, 4]),  # none before the first report
+    ],
+)
+def test_rungs_divide_the_length_of_a_trial(
+    first: int | None, report: int, last: int | None, reduction: int, steps: list[int]
+) -> None:
+    pruner = PrunerSpec(name="promotion", first_scenes=first, reduction=reduction)
+    assert pruner.rung_steps(report, last, 3) == steps
 
 
 @dataclass
