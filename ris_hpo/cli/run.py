@@ -39,6 +39,12 @@ def run(
             min=1, help="Total number of trials to finish, over all runs and workers.", show_default="the study's"
         ),
     ] = None,
+    hours: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="In place of a number of trials: core-hours and GPU-hours of all trials, over all runs."
+        ),
+    ] = None,
     study: Annotated[str | None, typer.Option(help="Name of the study.", show_default="the space's")] = None,
     storage: Storage = None,
     workers: Annotated[
@@ -128,8 +134,13 @@ def run(
         "stop.target": target,
         "stop.patience": patience,
         "budget.n_trials": n_trials,
+        "budget.hours": hours,
     }
     changes = {key: value for key, value in given.items() if value is not None}
+    if hours is not None and n_trials is not None:
+        raise options.UsageError("--hours and --n-trials are two kinds of budget; give one of them")
+    if n_trials is not None:
+        changes["budget.hours"] = None
     if no_stop:
         changes = dict.fromkeys([f"stop.{rule}" for rule in StopSpec.model_fields]) | changes
     known = find_spec(open_store(storage), study) if space is None and study is not None else None
@@ -175,8 +186,9 @@ def run(
     )
     name = made.study_name
     added = fill_budget(store, made, n_trials)
-    total = stored_spec(made).budget.n_trials
-    display.print_note(f"study '{name}' in {store.redacted}: {total} trials, {added} to add")
+    budget = stored_spec(made).budget
+    size = f"{budget.n_trials} trials, {added} to add" if budget.hours is None else f"{budget.hours:g} hours"
+    display.print_note(f"study '{name}' in {store.redacted}: {size}")
 
     def executor(folder: Path) -> Executor:
         if engine == "local":

@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ris_hpo.config import read_toml, suggestion, toml_value
 from ris_hpo.errors import ConfigError, SpaceError, StudyError, reading
-from ris_hpo.search.counting import cause_of, continuation, live_trials, state_of
+from ris_hpo.search.counting import cause_of, continuation, is_untouched, live_trials, state_of
 from ris_hpo.search.dimension import Value, same
 from ris_hpo.search.lifecycle import change_settings, get_study, stored_spec
 from ris_hpo.search.spec import StudySpec, leaves
@@ -132,7 +132,7 @@ def enqueue(
         return [ticket(params, {names.ORIGIN: each}) for each, params in tickets.items() if each not in known]
 
     if dry_run:
-        waiting = sum(_is_free(trial) for trial in trials)
+        waiting = sum(is_untouched(trial) for trial in trials)
         return Enqueued(queued, repeated, [], len(live_trials(trials)) + max(0, len(queued) - waiting))
     store.enqueue(study_id, missing)
     trials = study.get_trials(deepcopy=False)
@@ -182,10 +182,6 @@ def checked_params(spec: StudySpec, configuration: Mapping[str, Any], what: str)
     except ConfigError as error:
         raise ConfigError(f"{what}: {error}") from None
     return params
-
-
-def _is_free(trial: FrozenTrial) -> bool:
-    return trial.state is TrialState.WAITING and not (trial.params or trial.user_attrs or trial.system_attrs)
 
 
 def _has(trial: FrozenTrial, params: Mapping[str, Value]) -> bool:

@@ -254,7 +254,7 @@ def fail_trial(
 
 # -- stop rules ------------------------------------------------------------------------------------------------------
 
-StopRule = Literal["timeout", "gpu_hours", "target", "patience"]
+StopRule = Literal["timeout", "gpu_hours", "hours", "target", "patience"]
 
 
 def stop_reason(
@@ -299,6 +299,23 @@ def device_seconds(trials: Iterable[FrozenTrial]) -> float:
     supervisor, and up to the last heartbeat for one that runs or was lost.
     """
     return sum(float(trial.user_attrs.get(names.SECONDS, 0.0)) for trial in trials)
+
+
+def spent_hours(trials: Iterable[FrozenTrial]) -> float:
+    """Return the core-hours of these trials on processors plus their GPU-hours; see ``device_seconds``.
+
+    A worker with four threads takes four core-hours in an hour; on a GPU one GPU-hour, whoever shares it.
+    """
+    seconds = 0.0
+    for trial in trials:
+        on_gpu = str(trial.user_attrs.get(names.DEVICE)).startswith("cuda")
+        seconds += device_seconds([trial]) * (1 if on_gpu else int(trial.user_attrs.get(names.THREADS) or 1))
+    return seconds / 3600
+
+
+def is_untouched(trial: FrozenTrial) -> bool:
+    """Say whether a waiting trial is a mere number: nobody began it, and nobody gave it parameters."""
+    return trial.state is TrialState.WAITING and not (trial.params or trial.user_attrs or trial.system_attrs)
 
 
 def lineage_root(trial: FrozenTrial | Trial) -> int:

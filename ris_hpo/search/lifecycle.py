@@ -359,7 +359,8 @@ def fill_budget(store: Store, study: Study, n_trials: int | None = None) -> int:
     wanted = spec.budget.n_trials if n_trials is None else n_trials
     if wanted < 1:
         raise StudyError(f"number of trials: {wanted} is not above 0")
-
+    if n_trials is None and spec.budget.hours is not None:
+        wanted = 1 if names.WARM_START not in study.user_attrs else 1 + _WARM_TRIALS  # the rest come while it runs
     points = Points(spec)
     if points.is_finite and (there := points.count(wanted)) < wanted:
         raise StudyError(
@@ -377,6 +378,23 @@ def fill_budget(store: Store, study: Study, n_trials: int | None = None) -> int:
 
     study_id = store.get_study_id_from_name(study.study_name)
     return counting.fill(store, study_id, wanted, first, withdraw=n_trials is not None)
+
+
+def top_up(store: Store, study_id: int, spec: StudySpec, stock: int) -> int:
+    """Let so many trials wait, in a study whose budget is hours; a finite space gives no more than it has.
+
+    Returns:
+        Tickets added.
+    """
+    points = Points(spec)
+
+    def missing(present: list[FrozenTrial]) -> list[FrozenTrial]:
+        short = max(0, stock - counting.tally(present).waiting)
+        live = len(counting.live_trials(present))
+        room = points.count(live + short) - live if points.is_finite else short
+        return [ticket() for _ in range(min(short, room))]
+
+    return store.fill(study_id, missing)
 
 
 def _warm_tickets(store: Store, source: str, spec: StudySpec, base: dict[str, Any]) -> list[FrozenTrial]:

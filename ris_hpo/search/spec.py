@@ -78,6 +78,12 @@ class PrunerSpec(Spec):
     )
     p_threshold: float = Field(default=0.1, gt=0, lt=1, description="significance level of wilcoxon")
 
+    @model_validator(mode="after")
+    def _coherent(self) -> Self:
+        if self.name == "promotion" and (self.warmup_scenes or self.patience):
+            raise ValueError("warmup_scenes and patience belong to pruners that stop trials; promotion pauses them")
+        return self
+
     def rung_steps(self, first_report: int, last: int | None, count: int = 64) -> list[int]:
         """Return the steps of the first ``count`` rungs; the last step of a trial is its end, and no rung.
 
@@ -104,6 +110,9 @@ class StudyBudget(Spec):
     """How much a study may use."""
 
     n_trials: int = Field(default=20, ge=1, description="total number of trials to finish, over all runs and workers")
+    hours: float | None = Field(
+        default=None, gt=0, description="core-hours and GPU-hours of all trials, in place of a number of trials"
+    )
     epoch_scenes: int = Field(default=20_000, ge=1, description="scenes of an epoch, for --epochs-per-trial")
     trial_timeout_s: float | None = Field(default=None, gt=0, description="longest wall-clock time of one trial")
     stall_timeout_s: float | None = Field(default=None, gt=0, description="longest wait for a trial's next validation")
@@ -190,38 +199,18 @@ class StudySpec(Spec):
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:
-        seen: list[str] = []
-        for path, dimension in self.space.items():
-            for parent, values in dimension.when.items():
-                if parent not in seen:
-                    known = [key for key in self.space if key != path]
-                    raise ValueError(
-                        f"'{path}' depends on '{parent}', which is not searched above it{suggestion(parent, known)}"
-                    )
-                for value in values:
-                    if not self.space[parent].contains(value):
-                        raise ValueError(
-                            f"'when' of '{path}' lists {value!r} for '{parent}', which is not in its range"
-                        )
-            if path in self.base and not dimension.when and not dimension.contains(self.base[path]):
-                raise ValueError(f"base value {self.base[path]!r} of '{path}' lies outside its range")
-            seen.append(path)
+        _check_conditions(self.space, self.base)
         if self.program is None and (self.score, self.direction, self.worst) != ("k_loc", "minimize", None):
             raise ValueError("score, direction and worst are those of a program of your own; set program too")
         if self.program is None and (self.kind, self.objective) == ("inference", "fast"):
             raise ValueError("an inference study draws the settings that 'fast' fixes; set objective to 'pipeline'")
         if self.sampler.name == "nsga2" and self.pruner.name != "none":
             raise ValueError("nsga2 has two objectives, and no pruner works with two; set pruner.name to 'none'")
-        if self.pruner.name == "promotion":
-            if self.sampler.name in ("gp", "cmaes"):  # nsga2 has no pruner at all
-                raise ValueError(
-                    f"{self.sampler.name} learns from completed trials alone, and promotion completes few; "
-                    "choose another sampler or pruner"
-                )
-            if self.pruner.warmup_scenes or self.pruner.patience:
-                raise ValueError(
-                    "pruner.warmup_scenes and pruner.patience belong to pruners that stop trials; promotion pauses them"
-                )
+        if self.pruner.name == "promotion" and self.sampler.name in ("gp", "cmaes"):
+            raise ValueError(
+                f"{self.sampler.name} learns from completed trials alone, and promotion completes few; choose another "
+                "sampler or pruner"
+            )
         return self
 
     @property
@@ -354,19 +343,10 @@ class StudySpec(Spec):
     ) -> dict[str, Any]:
         values = {**self.base, **params}
         if self.pruner.name == "promotion" and kind is not AnySettings:
-            values |= self._rungs(kind, values)
+            values |= _rungs(self, kind, values)
         if "seed" in kind.model_fields and (seed is not None or root is not None):
             values["seed"] = seed if seed is not None else self.trial_seed(root or 0)
         return values
-
-    def _rungs(self, kind: type[Spec], values: Mapping[str, Any]) -> dict[str, Any]:
-        """The rungs' steps, for a program that wants to know them in its settings."""
-        program = load_program(self.program_name())
-        if program.rungs is None or program.length is None or program.interval is None:
-            return {}
-        given = dict(leaves(kind.parse({}).replaced({**values, program.rungs: []}).model_dump(mode="json")))
-        steps = self.pruner.rung_steps(given[program.interval], given[program.length])
-        return {program.rungs: steps}
 
     def _base_config(self) -> dict[str, Any]:
         """The base configuration, whole, in the keys of the study's own schema version."""
@@ -421,6 +401,24 @@ class StudySpec(Spec):
         return params
 
 
+def _check_conditions(space: Mapping[str, Dimension], base: Mapping[str, Any]) -> None:
+    """Refuse a condition on what is not searched, or not in its range, and a base value outside its range."""
+    seen: list[str] = []
+    for path, dimension in space.items():
+        for parent, values in dimension.when.items():
+            if parent not in seen:
+                known = [key for key in space if key != path]
+                raise ValueError(
+                    f"'{path}' depends on '{parent}', which is not searched above it{suggestion(parent, known)}"
+                )
+            for value in values:
+                if not space[parent].contains(value):
+                    raise ValueError(f"'when' of '{path}' lists {value!r} for '{parent}', which is not in its range")
+        if path in base and not dimension.when and not dimension.contains(base[path]):
+            raise ValueError(f"base value {base[path]!r} of '{path}' lies outside its range")
+        seen.append(path)
+
+
 def derived_seed(seed: int, number: int, purpose: str) -> int:
     """Return a seed that is a function of the study's seed, a trial number and a purpose, and of nothing else."""
     digest = hashlib.sha256(f"{seed}/{number}/{purpose}".encode()).digest()
@@ -434,6 +432,15 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
+
+
+def _rungs(spec: StudySpec, kind: type[Spec], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The rungs' steps, for a program that wants to know them in its settings."""
+    program = load_program(spec.program_name())
+    if program.rungs is None or program.length is None or program.interval is None:
+        return {}
+    given = dict(leaves(kind.parse({}).replaced({**values, program.rungs: []}).model_dump(mode="json")))
+    return {program.rungs: spec.pruner.rung_steps(given[program.interval], given[program.length])}
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:

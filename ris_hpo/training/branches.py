@@ -33,11 +33,22 @@ class Branches:
         self.start: int | None = None
         self._trunk: dict[str, Tensor] = {}
 
-    def boundary(self, scenes_seen: int, validation: int) -> int:
-        """Return where the next step must end at the latest: at the next validation, or where a branch begins."""
+    def next_stop(self, scenes_seen: int, validated: int, validation: int, learner: Learner) -> int:
+        """Begin a branch where one begins, and return where the next step must end at the latest.
+
+        Args:
+            scenes_seen: so far.
+            validated: scenes at the last validation; a branch that ended there is not begun again.
+            validation: scenes at the next one.
+            learner: what is trained; its state is the trunk's from here on, where a branch begins.
+        """
+        starts = [self._start(end) for end in self.ends if end > validated]
+        if self.start is None and scenes_seen in starts:
+            self.start = scenes_seen
+            self._trunk = {name: tensor.detach().clone() for name, tensor in learner.state().items()}
         if self.start is not None:
             return validation
-        return min([validation, *(start for end in self.ends if (start := self._start(end)) > scenes_seen)])
+        return min([validation, *(start for start in starts if start > scenes_seen)])
 
     def fall(self, scenes_seen: int) -> float:
         """Return the share of the branch that is left when so many scenes are seen; 1 on the trunk."""
@@ -45,18 +56,6 @@ class Branches:
             return 1.0
         end = self._end(self.start)
         return (end - scenes_seen) / (end - self.start)
-
-    def leave(self, scenes_seen: int, validated: int, learner: Learner) -> None:
-        """Begin a branch where one begins: keep the trunk's state.
-
-        Args:
-            scenes_seen: so far.
-            validated: scenes at the last validation; a branch that ended there is not begun again.
-            learner: what is trained.
-        """
-        if self.start is None and scenes_seen in (self._start(end) for end in self.ends if end > validated):
-            self.start = scenes_seen
-            self._trunk = {name: tensor.detach().clone() for name, tensor in learner.state().items()}
 
     def rejoin(self, scenes_seen: int, learner: Learner) -> int:
         """Take the trunk up again where a branch ends; return the scenes seen from there on."""

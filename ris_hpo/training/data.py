@@ -52,6 +52,13 @@ class OwnScenes:
     fingerprint: str
 
     @classmethod
+    def of(cls, config: RunConfig, scenes: Scenes | None, validation: Scenes | None) -> OwnScenes | None:
+        """Return the scenes that are given, or those that ``data`` names, divided; None where all are simulated."""
+        if scenes is None and validation is None:
+            scenes, validation = load_own(config)
+        return None if scenes is None and validation is None else cls.divide(config, scenes, validation)
+
+    @classmethod
     def divide(cls, config: RunConfig, scenes: Scenes | None, validation: Scenes | None = None) -> OwnScenes:
         """Check a user's scenes against a configuration, and divide them.
 

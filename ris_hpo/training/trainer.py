@@ -26,7 +26,7 @@ from ris_hpo.training import checkpoint, telemetry
 from ris_hpo.training.branches import Branches
 from ris_hpo.training.checkpoint import BEST, LAST, refuse_another_run
 from ris_hpo.training.config import RunConfig
-from ris_hpo.training.data import OwnScenes, RunData, load_own
+from ris_hpo.training.data import OwnScenes, RunData
 from ris_hpo.training.finished import finish, load_network
 from ris_hpo.training.learner import Learner
 from ris_hpo.training.phases import PhaseEnd
@@ -74,20 +74,14 @@ class Trainer:
         self.history: list[Validation] = []
         self.best: Validation | None = None
         self.initial: Validation | None = None
-        self.scenes_seen = 0
-        self.finished = False
         self.failure: str | None = None
-        self.seconds = 0.0
+        self.scenes_seen, self.seconds, self.finished = 0, 0.0, False
         self.plan = config.plan()
         self._baseline: Scores | None = None
-        self._loss_sum, self._loss_count = 0.0, 0
-        self._telemetry_offset = 0
+        self._loss_sum, self._loss_count, self._telemetry_offset = 0.0, 0, 0
         self._first_bad_term: str | None = None
 
-        if scenes is None and validation is None:
-            scenes, validation = load_own(config)
-        simulated = scenes is None and validation is None
-        own = None if simulated else OwnScenes.divide(config, scenes, validation)
+        own = OwnScenes.of(config, scenes, validation)
         self.learner = Learner(config, self.device)
         self._branches = Branches(config)
         self.data = RunData(config, self.learner.network, self.device, own)
@@ -130,9 +124,8 @@ class Trainer:
                     self._save(log)
                     return
                 validated = self.history[-1].scenes_seen if self.history else 0
-                self._branches.leave(self.scenes_seen, validated, self.learner)
                 validation = self.plan.next_validation(self.scenes_seen)
-                self._step(self._branches.boundary(self.scenes_seen, validation), log)
+                self._step(self._branches.next_stop(self.scenes_seen, validated, validation, self.learner), log)
                 if self.scenes_seen == validation > validated:  # not where a branch has been before the trunk
                     yield self._check(log)
 
@@ -188,9 +181,7 @@ class Trainer:
         if math.isfinite(figures["loss"]):
             self._loss_sum += figures["loss"]
             self._loss_count += 1
-        if self._first_bad_term is None:
-            bad = (name for name, value in figures.items() if name.startswith("raw_") and not math.isfinite(value))
-            self._first_bad_term = next((name.removeprefix("raw_") for name in bad), None)
+        self._first_bad_term = self._first_bad_term or _bad_term(figures)
         log.write(
             telemetry.STEP,
             self.scenes_seen,
@@ -267,9 +258,8 @@ class Trainer:
             "loss": [self._loss_sum, self._loss_count],
             "first_bad_term": self._first_bad_term,
             "telemetry_offset": self._telemetry_offset,
+            "trunk": self._branches.start,
         }
-        if self._branches.start is not None:
-            state["trunk"] = self._branches.start
         checkpoint.write(self.directory / LAST, self.learner.state() | self._branches.state(), state)
 
     def _save_best(self) -> None:
@@ -291,7 +281,7 @@ class Trainer:
     def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         refuse_another_run(self.directory / LAST, state, self.config, self.data.fingerprint)
         self.learner.restore(tensors)
-        self._branches.restore(tensors, state.get("trunk"))  # absent on the trunk
+        self._branches.restore(tensors, state.get("trunk"))  # earlier versions had none
         self.scenes_seen, self.finished, self.failure = state["scenes_seen"], state["finished"], state["failure"]
         self.plan = dataclasses.replace(self.plan, extensions=tuple(state["extensions"]))
         self.learner.extend(self.plan)
@@ -300,10 +290,15 @@ class Trainer:
         self.history = [Validation.from_dict(values) for values in state["history"]]
         self.best = min(self.history, key=lambda validation: validation.searched[0].k_loc, default=None)
         self.initial = Validation.from_dict(state["initial"]) if state["initial"] else None
-        self.seconds = state["seconds"]
         self._loss_sum, self._loss_count = state["loss"]
+        self.seconds, self._telemetry_offset = state["seconds"], state["telemetry_offset"]
         self._first_bad_term = state["first_bad_term"]
-        self._telemetry_offset = state["telemetry_offset"]
+
+
+def _bad_term(figures: dict[str, Any]) -> str | None:
+    """The first loss term of a step that is not finite."""
+    bad = (name for name, value in figures.items() if name.startswith("raw_") and not math.isfinite(value))
+    return next((name.removeprefix("raw_") for name in bad), None)
 
 
 def _flat(validation: Validation) -> dict[str, Any]:

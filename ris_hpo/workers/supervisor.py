@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial
 
 from ris_hpo.process import StopSignals
 from ris_hpo.search import counting, disk
-from ris_hpo.search.lifecycle import stored_spec
+from ris_hpo.search.lifecycle import stored_spec, top_up
 from ris_hpo.search.rungs import next_promotion
 from ris_hpo.search.status import BestTrial, summarise_best
 from ris_hpo.store.cache import Store
@@ -160,6 +160,10 @@ class Supervisor:
         """Queue lost trials again, and decide whether the run is over."""
         lost = self._lost.recover(pool.kill_workers_of)
         pool.messages.extend(f"trial {number}: its worker is gone or silent" for number in lost)
+        if self._spec.budget.hours is not None:
+            self._keep_to_hours(pool, self._spec.budget.hours)
+            if self.ending is not None:
+                return
         trials, now = pool.trials(), time.monotonic()
         counts = counting.tally(trials)
         self._remove_checkpoints(trials)
@@ -200,6 +204,15 @@ class Supervisor:
                 pool.messages.append(f"paused: {self._paused}; make room ('ris-hpo clean'), and the run goes on")
         elif before is not None:
             pool.messages.append("there is room again: the run goes on")
+
+    def _keep_to_hours(self, pool: WorkerPool, hours: float) -> None:
+        """Let as many trials wait as workers may take until the next look; when the hours are spent, end the run."""
+        trials = pool.trials()
+        if counting.spent_hours(trials) < hours:
+            top_up(self._store, self._study_id, self._spec, 2 * len(pool.places))
+            return
+        self.ending = "hours"
+        self._store.withdraw(self._study_id, [trial.number for trial in trials if counting.is_untouched(trial)])
 
     def _snapshot(self, pool: WorkerPool) -> PoolSnapshot:
         trials = pool.trials()

@@ -15,14 +15,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from ris_hpo.errors import SpaceError
 from ris_hpo.programs.program import Program, TrialContext, load_program
 from ris_hpo.report.collect import collect
 from ris_hpo.results.replay import replay
 from ris_hpo.search import counting
-from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget, stored_spec
+from ris_hpo.search.lifecycle import create_or_resume_study, fill_budget, stored_spec, top_up
 from ris_hpo.search.rungs import as_samplers_see, next_promotion
 from ris_hpo.search.spec import PrunerSpec, StudySpec
 from ris_hpo.store import attributes as names
@@ -494,3 +494,49 @@ def test_a_promoted_trial_outlives_kill_9(store: Store, tmp_path: Path, monkeypa
     handed_on = killed.user_attrs[names.RUNGS]
     assert successor.user_attrs[names.RUNGS][: len(handed_on)] == handed_on
     same_curves(store, study)
+
+
+# -- hours -------------------------------------------------------------------------------------------------------------
+
+
+def test_hours_are_core_hours_and_gpu_hours() -> None:
+    marks = [
+        {names.SECONDS: 1800.0, names.THREADS: 4, names.DEVICE: "cpu"},
+        {names.SECONDS: 3600.0, names.THREADS: 8, names.DEVICE: "cuda:0"},
+        {names.SECONDS: 900.0},
+        {},
+    ]
+    assert counting.spent_hours([create_trial(state=TrialState.FAIL, user_attrs=each) for each in marks]) == 3.25
+
+
+def test_a_budget_of_hours_is_topped_up_and_ends(
+    sqlite_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", IMPORTABLE)
+    spec = halving(budget={"hours": 3.0 / 3600}, base=slow_base(LAST, pause_s=0.2))
+    study = create_or_resume_study(sqlite_store, spec, score_version=1)
+    assert fill_budget(sqlite_store, study) == 1
+    assert fill_budget(sqlite_store, study) == 0
+    supervisor = supervisor_of(sqlite_store, study, tmp_path, workers=2, heartbeat=1)
+    list(supervisor.run(interval=0.1))
+    assert supervisor.ending == "hours"
+    trials = study.get_trials()
+    assert counting.spent_hours(trials) >= 3.0 / 3600
+    assert not any(map(counting.is_untouched, trials))  # those that nobody had begun are gone
+    counts = counting.tally(trials)
+    assert counts.running == 0
+    assert counts.waiting + counts.at_rest >= 2
+    before = len(trials)
+    again = supervisor_of(sqlite_store, study, tmp_path, workers=1)
+    list(again.run())
+    assert (again.ending, len(study.get_trials())) == ("hours", before)
+
+
+def test_a_finite_space_is_topped_up_to_its_end(sqlite_store: Store) -> None:
+    space = {"shape.y": {"low": 1, "high": 3}}
+    spec = halving(budget={"hours": 1.0}).replaced({"space": space})
+    study = create_or_resume_study(sqlite_store, spec, score_version=1)
+    study_id = id_of(sqlite_store, study)
+    fill_budget(sqlite_store, study)
+    assert [top_up(sqlite_store, study_id, spec, 2), top_up(sqlite_store, study_id, spec, 9)] == [1, 1]
+    assert top_up(sqlite_store, study_id, spec, 9) == 0
