@@ -211,6 +211,7 @@ class Program:
         length: dotted key of the settings that is the last step of a trial; None where there is none.
         interval: dotted key of the settings that is the step of its first report.
         rungs: dotted key of the settings that the rungs' steps are written to, for a program that prepares for them.
+        cost: operations of one step under given settings, the same on every machine; for trials of equal compute.
     """
 
     train: Callable[[TrialContext], float | None]
@@ -218,6 +219,7 @@ class Program:
     length: str | None = None
     interval: str | None = None
     rungs: str | None = None
+    cost: Callable[[Any], float] | None = None
 
 
 _BUILT_IN: Final = {"training": "ris_hpo.programs.training:", "inference": "ris_hpo.programs.inference:"}

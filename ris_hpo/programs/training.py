@@ -11,6 +11,7 @@ from ris_hpo.learning.inference import Path
 from ris_hpo.programs.program import Program, TrialContext
 from ris_hpo.scoring.k_loc import efficiency, finite_score
 from ris_hpo.training.config import RunConfig
+from ris_hpo.training.operations import operations_per_scene
 from ris_hpo.training.results import Conclusion, Validation
 from ris_hpo.training.trainer import Trainer
 
@@ -95,8 +96,15 @@ def _is_pruned(trial: TrialContext, run: _Run) -> bool:
     return False
 
 
-_STEPS = {"length": "budget.scenes", "interval": "budget.validate_every", "rungs": "budget.rungs"}
+def _program(objective: Objective) -> Program:
+    return Program(
+        partial(train, objective=objective),
+        RunConfig,
+        length="budget.scenes",
+        interval="budget.validate_every",
+        rungs="budget.rungs",
+        cost=operations_per_scene,
+    )
 
-NETWORK = Program(partial(train, objective="network"), RunConfig, **_STEPS)
-FAST = Program(partial(train, objective="fast"), RunConfig, **_STEPS)
-PIPELINE = Program(partial(train, objective="pipeline"), RunConfig, **_STEPS)
+
+NETWORK, FAST, PIPELINE = _program("network"), _program("fast"), _program("pipeline")

@@ -251,7 +251,7 @@ def _check_same_search(study: Study, old: StudySpec, new: StudySpec, free_name: 
         if getattr(old, field) != getattr(new, field):
             raise SpaceError(f"study '{title}' was made with another {field}; add {fork} to start a new one")
     # the pruner may differ, and with promotion it has a part in the configuration
-    alike = new.replaced({"pruner": old.pruner, "sampler": old.sampler})
+    alike = new.replaced({"pruner": old.pruner, "sampler": old.sampler, "budget.equal": old.budget.equal})
     before_values, now_values = (dict(leaves(spec.config({}).model_dump(mode="json"))) for spec in (old, alike))
     for path in sorted({*before_values, *now_values}):
         was, has = before_values.get(path), now_values.get(path)
@@ -323,11 +323,11 @@ def change_settings(study: Study, changes: Mapping[str, Any], *, note: Callable[
 
 def _rungs(spec: StudySpec) -> str:
     """What of a study's pruner cannot change while trials are paused, in words."""
-    pruner = spec.pruner
+    pruner, alike = spec.pruner, f", trials of equal {spec.budget.equal}"
     if pruner.name != "promotion":
-        return "no rungs with promotion"
+        return f"no rungs with promotion{alike}"
     first = "" if pruner.first_scenes is None else f" from {pruner.first_scenes}"
-    return f"rungs with promotion{first} by {pruner.reduction}"
+    return f"rungs with promotion{first} by {pruner.reduction}{alike}"
 
 
 def _free_name(store: Store, title: str) -> str:

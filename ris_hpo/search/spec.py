@@ -113,6 +113,10 @@ class StudyBudget(Spec):
     hours: float | None = Field(
         default=None, gt=0, description="core-hours and GPU-hours of all trials, in place of a number of trials"
     )
+    equal: Literal["steps", "compute"] = Field(
+        default="steps",
+        description="what trials get alike: steps, or operations by the program's count, in fewer or more",
+    )
     epoch_scenes: int = Field(default=20_000, ge=1, description="scenes of an epoch, for --epochs-per-trial")
     trial_timeout_s: float | None = Field(default=None, gt=0, description="longest wall-clock time of one trial")
     stall_timeout_s: float | None = Field(default=None, gt=0, description="longest wait for a trial's next validation")
@@ -206,6 +210,11 @@ class StudySpec(Spec):
             raise ValueError("an inference study draws the settings that 'fast' fixes; set objective to 'pipeline'")
         if self.sampler.name == "nsga2" and self.pruner.name != "none":
             raise ValueError("nsga2 has two objectives, and no pruner works with two; set pruner.name to 'none'")
+        if self.budget.equal == "compute" and self.pruner.first_scenes is not None:
+            raise ValueError(
+                "with budget.equal = 'compute' the first rung is a trial's first report; leave pruner.first_scenes out "
+                "and set the step of that report"
+            )
         if self.pruner.name == "promotion" and self.sampler.name in ("gp", "cmaes"):
             raise ValueError(
                 f"{self.sampler.name} learns from completed trials alone, and promotion completes few; choose another "
@@ -342,8 +351,8 @@ class StudySpec(Spec):
         self, kind: type[Spec], params: Mapping[str, Value], root: int | None, seed: int | None
     ) -> dict[str, Any]:
         values = {**self.base, **params}
-        if self.pruner.name == "promotion" and kind is not AnySettings:
-            values |= _rungs(self, kind, values)
+        if kind is not AnySettings:
+            values |= _lengths(self, kind, values)
         if "seed" in kind.model_fields and (seed is not None or root is not None):
             values["seed"] = seed if seed is not None else self.trial_seed(root or 0)
         return values
@@ -434,13 +443,34 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield prefix + name, value
 
 
-def _rungs(spec: StudySpec, kind: type[Spec], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The rungs' steps, for a program that wants to know them in its settings."""
-    program = load_program(spec.program_name())
-    if program.rungs is None or program.length is None or program.interval is None:
+def _lengths(spec: StudySpec, kind: type[Spec], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The length of a trial, scaled where trials get equal compute, and its rungs, where its program has keys for them.
+
+    Length and interval are scaled alike, so that each trial has as many reports, and its rungs at the same ones.
+    """
+    pauses, scales = spec.pruner.name == "promotion", spec.budget.equal == "compute"
+    if not (pauses or scales):
         return {}
-    given = dict(leaves(kind.parse({}).replaced({**values, program.rungs: []}).model_dump(mode="json")))
-    return {program.rungs: spec.pruner.rung_steps(given[program.interval], given[program.length])}
+    program = load_program(spec.program_name())
+    if program.length is None or program.interval is None or (scales and program.cost is None):
+        if scales:
+            raise ConfigError("budget.equal = 'compute' needs a program that states its length, interval and cost")
+        return {}
+    base = {**spec.base} if program.rungs is None else {**spec.base, program.rungs: []}
+    first: Any = kind.parse({}).replaced(base)
+    given = dict(leaves(first.model_dump(mode="json")))
+    interval, length = int(given[program.interval]), int(given[program.length])
+    found: dict[str, Any] = {}
+    if scales and program.cost is not None:
+        own = kind.parse({}).replaced({**values, **({} if program.rungs is None else {program.rungs: []})})
+        ratio = program.cost(first) / program.cost(own)
+        reports = -(-length // interval)
+        interval = max(1, round(interval * ratio))
+        length = reports * interval
+        found = {program.interval: interval, program.length: length}
+    if pauses and program.rungs is not None:
+        found[program.rungs] = spec.pruner.rung_steps(interval, length)
+    return found
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from ris_hpo.errors import SpaceError
+from ris_hpo.errors import ConfigError, SpaceError
 from ris_hpo.programs.program import Program, TrialContext, load_program
 from ris_hpo.report.collect import collect
 from ris_hpo.results.replay import replay
@@ -318,6 +318,46 @@ def test_rungs_stay_where_they_were_planned(
     assert study.get_trials()[0].state == TrialState.COMPLETE
 
 
+SCALED = Program(
+    double.train,
+    double.RunConfig,
+    length="budget.scenes",
+    interval="budget.validate_every",
+    cost=lambda config: float(config.shape.depth),
+)
+
+
+def test_trials_of_equal_compute_have_their_rungs_at_the_same_reports(sqlite_store: Store, tmp_path: Path) -> None:
+    changes = {"study": {"program": f"{__name__}:SCALED"}, "pruner": {"name": "promotion", "reduction": 2}}
+    spec = halving(budget={"equal": "compute"}, **changes)
+    lengths = {
+        depth: spec.config({"shape.kind": "fancy", "shape.depth": depth}).budget.model_dump() for depth in (1, 2, 3, 4)
+    }
+    assert {depth: (each["validate_every"], each["scenes"]) for depth, each in lengths.items()} == {
+        1: (800, 3200),
+        2: (400, 1600),  # the base's cost
+        3: (267, 1068),
+        4: (200, 800),
+    }
+    study = create_or_resume_study(sqlite_store, spec, score_version=1)
+    tickets = [ticket({"shape.x": 0.3, "shape.y": 4, "shape.kind": "fancy", "shape.depth": d}) for d in (1, 2, 3, 4)]
+    sqlite_store.fill(id_of(sqlite_store, study), lambda present: tickets)
+    work(sqlite_store, study, tmp_path)
+    for trial in study.get_trials():
+        depth = trial.params["shape.depth"]
+        reports = sorted(trial.intermediate_values)
+        assert reports == [lengths[depth]["validate_every"] * n for n in (1, 2, 3, 4)][: len(reports)]
+        assert len(reports) in (1, 2, 4)  # paused after one report or two, or complete
+    assert any(len(trial.intermediate_values) == 4 for trial in study.get_trials())
+
+
+def test_equal_compute_asks_for_a_count() -> None:
+    with pytest.raises(ConfigError, match="states its length, interval and cost"):
+        halving(budget={"equal": "compute"}, pruner={"name": "promotion"}).config({})
+    with pytest.raises(SpaceError, match=r"leave pruner\.first_scenes out"):
+        halving(budget={"equal": "compute"})
+
+
 # -- what others see ---------------------------------------------------------------------------------------------------
 
 
@@ -360,7 +400,7 @@ def test_the_report_has_paused_trials(sqlite_store: Store, tmp_path: Path) -> No
 
 def test_rungs_of_a_study_do_not_change(sqlite_store: Store) -> None:
     begin(sqlite_store, halving(), 2)
-    with pytest.raises(SpaceError, match=r"rungs with promotion from 400 by 2, and cannot go on with no rungs"):
+    with pytest.raises(SpaceError, match=r"rungs with promotion from 400 by 2.*, and cannot go on with no rungs"):
         create_or_resume_study(sqlite_store, halving(), changes={"pruner.name": "asha"}, score_version=1)
     with pytest.raises(SpaceError, match="by 3"):
         create_or_resume_study(sqlite_store, halving(), changes={"pruner.reduction": 3}, score_version=1)

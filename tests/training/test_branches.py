@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
 from ris_hpo.errors import ConfigError
 from ris_hpo.training import telemetry
 from ris_hpo.training.config import RunConfig
+from ris_hpo.training.operations import _counted, operations_per_scene
 from ris_hpo.training.trainer import Trainer
 
 from .conftest import TINY
@@ -82,3 +84,16 @@ def test_stops_anywhere_change_nothing(tiny, runs, tmp_path):
 def test_what_has_no_meaning_is_refused(changes, message, tiny):
     with pytest.raises(ConfigError, match=message):
         tiny.replaced(changes)
+
+
+def test_operations_are_counted_alike_and_grow_with_the_network(tiny):
+    small = operations_per_scene(tiny)
+    assert small == operations_per_scene(tiny.replaced({"optimizer.learning_rate": 0.1, "seed": 5}))
+    wide = operations_per_scene(tiny.replaced({"network.width": 32}))
+    deep = operations_per_scene(tiny.replaced({"network.depth": 3}))
+    assert 1e6 < small < deep
+    assert small < wide
+    before = torch.get_rng_state()
+    _counted.cache_clear()
+    assert operations_per_scene(tiny) == small
+    assert torch.equal(before, torch.get_rng_state())
