@@ -161,6 +161,17 @@ def test_a_number_typed_whole_is_a_number() -> None:
     assert 0 < spec.space["shape.x"].draw(random.Random(1)) < 1
 
 
+def test_a_whole_number_of_a_range_of_whole_numbers_is_one_of_them_however_it_is_typed() -> None:
+    """A program that takes any settings says nothing of their types."""
+    base = {"shape.x": 1.0, "shape.y": 4.0, "shape.kind": "plain"}
+    params = make_spec(study={"program": "double:train"}, base=base).base_params()
+    assert [(name, type(value)) for name, value in params.items()] == [
+        ("shape.x", float), ("shape.y", int), ("shape.kind", str),
+    ]  # fmt: skip
+    with pytest.raises(SpaceError, match=r"base value 4\.5 of 'shape\.y' lies outside its range"):
+        make_spec(study={"program": "double:train"}, base={**base, "shape.y": 4.5})
+
+
 def test_true_is_no_number() -> None:
     dimension = Dimension(choices=[0, 1])
     assert dimension.contains(1.0)
