@@ -284,9 +284,9 @@ def _mirrored_spectrum(geometry: Geometry, z: Tensor, mirrored: Mirrored) -> Ten
             split = torch.stack(mirror_parts(piece.unflatten(-1, rows), 2)).flatten(1, 2)
             products = torch.bmm(torch.cat([split.real, split.imag], -1), mirrored.atoms).unflatten(1, piece.shape[:2])
             even, odd_y, odd_z, both = products
-            right, left = even + odd_y, even - odd_y
-            upper, lower = odd_z + both, odd_z - both
-            corners = (right + upper, left + lower, right - upper, left - lower)
+            right, left = even + odd_y, even.sub_(odd_y)  # in place: new memory costs more than the sums
+            upper, lower = odd_z + both, odd_z.sub_(both)
+            corners = (right + upper, left + lower, right.sub_(upper), left.sub_(lower))
             squares = torch.stack([corner.square_().sum(1) for corner in corners], 1)
             half = squares.shape[-1] // 2
             parts.append((squares[..., :half] + squares[..., half:]).flatten(1))
