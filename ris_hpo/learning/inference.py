@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ris_hpo.config import Spec
 from ris_hpo.estimators.channel import split_channel
-from ris_hpo.estimators.counting import EvidenceSpec
+from ris_hpo.estimators.counting import CountWeights, EvidenceSpec
 from ris_hpo.estimators.maximum_likelihood import ols
 from ris_hpo.estimators.observation import require_finite
 from ris_hpo.estimators.refinement import refine, with_goodness_of_fit
@@ -44,10 +44,20 @@ FAST: Final[dict[str, object]] = {
     "likelihood.search.final_steps": 3,
     "likelihood.search.final_tolerance": 1e-2,
     "likelihood.evidence.least_prior": 0.1,
+    "second_search": True,
 }
 """Settings of the fast path, each measured (benchmarks/LOG.md): one refinement step a source that is added instead of
 two, no spectrum of the residual, three last steps instead of ten, orders that the count head gives less than .1 left
 out, and single precision throughout. The others are the network's own."""
+
+_SECOND: Final[dict[str, object]] = {
+    "search.greedy_steps": 2,
+    "search.residual_maxima": 16,
+    "search.every_order": True,
+    "search.final_steps": 10,
+    "evidence.least_prior": 1e-3,
+}
+"""Settings of the second search: what the fast path leaves out of the first."""
 
 _EXPLAINING = 10  # steps of slots or peaks before their residual is taken: cells are coarser than the snapshots
 
@@ -65,6 +75,9 @@ class InferenceSpec(Spec):
     )
     covariance_scale: float = Field(
         1.0, gt=0, le=100, description="what the position covariances of polish are multiplied with"
+    )
+    second_search: bool = Field(
+        False, description="search scenes again, thoroughly, where the sources found leave more than noise (polish)"
     )
     likelihood: LikelihoodSpec = Field(
         LikelihoodSpec(
@@ -175,16 +188,28 @@ def localize(
         return explained(network, scenes, outputs, found)
     observed, candidates, likelihood = refinement(network, scenes, spec, outputs)
     weights = None if outputs.count_mixing is None else count_weights(outputs.count_mixing)
-    prior = outputs.log_count
-    found = ols(
-        observed,
-        candidates,
-        likelihood,
-        num_sources=num_sources,
-        log_prior=prior,
-        weights=weights,
-        noise_known=network.spec.noise_known,
-    )
+
+    def searched(rows: Tensor, how: LikelihoodSpec) -> Sources:
+        return ols(
+            observed[rows],
+            Cosines(*(axis[rows] for axis in candidates)),
+            how,
+            num_sources=None if num_sources is None else num_sources[rows],
+            log_prior=outputs.log_count[rows],
+            weights=None if weights is None else CountWeights(*(value[rows] for value in weights)),
+            noise_known=network.spec.noise_known,
+        )
+
+    everything = torch.arange(len(scenes), device=scenes.device)
+    found = searched(everything, likelihood)
+    if spec.second_search:
+        assert found.residual is not None
+        assert found.residual_range is not None
+        poor = torch.nonzero(found.residual > found.residual_range[:, 1]).squeeze(-1)
+        if len(poor):
+            again = searched(poor, likelihood.replaced(_SECOND))
+            place = everything.index_put((poor,), len(scenes) + torch.arange(len(poor), device=poor.device))
+            found = Sources.cat([found, again])[place]
     assert found.covariance_m2 is not None
     return dataclasses.replace(
         found,

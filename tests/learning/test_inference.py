@@ -106,6 +106,25 @@ def test_the_fast_path_finds_the_same_sources_with_less_work(network, scenes, mo
     assert spec.of("network") is spec
 
 
+def test_scenes_that_do_not_fit_are_searched_again(network, scenes):
+    """The second source is not among the proposals, and what it leaves shows at 25 dB."""
+    outputs = outputs_at(scenes.truth, proposals=6)
+    away = {name: getattr(outputs, name).clone() for name in ("v", "w", "rho")}
+    for name, value in {"v": 0.75, "w": 0.45, "rho": 0.1}.items():
+        away[name][1:, 1:] = value  # in all scenes but the first
+    outputs, fast = outputs._replace(**away), InferenceSpec().of("fast")
+    once = find_sources(network, scenes, fast.replaced({"second_search": False}), "fast", outputs=outputs)
+    again = find_sources(network, scenes, fast, "fast", outputs=outputs)
+    assert fast.second_search
+    assert not once.fits[1:].any()
+    assert again.fits.all()
+    error = scene_errors(again, scenes.truth)
+    assert error.scores().success == 1
+    assert torch.equal(once.azimuth[0], again.azimuth[0])
+    known = find_sources(network, scenes, fast, "fast", num_sources=scenes.truth.num_sources, outputs=outputs)
+    assert scene_errors(known, scenes.truth).scores().success == 1
+
+
 @pytest.mark.parametrize("localizer", ["music", "mvdr"])
 def test_covariance_localizers_find_what_r_eff_holds(localizer, network, scenes):
     """R_eff of the true places: with another matrix, the identity for one, peaks stand anywhere."""
