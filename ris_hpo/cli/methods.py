@@ -12,6 +12,7 @@ import ris_hpo
 from ris_hpo.cli import display, options
 from ris_hpo.config import suggestion
 from ris_hpo.errors import CheckpointError, ConfigError
+from ris_hpo.process import keep_freed_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,6 +131,7 @@ class Located:
     def __iter__(self) -> Iterator[tuple[Sources, Scenes]]:
         from ris_hpo.physics.sources import Sources
 
+        keep_freed_memory()
         method, done, warned = self._method, 0, False
         with display.progress(len(self._scenes), "scenes") as advance:
             for part in self._scenes.parts():
