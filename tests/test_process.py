@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import resource
-import sys
+import ctypes
+import platform
+from types import SimpleNamespace
 
 import pytest
-import torch
 
 from ris_hpo.process import keep_freed_memory
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs glibc")
-def test_memory_that_is_freed_is_kept_and_used_again() -> None:
-    """Tensors of 48 MiB, above what glibc keeps by itself: 12,288 pages each, handed out by the kernel once."""
+def test_glibc_is_told_to_keep_what_is_freed_and_other_libraries_are_let_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By M_TRIM_THRESHOLD (-1) and M_MMAP_THRESHOLD (-3) of its malloc.h; the real library takes both."""
+    assert keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
+    told: dict[int, int] = {}
+
+    def mallopt(option: int, value: int) -> int:
+        told[option] = value
+        return 1
+
+    glibc = SimpleNamespace(gnu_get_libc_version=str, mallopt=mallopt)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: glibc)
     assert keep_freed_memory()
-    torch.ones(12 << 20)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(5):
-        torch.ones(12 << 20)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 2 * 12_288
+    assert told == {-1: 1 << 30, -3: 1 << 30}
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
+    assert not keep_freed_memory()
