@@ -74,6 +74,7 @@ def log(
         "host": trial.user_attrs.get(names.HOST) or (None if owner is None else owner.process.host),
         "process": None if owner is None else owner.process.pid,
         "device": trial.user_attrs.get(names.DEVICE),
+        "version": trial.user_attrs.get(names.CODE),
         "last step": trial.last_step,
         "continues trial": trial.user_attrs.get(names.PREDECESSOR),
         "continued by": next((one.number for one in trials if one.user_attrs.get(names.PREDECESSOR) == number), None),

@@ -16,7 +16,7 @@ import optuna
 from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning
 from optuna.samplers import RandomSampler
 from optuna.study import Study, StudyDirection
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from ris_hpo.config import suggestion
 from ris_hpo.errors import SpaceError, StudyError
@@ -229,6 +229,30 @@ def check_version(study: Study, score_version: int = SCORE_VERSION) -> None:
             f"study '{study.study_name}' was scored by version {recorded} of k_loc, this program has {score_version}; "
             "go on with the version that made it, or add --fork NEW to start a new one"
         )
+
+
+def check_code(study: Study, spec: StudySpec) -> None:
+    """Refuse a study whose trials this program would configure differently from those that it has.
+
+    The first and the last trial that ended well are configured again from their parameters; another fingerprint than
+    the recorded one means that the code, here or there, has other settings or other defaults.
+
+    Raises:
+        SpaceError: a trial of the same parameters would run another configuration.
+    """
+    states = (TrialState.COMPLETE, TrialState.PRUNED)
+    known = [t for t in study.get_trials(deepcopy=False, states=states) if names.CONFIG_FINGERPRINT in t.user_attrs]
+    for trial in known[:1] + known[1:][-1:]:
+        recorded, seed = trial.user_attrs[names.CONFIG_FINGERPRINT], trial.user_attrs.get(names.SEED)
+        root = counting.lineage_root(trial)
+        if not spec.ran(recorded, trial.params, root, seed=seed):
+            built = spec.config(trial.params, root, seed=seed).fingerprint()
+            made_by = study.user_attrs.get(names.VERSIONS, {}).get("ris-hpo", "unknown")
+            raise SpaceError(
+                f"trial {trial.number} of study '{study.study_name}' ran configuration {recorded}, this program builds "
+                f"{built} from the same parameters; go on with the version that ran it "
+                f"({trial.user_attrs.get(names.CODE, made_by)}), or start a new study with --fork NEW"
+            )
 
 
 def _check_same_search(study: Study, old: StudySpec, new: StudySpec, free_name: str) -> None:

@@ -47,6 +47,9 @@ DEVICE: Final = "device"
 THREADS: Final = "threads"
 """Torch threads of the worker; a curve repeats bit for bit only under the same number."""
 
+CODE: Final = "code"
+"""Version of this package that ran the trial; one study may have trials of several."""
+
 # -- rungs of a study with promotion ---------------------------------------------------------------------------------
 RUNGS: Final = "rungs"
 """Scores at the rungs that the line has reached, the first one first; see ``search.rungs``."""
@@ -139,7 +142,7 @@ RETRIED_CAUSES: Final = frozenset({Cause.LOST_WORKER, Cause.TIMEOUT, Cause.OUT_O
 """Failures that are not the trial's fault: a successor continues it. A bug would only happen again."""
 
 OF_THE_SERVICE: Final = frozenset(
-    {CONFIG_FINGERPRINT, SEED, SCENES, SECONDS, SCENES_PER_SECOND, PEAK_MEMORY, HOST, DEVICE, THREADS}
+    {CONFIG_FINGERPRINT, SEED, SCENES, SECONDS, SCENES_PER_SECOND, PEAK_MEMORY, HOST, DEVICE, THREADS, CODE}
     | {METRICS, DIVERGED, OWNER, CAUSE, ERROR, TRACEBACK, LAST_STEP, PREEMPTIONS, RELEASED_BY, FIGURES_MISSING}
     | {LINEAGE, PREDECESSOR, ATTEMPT, ORIGIN, RETRIES, INHERITED_STEP, SET_ASIDE, RUNGS, PAUSED, PROMOTED_AT, POINT}
 )

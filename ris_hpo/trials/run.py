@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -168,6 +169,7 @@ class _Attempt:
                 names.HOST: self.owner.process.host,
                 names.DEVICE: environment.device,
                 names.THREADS: _threads(),
+                names.CODE: version("ris-hpo"),
             },
         )
         return config

@@ -31,7 +31,7 @@ from ris_hpo.errors import DeviceError, OutputError, RisHpoError, StoreError
 from ris_hpo.process import StopSignals, storage_directory
 from ris_hpo.programs.program import load_program
 from ris_hpo.search.counting import tally
-from ris_hpo.search.lifecycle import check_version, get_study, stored_spec
+from ris_hpo.search.lifecycle import check_code, check_version, get_study, stored_spec
 from ris_hpo.search.rungs import next_promotion
 from ris_hpo.store.attributes import Cause
 from ris_hpo.store.cache import Store
@@ -136,7 +136,7 @@ def run_worker(
 
     Raises:
         StudyError: no such study, or it was deleted or renamed meanwhile.
-        SpaceError: its trials were scored by another version of the score.
+        SpaceError: its trials were scored by another version of the score, or this code would configure them otherwise.
         StoreError: the store cannot be opened, or stays away.
         UnfitHostError: this machine cannot run trials now; the trial at hand was put back.
     """
@@ -192,6 +192,7 @@ def _environment(
     notify: Callable[[Event], None],
 ) -> TrialEnvironment:
     spec = stored_spec(study)
+    check_code(study, spec)
     root = Path(job.directory)
     if job.storage is not None:
         root = study_folder(store, job.study, Path(job.storage))

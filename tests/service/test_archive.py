@@ -59,7 +59,7 @@ def halfway(store: Store) -> None:
         value=math.inf,
         params={"shape.x": 1 / 3, "shape.y": 9, "shape.kind": "fancy"},
         distributions=ranges,
-        user_attrs={"note": "é\n", "nothing": None, names.CONFIG_FINGERPRINT: "2-0"},
+        user_attrs={"note": "é\n", "nothing": None},
         system_attrs={"rung": 0.1},
         intermediate_values={100: math.nan, 200: -math.inf, 300: 2.0},
     )
