@@ -64,6 +64,13 @@ def test_every_form_gives_the_outputs_of_the_network_at_any_batch(request, tmp_p
             assert (a is None and b is None) or torch.equal(a, b)
 
 
+@pytest.mark.parametrize("form", ["program", "weights"])
+def test_it_is_on_the_device_that_was_asked_for(made, form):
+    """Torch's device without values stands for one that this machine may not have."""
+    bundle = load_bundle(made[1], device="meta", form=form)
+    assert {each.device.type for each in bundle._call.parameters()} == {"meta"}
+
+
 def test_sources_are_those_of_localize(made, loaded, monkeypatch):
     network, bundle = loaded
     rebuilt = load_bundle(made[1], form="weights")
