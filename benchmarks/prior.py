@@ -22,7 +22,7 @@ from ris_hpo.search.samplers import build_sampler
 from ris_hpo.search.spec import StudySpec
 
 OPTIMUM = (0.3, 0.7, 0.25, 0.6, 0.8, 0.35)
-LIMIT, SEEDS = 80, 8
+LIMIT, SEEDS = 80, 12
 
 
 def bowl(x: Sequence[float]) -> float:

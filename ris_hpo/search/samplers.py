@@ -36,7 +36,9 @@ def build_sampler(spec: StudySpec, root: int) -> BaseSampler:
     """
     seed = derived_seed(spec.seed, root, "sampler")
     sampler = spec.sampler
-    if random.Random(derived_seed(spec.seed, root, "prior")).random() < sampler.prior:
+    startup = math.ceil(sampler.startup / (1 - sampler.prior))  # as many even draws as without draws near the base
+    near = sampler.prior * min(1.0, startup / max(1, root))  # a model needs it less and less
+    if random.Random(derived_seed(spec.seed, root, "prior")).random() < near:
         return _NearSampler(spec, root)
     conditional = any(dimension.when for dimension in spec.space.values())
     with warnings.catch_warnings():
@@ -45,15 +47,15 @@ def build_sampler(spec: StudySpec, root: int) -> BaseSampler:
             case "tpe":
                 return TPESampler(
                     seed=seed,
-                    n_startup_trials=sampler.startup,
+                    n_startup_trials=startup,
                     multivariate=True,
                     group=conditional,
                     constant_liar=True,
                 )
             case "gp":
-                return GPSampler(seed=seed, n_startup_trials=sampler.startup, warn_independent_sampling=False)
+                return GPSampler(seed=seed, n_startup_trials=startup, warn_independent_sampling=False)
             case "cmaes":
-                return CmaEsSampler(seed=seed, n_startup_trials=sampler.startup, warn_independent_sampling=False)
+                return CmaEsSampler(seed=seed, n_startup_trials=startup, warn_independent_sampling=False)
             case "random" | "grid" | "brute_force":  # the last two: where a point is fixed beforehand, all is
                 return RandomSampler(seed=seed)
             case "qmc":
@@ -65,16 +67,17 @@ def build_sampler(spec: StudySpec, root: int) -> BaseSampler:
 class _NearSampler(BaseSampler):
     """Draws near the base configuration or near one of the best trials.
 
-    It takes a share of the trials alone (``sampler.prior``), so that a misleading base costs no more than these: of one
-    and a half times the trials at a share of a third, as many are the algorithm's own as would be without. The more
-    trials have a score, the rarer the base is the centre: ``startup`` trials make it half of these draws. After
-    PriorBand (Mallik et al., 2023), which mixes even draws, draws by a prior and draws around incumbents.
+    It takes a share of the trials alone: ``sampler.prior`` of those before the model (which are so many more that there
+    are as many even draws), and from then on a share that falls as one over their number. So a misleading base costs
+    these trials. The more trials have a score, the rarer the base is the centre: ``startup`` trials make it half of
+    these draws. After PriorBand (Mallik et al., 2023), which mixes even draws, draws by a prior and around incumbents.
     """
 
     def __init__(self, spec: StudySpec, root: int) -> None:
         self._spec = spec
         self._generator = random.Random(derived_seed(spec.seed, root, "near"))
         self._centre: dict[str, Any] | None = None
+        self._width = _NEAR_BASE
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return {}
@@ -87,7 +90,7 @@ class _NearSampler(BaseSampler):
     def sample_independent(self, study: Study, trial: FrozenTrial, name: str, distribution: BaseDistribution) -> Any:
         if self._centre is None:
             self._centre = self._chosen_centre(study)
-        return self._spec.space[name].near(self._centre.get(name), self._generator)
+        return self._spec.space[name].near(self._centre.get(name), self._generator, self._width)
 
     def _chosen_centre(self, study: Study) -> dict[str, Any]:
         states = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -96,6 +99,7 @@ class _NearSampler(BaseSampler):
             known
         ):
             return dict(self._spec.base_params())
+        self._width = _NEAR_BEST
         sign = 1 if self._spec.direction == "minimize" else -1
 
         def order(trial: FrozenTrial) -> tuple[float, float, int]:
@@ -106,6 +110,7 @@ class _NearSampler(BaseSampler):
         return dict(self._generator.choice(best).params)
 
 
+_NEAR_BASE, _NEAR_BEST = 0.25, 0.1  # standard deviations over the range
 _BEST: Final = 10  # draws are near one of the best tenth
 
 

@@ -50,7 +50,7 @@ class SamplerSpec(Spec):
         default=0.0,
         ge=0,
         le=0.9,
-        description="share of the draws near the base configuration and the best trials, not the algorithm's own",
+        description="share of the first draws, fewer later, near the base configuration and the best trials",
     )
     levels: int = Field(default=5, ge=2, description="values that grid takes of a range, at most")
     startup: int = Field(default=10, ge=1, description="random trials before a model is fitted: tpe, gp, cmaes")

@@ -227,7 +227,7 @@ def test_near_values_are_near() -> None:
 
 def test_a_share_of_the_trials_is_drawn_near_the_base_and_later_near_the_best(sqlite_store: Store) -> None:
     spec = spec_of({"shape.x": {"low": 0.0, "high": 1.0}}, "random").replaced(
-        {"sampler.prior": 0.4, "base": {"shape.x": 0.1}}
+        {"sampler.prior": 0.4, "sampler.startup": 30, "base": {"shape.x": 0.1}}
     )
     study = begin(sqlite_store, spec, 1)
     study.ask()
@@ -235,14 +235,17 @@ def test_a_share_of_the_trials_is_drawn_near_the_base_and_later_near_the_best(sq
 
     def draws(numbers: range) -> list[tuple[bool, float]]:
         found = []
-        for number in numbers:
-            sampler = build_sampler(spec, number)
-            distribution = spec.space["shape.x"].distribution()
-            value = sampler.sample_independent(study, trial, "shape.x", distribution)
-            found.append((type(sampler).__name__ == "_NearSampler", value))
+        for seed in range(10):
+            for number in numbers:
+                sampler = build_sampler(spec.replaced({"seed": seed}), number)
+                distribution = spec.space["shape.x"].distribution()
+                value = sampler.sample_independent(study, trial, "shape.x", distribution)
+                found.append((type(sampler).__name__ == "_NearSampler", value))
         return found
 
-    before = draws(range(300))
+    later = [is_near for is_near, _ in draws(range(270, 300))]
+    assert 8 < sum(later) < 36  # a sixth of the share of before
+    before = draws(range(30))
     near = sorted(value for is_near, value in before if is_near)
     assert 95 < len(near) < 145
     assert near[len(near) // 2] < 0.35
@@ -250,7 +253,7 @@ def test_a_share_of_the_trials_is_drawn_near_the_base_and_later_near_the_best(sq
     for index in range(60):
         x = 0.9 if index % 10 == 0 else 0.3
         study.add_trial(create_trial(params={"shape.x": x}, distributions=distributions, value=abs(x - 0.9)))
-    after = sorted(value for is_near, value in draws(range(300)) if is_near)
+    after = sorted(value for is_near, value in draws(range(30)) if is_near)
     assert after[len(after) // 2] > 0.6
 
 
