@@ -19,10 +19,10 @@ from ris_hpo.training.config import RunConfig
 from ris_hpo.training.trainer import Trainer
 
 
-def run(changes: dict[str, Any], seed: int) -> dict[int, float]:
+def run(changes: dict[str, Any], seed: int, validation: int) -> dict[int, float]:
     """Train and return ``k_loc`` of the network's path by scenes seen."""
     config = RunConfig().replaced(
-        {"seed": seed, "budget.pipeline_scenes": 0, "budget.validation_scenes": 256} | changes
+        {"seed": seed, "budget.pipeline_scenes": 0, "budget.validation_scenes": validation} | changes
     )
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config, Path(folder))
@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=4096)
     parser.add_argument("--rung", type=int, default=1024)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--validation", type=int, default=256, help="scenes of the validation set")
     given = parser.parse_args()
     whole = {"budget.scenes": given.scenes, "budget.validate_every": given.rung}
     share = RunConfig().optimizer.decay_share
@@ -51,7 +52,7 @@ def main() -> None:
     for name, (changes, trained) in schedules.items():
         for seed in range(given.seeds):
             began = time.process_time()
-            curve = run(changes, seed)
+            curve = run(changes, seed, given.validation)
             end = f"{curve[given.scenes]:.3f}" if given.scenes in curve else "-"
             seconds = time.process_time() - began
             print(f"| {name} | {seed} | {curve[given.rung]:.3f} | {end} | {trained} | {seconds:.0f} |", flush=True)
