@@ -359,7 +359,7 @@ class Planter:
         """The tests that call it, short files first; with ``everywhere`` whole files, or the room where none does."""
         callers = [test for test, of in self.calls.items() if calls_it(set(of["calls"]))]
         if everywhere:
-            files = {test.split("::")[0] for test in callers}
+            files = {test.split("::")[0] for test in callers} | {DEFAULTS.split("::")[0]}
             callers = [test for test in self.calls if test.split("::")[0] in files]
         cost: dict[str, float] = {}
         for test in callers:

@@ -291,6 +291,13 @@ def test_the_confidence_in_a_count_is_a_probability():
             InferenceSpec().replaced({"count_confidence": confidence})
 
 
+def test_polish_searches_5_to_512_proposals():
+    assert [InferenceSpec(proposals=number).proposals for number in (5, 512)] == [5, 512]
+    for number in (4, 513):
+        with pytest.raises(ConfigError, match="proposals"):
+            InferenceSpec().replaced({"proposals": number})
+
+
 def test_prediction_neither_trains_nor_depends_on_the_batch(scenes):
     torch.manual_seed(0)
     network = Network(SPEC.replaced({"dropout": 0.5})).train()

@@ -287,6 +287,8 @@ def test_eigengap_by_hand():
         found = losses.eigengap(factor, torch.tensor([count]), margin=0.5)
         assert float(found) == pytest.approx(max(0.0, 0.5 - gap), abs=1e-5), count
     assert float(losses.eigengap(factor, torch.tensor([3]))) == pytest.approx(0.05, abs=1e-6)
+    faint = losses.eigengap(1e-3 * factor, torch.tensor([1]), margin=0.5)  # a share of the trace, however small that is
+    assert float(faint) == pytest.approx(float(losses.eigengap(factor, torch.tensor([1]), margin=0.5)), rel=1e-4)
 
 
 def test_alignment_by_hand():
