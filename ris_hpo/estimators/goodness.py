@@ -14,6 +14,7 @@ there are, which takes away no more than it needs to be detected.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -62,6 +63,7 @@ def degrees_of_freedom(snapshots: int, antennas: int, count: int) -> float:
     return snapshots * (antennas - count) - 1.5 * count
 
 
+@functools.lru_cache(maxsize=256)  # the quantiles take a millisecond, and each batch asks for the same
 def residual_range(
     snapshots: int, antennas: int, count: int, max_sources: int, *, noise_known: bool = True
 ) -> tuple[float, float]:
