@@ -40,15 +40,14 @@ FAST: Final[dict[str, object]] = {
     "likelihood.search.greedy_steps": 1,
     "likelihood.search.power_steps": 0,
     "likelihood.search.every_order": False,
-    "likelihood.search.residual_maxima": 0,
     "likelihood.search.final_steps": 3,
     "likelihood.search.final_tolerance": 1e-2,
-    "likelihood.evidence.least_prior": 0.1,
+    "likelihood.evidence.least_prior": 0.03,
     "second_search": True,
 }
 """Settings of the fast path, each measured (benchmarks/LOG.md): one refinement step a source that is added instead of
-two, no spectrum of the residual, three last steps instead of ten, orders that the count head gives less than .1 left
-out, and single precision throughout. The others are the network's own."""
+two, three last steps instead of ten, counts that the count head gives less than .03 left out, and single precision
+throughout. The others are the network's own."""
 
 _SECOND: Final[dict[str, object]] = {
     "search.greedy_steps": 2,
