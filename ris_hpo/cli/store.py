@@ -26,35 +26,58 @@ def dashboard(
             help="What a visitor must show; better in RIS_HPO_DASHBOARD_TOKEN.", show_default="made and printed"
         ),
     ] = None,
-    read_write: Annotated[bool, typer.Option("--read-write", help="Allow renaming, deleting and notes.")] = False,
+    editor_token: Annotated[
+        str | None,
+        typer.Option(
+            help="A second token, for those who may change studies; better in RIS_HPO_DASHBOARD_EDITOR_TOKEN.",
+            show_default="none",
+        ),
+    ] = None,
+    read_write: Annotated[
+        bool, typer.Option("--read-write", help="Everybody may rename, delete and write notes.")
+    ] = False,
     allow_host: Annotated[list[str] | None, typer.Option(help="A further host name a visitor may use.")] = None,
+    prefix: Annotated[
+        str, typer.Option(metavar="PATH", help="Path below which a proxy shows the dashboard, as /team/hpo.")
+    ] = "",
+    trusted_proxy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="IP address of a proxy whose X-Forwarded-For and X-Forwarded-Proto are believed.",
+        ),
+    ] = None,
     json_: options.Json = False,
 ) -> None:
     """Watch studies in the browser, on this machine alone unless told otherwise."""
     from ris_hpo.dashboard.access import make_token
-    from ris_hpo.dashboard.server import TOKEN_VARIABLE, Dashboard
+    from ris_hpo.dashboard.server import EDITOR_TOKEN_VARIABLE, TOKEN_VARIABLE, Dashboard
     from ris_hpo.process import storage_directory
     from ris_hpo.store.open import open_store
 
     secret = token or os.environ.get(TOKEN_VARIABLE) or make_token()
-    store = open_store(storage, write=read_write)
+    editors = editor_token or os.environ.get(EDITOR_TOKEN_VARIABLE) or None
+    store = open_store(storage, create=False, write=read_write or editors is not None)
     server = Dashboard(
         store,
         storage_directory() / "artifacts",
         token=secret,
+        editor_token=editors,
         host=host,
         port=port,
         read_write=read_write,
         allowed_hosts=allow_host or (),
+        prefix=prefix,
+        trusted_proxy=trusted_proxy,
     )
     with server:
         if json_:
             display.print_json({"url": server.url, "login_url": server.login_url})
         else:
             display.print_result(server.login_url)
-        form = "may be changed" if read_write else "read-only"
+        form = "may be changed" if read_write else "read-only" if editors is None else "may be changed by editors"
         display.print_note(f"serving {store.redacted}, {form}; Ctrl-C ends it")
-        if server.exposed:
+        if server.exposed and trusted_proxy is None:
             display.print_note(
                 "other machines can connect and the token goes unencrypted: put a proxy with TLS in front"
             )

@@ -1,4 +1,4 @@
-"""Access control in front of the dashboard: token, read-only mode, Host header, security headers."""
+"""Access control in front of the dashboard: tokens of two roles, Host header, security headers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ import secrets
 import socket
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from http.cookies import CookieError, SimpleCookie
-from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import parse_qsl, quote, urlencode
 
 from jinja2 import Environment, PackageLoader
@@ -30,16 +29,17 @@ if TYPE_CHECKING:
 
 MIN_TOKEN_LENGTH: Final = 16
 ATTEMPTS_PER_ADDRESS: Final = 10
-ATTEMPTS: Final = 100
 ATTEMPT_WINDOW_S: Final = 60.0
+ADDRESSES: Final = 10_000
+"""Addresses whose wrong tokens are remembered; the ones heard of longest ago are forgotten first."""
+FIRST_PAGE: Final = "/studies"
+Role = Literal["viewer", "editor"]
 _LOGIN_PATH: Final = "/login"
 _HEALTH_PATH: Final = "/healthz"
-_ZOOM_PATH: Final = "/ris-hpo/zoom.js"
-_ZOOM_STYLE: Final = '<style>img[src*="/artifacts/"] { cursor: zoom-in; max-width: 100% }</style>'
-_ZOOM_TAG: Final = f'<script defer src="{_ZOOM_PATH}"></script>\n{_ZOOM_STYLE}\n</head>'.encode()
 _MAX_FORM_BYTES: Final = 4096
 _COMPRESS_ABOVE: Final = 16_384
 _HOST: Final = re.compile(r"(?P<name>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
+_FOREIGN: Final = "The request comes from another site, or through a proxy that does not pass on the Host header."
 _READING: Final = frozenset({"GET", "HEAD"})
 LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 _NOTHING_MAY_RUN: Final = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox"
@@ -57,7 +57,6 @@ _HEADERS: Final = (
 _templates = Environment(
     loader=PackageLoader("ris_hpo.dashboard"), autoescape=True, trim_blocks=True, lstrip_blocks=True
 )
-_zoom: Final = (Path(__file__).parent / "templates" / "zoom.js").read_text(encoding="utf-8")
 
 
 def make_token() -> str:
@@ -79,29 +78,47 @@ def check_token(token: str) -> str:
 
 
 class Attempts:
-    """Wrong tokens of the last minute, counted per address and in all."""
+    """Wrong tokens of the last minute by the address they came from; nobody is refused for those of other addresses."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._failures: deque[tuple[float, str]] = deque()
+        self._failures: OrderedDict[str, deque[float]] = OrderedDict()
         self._lock = threading.Lock()
 
     def blocked(self, address: str) -> bool:
-        """Whether further tokens are refused unseen for now."""
+        """Whether further tokens from this address are refused unseen for now."""
         with self._lock:
-            while self._failures and self._failures[0][0] <= self._clock() - ATTEMPT_WINDOW_S:
-                self._failures.popleft()
-            own = sum(1 for _, other in self._failures if other == address)
-            return own >= ATTEMPTS_PER_ADDRESS or len(self._failures) >= ATTEMPTS
+            own = self._failures.get(_visitor(address), deque())
+            while own and own[0] <= self._clock() - ATTEMPT_WINDOW_S:
+                own.popleft()
+            return len(own) >= ATTEMPTS_PER_ADDRESS
 
     def failed(self, address: str) -> None:
         """Count a wrong token."""
         with self._lock:
-            self._failures.append((self._clock(), address))
+            self._failures.setdefault(_visitor(address), deque()).append(self._clock())
+            self._failures.move_to_end(_visitor(address))
+            while len(self._failures) > ADDRESSES:
+                self._failures.popitem(last=False)
+
+
+def _visitor(address: str) -> str:
+    """Return what one visitor has for himself: an IPv4 address, or a /64 network of IPv6."""
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:  # none, of a socket without addresses
+        return address
+    if isinstance(found, ipaddress.IPv4Address):
+        return str(found)
+    if found.ipv4_mapped is not None:
+        return str(found.ipv4_mapped)
+    return str(ipaddress.ip_network((found, 64), strict=False))
 
 
 class AccessControl:
-    """WSGI middleware: token, read-only mode, Host header, security headers.
+    """WSGI middleware: tokens of viewers and editors, Host header, security headers.
+
+    A viewer sees every page and changes nothing. An editor may also send requests that change something.
 
     A right token (link, form or ``Authorization: Bearer``) opens a session: a random value known to this process alone,
     in a cookie that scripts cannot read and other sites cannot send. It is not derived from the token, so that the old
@@ -110,10 +127,14 @@ class AccessControl:
     Args:
         app: the application to protect.
         token: what a visitor must present.
-        read_write: pass on requests that change something.
+        read_write: whoever presents it is an editor.
+        editor_token: a second token, of editors, where the first one is a viewer's.
         hosts: names allowed in the Host header, without port; None allows any IP address and this machine's name.
         cookie: name of the cookie; cookies are shared by all ports of a host, so it should carry the port.
         clock: seconds, for counting attempts.
+
+    Raises:
+        ConfigError: a token too short, twice the same, or a second one although the first is an editor's.
     """
 
     def __init__(
@@ -122,14 +143,18 @@ class AccessControl:
         *,
         token: str,
         read_write: bool = False,
+        editor_token: str | None = None,
         hosts: frozenset[str] | None = LOOPBACK,
         cookie: str = "ris_hpo",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._app = app
-        self._token = check_token(token).encode()
-        self._session = secrets.token_urlsafe(32)
-        self._read_write = read_write
+        self._tokens: dict[Role, bytes] = {"editor" if read_write else "viewer": check_token(token).encode()}
+        if editor_token is not None:
+            if read_write or editor_token == token:
+                raise ConfigError("an editor's token beside a viewer's: leave out --read-write, and make them differ")
+            self._tokens["editor"] = check_token(editor_token).encode()
+        self._sessions: dict[Role, str] = {role: secrets.token_urlsafe(32) for role in self._tokens}
         self._hosts = hosts
         self._cookie = cookie
         self._attempts = Attempts(clock)
@@ -148,26 +173,21 @@ class AccessControl:
         guesses = [value for name, value in query if name == "token"]
         if guesses and method in _READING:
             rest = urlencode([(name, value) for name, value in query if name != "token"])
-            return self._admit(environ, reply, guesses[0], _local(path) + (f"?{rest}" if rest else ""))
+            return self._admit(environ, reply, guesses[0], _local(path, FIRST_PAGE) + (f"?{rest}" if rest else ""))
         scheme, _, bearer = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
         if scheme.lower() == "bearer":
-            verdict = self._verdict(environ, bearer.strip())
-            if verdict is not HTTPStatus.OK:
-                return self._refuse(reply, verdict)
-        elif not self._has_session(environ):
-            return self._refuse(reply, HTTPStatus.UNAUTHORIZED)
+            found = self._role(environ, bearer.strip())
+        else:
+            found = self._session_role(environ) or HTTPStatus.UNAUTHORIZED
+        if isinstance(found, HTTPStatus):
+            return self._refuse(reply, found)
         if path == _LOGIN_PATH:
-            return reply.redirect("/dashboard")
-        if path == _ZOOM_PATH and method in _READING:
-            return reply.script(_zoom)
+            return reply.redirect(FIRST_PAGE)
         if method not in _READING:
-            if not self._read_write:
-                return reply.json(
-                    HTTPStatus.FORBIDDEN,
-                    {"reason": "This dashboard is read-only. Start it with --read-write to change a study."},
-                )
+            if found != "editor":
+                return reply.json(HTTPStatus.FORBIDDEN, {"reason": self._no_editor()})
             if not _same_origin(environ):
-                return reply.json(HTTPStatus.FORBIDDEN, {"reason": "The request comes from another site."})
+                return reply.json(HTTPStatus.FORBIDDEN, {"reason": _FOREIGN})
         return self._forward(environ, start_response, path)
 
     def _host_allowed(self, header: str) -> bool:
@@ -185,29 +205,37 @@ class AccessControl:
             return False
         return True
 
-    def _has_session(self, environ: WSGIEnvironment) -> bool:
+    def _no_editor(self) -> str:
+        if "editor" in self._tokens:
+            return "This is a viewer's token, which changes nothing: this dashboard is read-only for it."
+        return "This dashboard is read-only. Start it with --read-write to change a study."
+
+    def _session_role(self, environ: WSGIEnvironment) -> Role | None:
         try:
             morsel = SimpleCookie(environ.get("HTTP_COOKIE", "")).get(self._cookie)
         except CookieError:
-            return False
-        return morsel is not None and _equal(morsel.value, self._session.encode())
+            return None
+        if morsel is None:
+            return None
+        return next((role for role, own in self._sessions.items() if _equal(morsel.value, own.encode())), None)
 
-    def _verdict(self, environ: WSGIEnvironment, guess: str) -> HTTPStatus:
+    def _role(self, environ: WSGIEnvironment, guess: str) -> Role | HTTPStatus:
+        """Return the role that a token gives, or the status that refuses it."""
         address = environ.get("REMOTE_ADDR", "")
         if self._attempts.blocked(address):
             return HTTPStatus.TOO_MANY_REQUESTS
-        if _equal(guess, self._token):
-            return HTTPStatus.OK
-        self._attempts.failed(address)
-        return HTTPStatus.UNAUTHORIZED
+        role = next((role for role, token in self._tokens.items() if _equal(guess, token)), None)
+        if role is None:
+            self._attempts.failed(address)
+        return role or HTTPStatus.UNAUTHORIZED
 
     def _admit(self, environ: WSGIEnvironment, reply: _Reply, guess: str, location: str) -> Iterable[bytes]:
-        verdict = self._verdict(environ, guess)
-        if verdict is not HTTPStatus.OK:
-            return self._refuse(reply, verdict, wrong=True)
+        role = self._role(environ, guess)
+        if isinstance(role, HTTPStatus):
+            return self._refuse(reply, role, wrong=True)
         secure = "; Secure" if environ.get("wsgi.url_scheme") == "https" else ""
-        cookie = f"{self._cookie}={self._session}; Path=/; HttpOnly; SameSite=Strict{secure}"
-        return reply.redirect(location, ("Set-Cookie", cookie))
+        path = f"{self._cookie}={self._sessions[role]}; Path={reply.root or '/'}"
+        return reply.redirect(location, ("Set-Cookie", f"{path}; HttpOnly; SameSite=Strict{secure}"))
 
     def _log_in(self, environ: WSGIEnvironment, reply: _Reply) -> Iterable[bytes]:
         try:
@@ -217,9 +245,9 @@ class AccessControl:
         if not 0 <= length <= _MAX_FORM_BYTES:
             return reply.text(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The login form is too large.\n")
         if not _same_origin(environ):
-            return reply.text(HTTPStatus.FORBIDDEN, "The request comes from another site.\n")
+            return reply.text(HTTPStatus.FORBIDDEN, f"{_FOREIGN}\n")
         form = dict(parse_qsl(environ["wsgi.input"].read(length).decode("ascii", "replace")))
-        return self._admit(environ, reply, form.get("token", "").strip(), "/dashboard")
+        return self._admit(environ, reply, form.get("token", "").strip(), FIRST_PAGE)
 
     def _refuse(self, reply: _Reply, status: HTTPStatus, *, wrong: bool = False) -> Iterable[bytes]:
         extra: list[tuple[str, str]] = [("WWW-Authenticate", 'Bearer realm="ris-hpo dashboard"')]
@@ -232,7 +260,8 @@ class AccessControl:
             reason = ""
         if reply.path.startswith("/api/"):
             return reply.json(status, {"reason": reason or "A token is required."}, *extra)
-        return reply.html(status, _templates.get_template("login.html.j2").render(reason=reason), *extra)
+        page = _templates.get_template("login.html.j2").render(reason=reason, root=reply.root)
+        return reply.html(status, page, *extra)
 
     def _forward(self, environ: WSGIEnvironment, start_response: StartResponse, path: str) -> Iterable[bytes]:
         captured: dict[str, Any] = {}
@@ -255,9 +284,7 @@ class AccessControl:
             headers.append(("Cache-Control", "private, no-cache"))  # kept, revalidated by its date
         else:
             headers.append(("Cache-Control", "no-store"))
-        if path.startswith("/dashboard") and kind.startswith("text/html"):
-            body, headers = _with_zoom(body, headers)
-        elif kind.startswith("application/json") and "gzip" in environ.get("HTTP_ACCEPT_ENCODING", ""):
+        if kind.startswith("application/json") and "gzip" in environ.get("HTTP_ACCEPT_ENCODING", ""):
             body, headers = _compressed(body, headers)
         start_response(captured["status"], headers + list(_HEADERS))
         return body
@@ -268,6 +295,8 @@ class _Reply:
 
     def __init__(self, environ: WSGIEnvironment, start_response: StartResponse) -> None:
         self.path = environ.get("PATH_INFO", "")
+        self.root = environ.get("SCRIPT_NAME", "")
+        """Path below which the dashboard is, behind a proxy; empty where it has the host for itself."""
         self._bodiless = environ["REQUEST_METHOD"] == "HEAD"
         self._start_response = start_response
 
@@ -281,11 +310,8 @@ class _Reply:
     def json(self, status: HTTPStatus, value: Any, *extra: tuple[str, str]) -> Iterable[bytes]:
         return self._send(status, "application/json", json.dumps(value), *extra)
 
-    def script(self, text: str) -> Iterable[bytes]:
-        return self._send(HTTPStatus.OK, "text/javascript; charset=utf-8", text)
-
     def redirect(self, location: str, *extra: tuple[str, str]) -> Iterable[bytes]:
-        return self._send(HTTPStatus.SEE_OTHER, "text/plain", "", ("Location", location), *extra)
+        return self._send(HTTPStatus.SEE_OTHER, "text/plain", "", ("Location", self.root + location), *extra)
 
     def _send(self, status: HTTPStatus, kind: str, text: str, *extra: tuple[str, str]) -> Iterable[bytes]:
         body = text.encode()
@@ -303,10 +329,10 @@ def _equal(guess: str, secret: bytes) -> bool:
     return hmac.compare_digest(guess.encode("utf-8", "surrogatepass"), secret)
 
 
-def _local(path: str) -> str:
+def _local(path: str, default: str) -> str:
     """Return a redirect target on this host: never ``//elsewhere``."""
     path = quote(path.encode("latin-1", "replace").decode("utf-8", "replace").lstrip("/\\"))
-    return "/" + (path or "dashboard")
+    return f"/{path}" if path else default
 
 
 def _same_origin(environ: WSGIEnvironment) -> bool:
@@ -314,17 +340,6 @@ def _same_origin(environ: WSGIEnvironment) -> bool:
         return False
     origin = environ.get("HTTP_ORIGIN")
     return origin is None or origin.partition("://")[2] == environ.get("HTTP_HOST")
-
-
-def _with_zoom(body: Iterable[bytes], headers: list[tuple[str, str]]) -> tuple[Iterable[bytes], list[tuple[str, str]]]:
-    """Return the page with a script that enlarges figures, which the page itself shows only as thumbnails."""
-    whole = b"".join(body)
-    if isinstance(body, _Closeable):
-        body.close()
-    page = whole.replace(b"</head>", _ZOOM_TAG, 1)
-    dropped = {"content-length", "last-modified", "etag", "accept-ranges"}
-    kept = [(name, value) for name, value in headers if name.lower() not in dropped]
-    return [page], [*kept, ("Content-Length", str(len(page)))]
 
 
 def _compressed(body: Iterable[bytes], headers: list[tuple[str, str]]) -> tuple[Iterable[bytes], list[tuple[str, str]]]:
@@ -335,11 +350,6 @@ def _compressed(body: Iterable[bytes], headers: list[tuple[str, str]]) -> tuple[
     kept = [(name, value) for name, value in headers if name.lower() != "content-length"]
     extra = [("Content-Length", str(len(packed))), ("Content-Encoding", "gzip"), ("Vary", "Accept-Encoding")]
     return [packed], kept + extra
-
-
-@runtime_checkable
-class _Closeable(Protocol):
-    def close(self) -> None: ...
 
 
 def _no_write(data: bytes) -> object:

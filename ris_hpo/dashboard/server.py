@@ -1,9 +1,9 @@
-"""The dashboard: optuna-dashboard on a production server, behind a token.
+"""The dashboard: our pages and optuna-dashboard's on a production server, behind a token.
 
 optuna-dashboard has neither a login nor a read-only mode: it answers an unauthenticated DELETE with 204. Here
-``AccessControl`` is in front of it: it asks for the token and passes on only requests that read, unless writing is
-allowed. It also checks the Host header (DNS rebinding), limits attempts, keeps artifacts from running scripts, and
-compresses large JSON for slow connections.
+``AccessControl`` is in front of it: it asks for a token, and passes on what changes something from editors only. It
+also checks the Host header (DNS rebinding), limits attempts, keeps artifacts from running scripts, and compresses
+large JSON for slow connections. ``Pages`` stands between the two.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ import optuna_dashboard
 from optuna.artifacts import FileSystemArtifactStore
 from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.exceptions import StorageInternalError
-from optuna.storages import BaseStorage
 from waitress import create_server
 
-from ris_hpo.dashboard.access import LOOPBACK, AccessControl, check_token
+from ris_hpo.dashboard.access import FIRST_PAGE, LOOPBACK, AccessControl
+from ris_hpo.dashboard.pages import Pages, check_prefix
 from ris_hpo.errors import ConfigError, StoreError
+from ris_hpo.store.cache import Store
 
 log = logging.getLogger(__name__)
 
 TOKEN_VARIABLE: Final = "RIS_HPO_DASHBOARD_TOKEN"
+EDITOR_TOKEN_VARIABLE: Final = "RIS_HPO_DASHBOARD_EDITOR_TOKEN"
 
 _MAX_HEADER_BYTES: Final = 65_536
 _THREADS: Final = 8  # requests answered at once
@@ -51,41 +53,58 @@ class Dashboard:
     """The dashboard as a server; a context manager that closes its socket.
 
     Args:
-        storage: an Optuna storage that caches trials (``optuna.storages.get_storage``): each request reads all of them.
+        storage: the store whose studies are shown.
         artifacts: the folder of the artifact store.
         token: what a visitor must present.
+        editor_token: a second token, whose visitors may change studies although ``read_write`` is not set.
         host: address to listen on; anything but loopback should be behind a proxy with TLS.
         port: 0 for a free one.
         read_write: allow renaming, deleting and editing notes.
         allowed_hosts: further names allowed in the Host header, for a proxy or a container.
+        prefix: path below which a proxy shows the dashboard.
+        trusted_proxy: address of a proxy whose word on the visitor's address and on TLS is taken.
 
     Raises:
-        ConfigError: a token too short, or an address that cannot be listened on.
+        ConfigError: a token too short, no path or no address, or an address that cannot be listened on.
     """
 
     def __init__(
         self,
-        storage: BaseStorage,
+        storage: Store,
         artifacts: Path,
         *,
         token: str,
+        editor_token: str | None = None,
         host: str = "127.0.0.1",
         port: int = 8080,
         read_write: bool = False,
         allowed_hosts: Sequence[str] = (),
+        prefix: str = "",
+        trusted_proxy: str | None = None,
     ) -> None:
-        check_token(token)
-        artifacts.mkdir(parents=True, exist_ok=True)
+        self._root = check_prefix(prefix)
+        proxy = _proxy_settings(trusted_proxy)
+        if read_write or editor_token is not None:  # a viewer may see a store in a folder that cannot be written
+            artifacts.mkdir(parents=True, exist_ok=True)
         self.storage = storage
         self._token = token
+        app = Pages(optuna_dashboard.wsgi(storage, artifact_store=_Artifacts(str(artifacts))), storage, self._root)
         listener = _listen(host, port)
         self._address = listener.getsockname()[:2]
         wildcard = ipaddress.ip_address(self._address[0]).is_unspecified
         names = None if wildcard and not allowed_hosts else LOOPBACK | {host.lower(), *map(str.lower, allowed_hosts)}
-        app = optuna_dashboard.wsgi(storage, artifact_store=_Artifacts(str(artifacts)))
-        guarded = AccessControl(
-            app, token=token, read_write=read_write, hosts=names, cookie=f"ris_hpo_{self._address[1]}"
-        )
+        try:
+            guarded = AccessControl(
+                app,
+                token=token,
+                read_write=read_write,
+                editor_token=editor_token,
+                hosts=names,
+                cookie=f"ris_hpo_{self._address[1]}",
+            )
+        except ConfigError:
+            listener.close()
+            raise
         self._map: dict[int, Any] = {}
         self._serving = threading.Lock()
         self._server = create_server(
@@ -95,6 +114,8 @@ class Dashboard:
             threads=_THREADS,
             ident=None,
             clear_untrusted_proxy_headers=True,
+            url_prefix=self._root,
+            **proxy,
             max_request_header_size=_MAX_HEADER_BYTES,
         )
 
@@ -104,7 +125,7 @@ class Dashboard:
         host, port = self._address
         address = ipaddress.ip_address(host)
         name = "127.0.0.1" if address.is_unspecified else f"[{host}]" if address.version == 6 else host
-        return f"http://{name}:{port}/dashboard"
+        return f"http://{name}:{port}{self._root}{FIRST_PAGE}"
 
     @property
     def login_url(self) -> str:
@@ -161,6 +182,18 @@ class Dashboard:
         finally:
             gc.enable()
             gc.freeze()
+
+
+def _proxy_settings(address: str | None) -> dict[str, Any]:
+    """Return how waitress treats what a proxy says of its visitors: as the truth, from this address only."""
+    if address is None:
+        return {}
+    try:
+        ipaddress.ip_address(address)
+    except ValueError:
+        raise ConfigError(f"--trusted-proxy {address}: expected the IP address that the proxy connects from") from None
+    # not x-forwarded-host: a visitor can send it, and many proxies pass it on as it came
+    return {"trusted_proxy": address, "trusted_proxy_headers": {"x-forwarded-for", "x-forwarded-proto"}}
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -30,6 +30,7 @@ from ris_hpo.search.status import StudyStatus, study_status
 from ris_hpo.store import attributes as names
 from ris_hpo.store.cache import Store, ticket
 from ris_hpo.store.credentials import redact
+from ris_hpo.store.owner import this_user
 
 _WARM_TRIALS = 5
 _COMPARED = ("kind", "program", "score", "direction", "worst", "objective", "constraints")
@@ -175,6 +176,7 @@ def create_or_resume_study(
         names.SCORE_VERSION: score_version,
         names.PROOF: proof,
         names.COMMAND: redact(command),
+        names.STARTED_BY: this_user(),
         names.VERSIONS: versions(),
         names.NAMED: sorted(named) or None,
         names.WARM_START: warm_start,

@@ -12,12 +12,14 @@ The rule sees lines, not trials: the score at a rung is handed to the successor 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 
 from optuna.trial import FrozenTrial, TrialState
 
-from ris_hpo.search.counting import Counted, is_paused, live_trials
+from ris_hpo.search.counting import Counted, Direction, is_paused, live_trials
 from ris_hpo.search.spec import StudySpec
 from ris_hpo.store import attributes as names
 
@@ -67,3 +69,31 @@ def as_samplers_see(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
         shown.datetime_complete = trial.datetime_complete or datetime.now()
         seen.append(shown)
     return seen
+
+
+@dataclass(frozen=True)
+class RungCount:
+    """A rung in figures: lines that have reached it, lines that are paused at it, and the best score there."""
+
+    rung: int
+    reached: int
+    paused: int
+    best: float
+
+
+def count_rungs(trials: Sequence[Counted], direction: Direction) -> list[RungCount]:
+    """Return the rungs that any line has reached, the first one first; none without promotion.
+
+    Args:
+        trials: all of the study.
+        direction: which way a score is better.
+    """
+    lines = live_trials(trials)
+    scores: list[list[float]] = [trial.user_attrs.get(names.RUNGS) or [] for trial in lines]
+    paused = Counter(trial.user_attrs[names.PAUSED] for trial in lines if is_paused(trial))
+    choose = min if direction == "minimize" else max
+    return [
+        RungCount(rung, len(reached), paused[rung], choose(reached))
+        for rung in range(max(map(len, scores), default=0))
+        if (reached := [each[rung] for each in scores if len(each) > rung])
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import re
 import socket
@@ -91,6 +92,15 @@ class Owner:
 
 
 _TEXT = re.compile(r"([^:]*):([^:]*):([^:]*):(\d+):([\d.]+):(\d+)")
+
+
+def this_user() -> str:
+    """Return who runs this process, as ``user@host``."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user needs no name
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"
 
 
 def this_process() -> Process:

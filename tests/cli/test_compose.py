@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
+from ris_hpo.store.open import open_store
 from tests.postgres import Postgres
 from tests.service.conftest import IMPORTABLE
 from tests.waiting import until
@@ -95,6 +96,7 @@ def test_the_dashboard_is_healthy_and_wants_its_token(database: str, tmp_path: P
     check = SERVICES["dashboard"]["healthcheck"]["test"]
     assert check[:3] == ["CMD", "python", "-c"]
     environment = environment_of("dashboard", database, tmp_path)
+    open_store(database).close()  # as the first worker makes it; until then the dashboard refuses and is started again
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as server:

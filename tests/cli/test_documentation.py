@@ -20,6 +20,7 @@ NOT_RUN = {
     r"\. \.venv/bin/activate$": "the tests run in the environment",
     r"ris-hpo dashboard": "serves until it is stopped; tests/dashboard starts it",
     r"ris-hpo worker|.*--engine ray|export RIS_HPO_STORAGE_URL": "needs a server; tests/service has one of its own",
+    r"export RIS_HPO_DASHBOARD_TOKEN": "tests/dashboard sets both tokens",
     r"sbatch |pg_dump |pg_restore |tensorboard ": "a tool of its own",
     r"ris-hpo run --space wide": "a real search takes hours; tests/cli/test_run.py runs a small one",
     r".*--notify |.*--tensorboard ": "tests/api/test_study.py runs both",

@@ -172,7 +172,7 @@ def test_the_dashboard_serves_until_it_is_told_to_stop(made_study: str, tmp_path
                 assert line, server.stderr.read()
                 text += line
             found = json.loads(text)
-            assert re.fullmatch(r"http://127\.0\.0\.1:\d+/dashboard", found["url"])
+            assert re.fullmatch(r"http://127\.0\.0\.1:\d+/studies", found["url"])
             bearer = {"Authorization": "Bearer a-token-for-the-tests"}
             with urllib.request.urlopen(urllib.request.Request(found["url"], headers=bearer), timeout=10) as reply:
                 assert reply.status == 200

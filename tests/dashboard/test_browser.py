@@ -5,6 +5,7 @@ import time
 
 import optuna
 import pytest
+from optuna_dashboard import save_note
 
 pytestmark = pytest.mark.browser
 
@@ -122,3 +123,38 @@ def test_an_artifact_cannot_run_a_script(make_site, browser, tmp_path):
     browser.get(f"{site.base}/artifacts/1/{trial._trial_id}/{identifier}")
     assert "<svg" in browser.page_source
     assert "ran" not in browser.page_source.replace("='ran'", "")
+
+
+def test_below_a_path_of_a_proxy_every_page_and_figure_is_there(make_site, make_proxy, browser):
+    site = make_site(prefix="/team/hpo", trusted_proxy="127.0.0.1")
+    proxy = make_proxy(site.base, "/team/hpo")
+    save_note(site.study, f"![curve](/artifacts/1/{artifact_of(site)})")
+    browser.get(f"{proxy.base}/studies?token={site.token}")
+    browser.find_element("link text", "wide").click()
+    wait_for_text(browser, "No trial is running.")
+    browser.find_element("link text", "trials").click()
+    wait_for_text(browser, "Trial 1")
+    browser.get(f"{proxy.base}/dashboard/studies/1/trials?numbers=1")
+    for page in (None, f"{proxy.base}/dashboard/studies/1/note"):
+        if page is not None:
+            browser.get(page)
+        source = wait_for(
+            browser,
+            lambda: browser.execute_script(
+                "return [...document.images].filter(i => i.src.includes('/artifacts/') && i.naturalWidth)[0]?.src"
+            ),
+            "artifact image",
+        )
+        assert source.startswith(f"{proxy.base}/artifacts/")
+    browser.get(f"{proxy.base}/dashboard")
+    wait_for_text(browser, "wide")
+    paths = browser.execute_script(
+        "return performance.getEntriesByType('resource').map(e => e.name).filter(n => !n.startsWith('data:'))"
+    )
+    assert [path for path in paths if not path.startswith(proxy.base)] == []
+    assert errors_in_console(browser) == []
+
+
+def artifact_of(site):
+    [meta] = optuna.artifacts.get_all_artifact_meta(site.study.trials[1], storage=site.store)
+    return f"{site.study.trials[1]._trial_id}/{meta.artifact_id}"

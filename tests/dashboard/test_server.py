@@ -119,7 +119,7 @@ def test_address_in_use_and_unknown_host_are_one_line(make_site, tmp_path):
 def test_loopback_unless_asked(make_site, tmp_path):
     site = make_site()
     assert not site.dashboard.exposed
-    assert site.dashboard.login_url == f"{site.base}/dashboard?token={site.token}"
+    assert site.dashboard.login_url == f"{site.base}/studies?token={site.token}"
     with Dashboard(site.store, tmp_path / "a", token=site.token, host="0.0.0.0", port=0) as everywhere:
         assert everywhere.exposed
         assert everywhere.url.startswith("http://127.0.0.1:")
