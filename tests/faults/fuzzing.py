@@ -16,8 +16,8 @@ T = TypeVar("T")
 
 
 def fuzz(check: Callable[[Any], None], strategy: st.SearchStrategy[Any]) -> None:
-    """Check 100 drawn values, or 2,000 in the long form."""
-    settings(examples(100), suppress_health_check=list(HealthCheck))(given(strategy)(check))()
+    """Check 50 drawn values, or 1,000 in the long form."""
+    settings(examples(50), suppress_health_check=list(HealthCheck))(given(strategy)(check))()
 
 
 def outcome(call: Callable[[], Any]) -> Any:
