@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ris_hpo.atomic import replacing
-from ris_hpo.errors import one_line
+from ris_hpo.errors import ConfigError, one_line
 from ris_hpo.store.credentials import redact
 from ris_hpo.text import finite
 
@@ -89,6 +89,29 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
         writer = csv.DictWriter(stream, list(lines[0]) if lines else [])
         writer.writeheader()
         writer.writerows(lines)
+
+
+def write_parquet(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write records of the same keys as Parquet; a column of values of several types is written as text.
+
+    Raises:
+        ConfigError: pyarrow is not installed.
+        OutputError: the file cannot be written.
+    """
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise ConfigError("Parquet files need pyarrow; install ris-hpo[parquet]") from None
+    columns = {}
+    for name in rows[0] if rows else ():
+        values = [row[name] for row in rows]
+        try:
+            columns[name] = pyarrow.array(values)
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError):
+            columns[name] = pyarrow.array([None if value is None else str(value) for value in values])
+    with replacing(path) as partial:
+        parquet.write_table(pyarrow.table(columns), partial)
 
 
 def print_result(line: str) -> None:

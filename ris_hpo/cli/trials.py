@@ -18,6 +18,7 @@ def trials(
     study: StudyName = None,
     storage: Storage = None,
     csv: Annotated[Path | None, typer.Option(help="Write them into a CSV file instead.")] = None,
+    parquet: Annotated[Path | None, typer.Option(help="Write them into a Parquet file instead.")] = None,
     json_: options.Json = False,
 ) -> None:
     """List the trials that have begun: state, score, parameters, metrics, cost, cause where one failed."""
@@ -25,8 +26,12 @@ def trials(
     from ris_hpo.search.lifecycle import get_study
     from ris_hpo.store.open import open_store
 
+    if sum((csv is not None, parquet is not None, json_)) > 1:
+        raise options.UsageError("--csv, --parquet and --json exclude each other")
     if csv is not None:
         options.check_output(csv, suffix=".csv")
+    if parquet is not None:
+        options.check_output(parquet, suffix=".parquet")
     store = open_store(storage, create=False)
     title = standing.choose_study(store, study)
     opened = Study(store, get_study(store, title))
@@ -34,6 +39,9 @@ def trials(
     if csv is not None:
         display.write_csv(csv, rows)
         display.print_result(f"written: {csv}, {len(rows)} trials")
+    elif parquet is not None:
+        display.write_parquet(parquet, rows)
+        display.print_result(f"written: {parquet}, {len(rows)} trials")
     elif json_:
         display.print_json(rows)
     else:

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from pyarrow import parquet
 
+from ris_hpo.cli.display import write_parquet
 from ris_hpo.errors import ArchiveError, ConfigError, OutputError, SpaceError, StudyError
 from ris_hpo.store.open import open_store
 
@@ -61,6 +63,18 @@ def test_trials_are_a_table_a_file_and_records(cli, made_study: str, tmp_path: P
         read = list(csv.DictReader(stream))
     assert [float(row["k_loc"]) for row in read] == [2.5, 1.75, 4.0, 5.0]
     assert cli("trials", "--csv", "trials.txt").code == OutputError.exit_code
+    assert cli("trials", "--csv", "trials.csv", "--parquet", "trials.parquet").code == 2
+    assert cli("trials", "--parquet", "trials.parquet").code == 0
+    table = parquet.read_table(tmp_path / "trials.parquet")
+    assert table["k_loc"].to_pylist() == [2.5, 1.75, 4.0, 5.0]
+    assert table["state"].to_pylist() == ["complete", "complete", "pruned", "fail"]
+
+
+def test_values_of_several_types_are_text_in_a_parquet_file(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "t.parquet", [{"mixed": 1, "flag": True}, {"mixed": "a", "flag": None}])
+    assert parquet.read_table(tmp_path / "t.parquet").to_pylist() == [
+        {"mixed": "1", "flag": True}, {"mixed": "a", "flag": None},
+    ]  # fmt: skip
 
 
 def test_the_log_of_a_failed_trial_names_its_cause(cli, made_study: str) -> None:
