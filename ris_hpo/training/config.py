@@ -51,6 +51,15 @@ class DataSpec(Spec):
     simulated_first: float = Field(
         0.0, ge=0, lt=1, description="share of the budget, at its start, that is trained on simulated scenes alone"
     )
+    num_snapshots: tuple[int, int] | None = Field(
+        None, description="fewest and most snapshots in training, drawn for each batch; none: scene.num_snapshots"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> DataSpec:
+        if self.num_snapshots is not None and not 1 <= self.num_snapshots[0] <= self.num_snapshots[1] <= 4096:
+            raise ValueError(f"num_snapshots: {list(self.num_snapshots)} must be two numbers within 1..4096, in order")
+        return self
 
 
 class BalanceSpec(Spec):

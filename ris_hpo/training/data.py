@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,6 +214,8 @@ class RunData:
     def __init__(self, config: RunConfig, network: Network, device: torch.device, own: OwnScenes | None) -> None:
         self.config, self.network, self.device, self.own = config, network, device, own
         shares = (config.data.simulated_share, config.data.simulated_first)
+        if config.data.num_snapshots is not None and (own is not None or config.budget.fixed_scenes):
+            raise ConfigError("data.num_snapshots is for scenes that are drawn afresh; leave it out for a fixed set")
         if own is None and any(shares):
             raise ConfigError("data.simulated_share and data.simulated_first are for training on your own scenes")
         if own is not None and shares[0]:
@@ -238,7 +241,8 @@ class RunData:
         """Scenes ``start`` .. ``start + size`` of the run: drawn afresh, or from the fixed set in shuffled epochs.
 
         Of a run on one's own scenes the first ``data.simulated_first`` of the budget are drawn, and after that every so
-        many that they are ``data.simulated_share`` of all.
+        many that they are ``data.simulated_share`` of all. With ``data.num_snapshots`` the scenes that are drawn have a
+        number of snapshots that depends on ``start`` and the seed.
         """
         end = start + size
         own = [position for position in range(start, end) if not self._is_simulated(position)]
@@ -246,7 +250,7 @@ class RunData:
         parts = []
         if drawn:
             index = torch.tensor(drawn, device=self.device)
-            scenes = training_scenes(self.config, index, self.device)
+            scenes = training_scenes(self.config, index, self.device, num_snapshots=self._snapshots(start))
             parts.append((scenes, self.network.features(scenes)))
         if own:
             parts.append(self._of_the_set(own))
@@ -254,6 +258,15 @@ class RunData:
             return parts[0]
         features = zip(*(part[1] for part in parts), strict=True)
         return Scenes.cat([part[0] for part in parts]), Features(*(torch.cat(fields) for fields in features))
+
+    def _snapshots(self, start: int) -> int | None:
+        """The number of snapshots of a batch, uniform in the logarithm between two limits; None for no change."""
+        limits = self.config.data.num_snapshots
+        if limits is None:
+            return None
+        generator = random.Random((self.config.seed << 40) + start)  # so that a resumed run draws the same
+        low, high = (math.log(limit) for limit in limits)
+        return round(math.exp(generator.uniform(low, high)))
 
     def _is_simulated(self, position: int) -> bool:
         if self._set is None:
@@ -328,9 +341,16 @@ class RunData:
         return [self.network.features(scenes[i : i + CHUNK]) for i in range(0, len(scenes), CHUNK)]
 
 
-def training_scenes(config: RunConfig, index: Tensor | range, device: torch.device | str = "cpu") -> Scenes:
+def training_scenes(
+    config: RunConfig,
+    index: Tensor | range,
+    device: torch.device | str = "cpu",
+    *,
+    num_snapshots: int | None = None,
+) -> Scenes:
     """Simulated scenes of a run by their index; their seeds are far from those of validation and test scenes."""
-    return simulate(config.scene, TRAINING_FAMILY + config.seed, index, device=device)
+    scene = config.scene if num_snapshots is None else config.scene.replaced({"num_snapshots": num_snapshots})
+    return simulate(scene, TRAINING_FAMILY + config.seed, index, device=device)
 
 
 def calibration_scenes(config: RunConfig, device: torch.device | str = "cpu") -> Scenes:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ris_hpo.errors import ConfigError
 from ris_hpo.learning.losses import TERMS, LossSpec
 from ris_hpo.physics.scene import simulate
 from ris_hpo.training import checkpoint, results
@@ -463,6 +464,30 @@ def test_fixed_scenes_are_trained_and_validated_on_again_and_again(tiny):
     for epoch in range(2):
         noise = torch.cat([data.batch(12 * epoch + start, 4)[0].noise_power for start in (0, 4, 8)])
         assert sorted(noise.tolist()) == sorted(data.frozen().scenes.noise_power.tolist())
+
+
+def test_batches_of_any_number_of_snapshots(tiny):
+    def drawn(seed: int) -> list[int]:
+        config = tiny.replaced({"data.num_snapshots": (1, 64), "seed": seed})
+        data = RunData(config, SimpleNamespace(features=lambda scenes: None), torch.device("cpu"), None)
+        batches = [data.batch(start, 2)[0] for start in range(0, 128, 2)]
+        first = training_scenes(config, range(2), num_snapshots=batches[0].y.shape[1])
+        assert torch.equal(batches[0].y, first.y)
+        return [scenes.y.shape[1] for scenes in batches]
+
+    lengths = drawn(3)
+    assert lengths == drawn(3) != drawn(4)  # a resumed run has the same, whatever was drawn before
+    assert min(lengths) < 4
+    assert max(lengths) > 32
+    below = sum(length < 8 for length in lengths) / len(lengths)  # the middle of the range, in its logarithm
+    assert below == pytest.approx(0.5, abs=0.15)
+    assert max(lengths) <= 64
+    for limits in ((5, 4), (0, 4)):
+        with pytest.raises(ConfigError, match=r"within 1\.\.4096, in order"):
+            tiny.replaced({"data.num_snapshots": limits})
+    fixed = tiny.replaced({"data.num_snapshots": (1, 4), "budget.fixed_scenes": 12})
+    with pytest.raises(ConfigError, match="drawn afresh"):
+        RunData(fixed, SimpleNamespace(features=lambda scenes: None), torch.device("cpu"), None)
 
 
 def test_calibration_scenes_are_a_family_of_their_own(tiny):
