@@ -23,6 +23,7 @@ QUIET_S: Final = 3.0  # how long a wait may take before it is logged
 
 log = logging.getLogger(__name__)
 
+_BY_STATEMENT = "statement pooling mode"
 _CROWDED = ("too many clients", "too many connections", "remaining connection slots", "no more connections allowed")
 
 
@@ -105,6 +106,8 @@ def is_connection_loss(error: BaseException) -> bool:
         return True  # Optuna tries a second query in the transaction that the lost connection took with it
     if not isinstance(cause, sql_errors.OperationalError | sql_errors.InterfaceError):
         return False
+    if _BY_STATEMENT in str(cause.orig):
+        return False  # a pooler that allows no transactions; waiting does not change its settings
     # a file that is full, read-only or damaged does not come back by waiting; a server that is away may
     return not isinstance(cause.orig, sqlite3.Error) or "locked" in str(cause.orig)
 
@@ -116,4 +119,6 @@ def reason(error: BaseException) -> str:
     text = redact(" ".join(str(original).split()))[:300] or type(original).__name__
     if any(words in text for words in _CROWDED):
         text += "; each worker takes one or two: raise the limit, use fewer workers, or put a pooler in between"
+    if _BY_STATEMENT in text:
+        text += "; set pool_mode = transaction (or session) in PgBouncer, since a claim is a transaction"
     return text

@@ -70,7 +70,9 @@ def made_study(cli: Cli, tmp_path: Path) -> str:
     ends = [(TrialState.COMPLETE, 2.5), (TrialState.COMPLETE, 1.75), (TrialState.PRUNED, None), (TrialState.FAIL, None)]
     for place, (state, value) in enumerate(ends):
         marks: dict[str, Any] = {names.SCENES: 1000, names.SECONDS: 2.0, names.FLOOR: 1.0}
+        params = {"optimizer.learning_rate": 1e-3 * (place + 1)}
         if value is not None:
+            marks[names.CONFIG_FINGERPRINT] = spec.config(params, place).fingerprint()
             marks |= {names.EFFICIENCY: (7 - value) / 6, names.PIPELINE: {"k_loc": value - 0.5}}
             marks |= {names.COMPONENTS: {"k_loc": value, "k_acc": 0.5, "success": 0.25}}
         if state is TrialState.FAIL:
@@ -79,7 +81,7 @@ def made_study(cli: Cli, tmp_path: Path) -> str:
             create_trial(
                 state=state,
                 value=value,
-                params={"optimizer.learning_rate": 1e-3 * (place + 1)},
+                params=params,
                 distributions=ranges,
                 user_attrs=marks,
                 intermediate_values={500: 3.0 + place, 1000: 2.0 + place},

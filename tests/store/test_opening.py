@@ -391,6 +391,16 @@ def test_a_pooler_that_lets_its_clients_wait_is_named(
     listener.close()
 
 
+def test_a_pooler_without_transactions_is_refused_by_name_at_once() -> None:
+    """What PgBouncer says with pool_mode = statement."""
+    said = Exception("transaction blocks not allowed in statement pooling mode")
+    error = sqlalchemy.exc.OperationalError("BEGIN", {}, said)
+    assert not retry.is_connection_loss(error)
+    assert "set pool_mode = transaction (or session) in PgBouncer" in retry.reason(error)
+    away = sqlalchemy.exc.OperationalError("BEGIN", {}, Exception("server closed the connection"))
+    assert retry.is_connection_loss(away)
+
+
 @pytest.mark.postgres
 def test_nothing_is_left_in_a_session(postgres: Postgres) -> None:
     """A pooler in transaction mode gives each transaction another session: no lock, no prepared statement lasts."""
