@@ -455,7 +455,13 @@ def status(store: Store, name: str) -> StudyStatus:
     """
     study = get_study(store, name)
     metric = (study.metric_names or ["k_loc"])[0]
-    return study_status(study.study_name, study.get_trials(deepcopy=False), metric, direction_of(study))
+    study_id, direction = store.get_study_id_from_name(name), direction_of(study)
+    trials = store.outline(study_id)
+    best = counting.best_trial(trials, direction)
+    if best is not None:  # the one whose parameters are shown
+        whole = store.get_trial(store.get_trial_id_from_study_id_trial_number(study_id, best.number))
+        trials = [whole if trial is best else trial for trial in trials]
+    return study_status(study.study_name, trials, metric, direction)
 
 
 def direction_of(study: Study) -> Direction:

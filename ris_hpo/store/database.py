@@ -17,7 +17,7 @@ import json
 import math
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -208,6 +208,41 @@ class Database(RDBStorage):
         with self.reading() as connection:
             rows = connection.execute(query.where(TRIALS.c.study_id == study_id))
             return {row.number: (row.datetime_start, row.datetime_complete) for row in rows}
+
+    def outline(self, study_id: int, keys: Collection[str]) -> list[FrozenTrial]:
+        """Return the trials of a study by number, without parameters, curves and attributes other than ``keys``.
+
+        Reading ten thousand whole trials with fifty reports each takes half a minute of processor time.
+        """
+        of_study = TRIALS.c.study_id == study_id
+        scored = sqlalchemy.select(VALUES).join_from(TRIALS, VALUES, VALUES.c.trial_id == TRIALS.c.trial_id)
+        marked = sqlalchemy.select(MARKS).join_from(TRIALS, MARKS, MARKS.c.trial_id == TRIALS.c.trial_id)
+        values: dict[int, list[float]] = {}
+        marks: dict[int, dict[str, Any]] = {}
+        with self.reading() as connection:
+            rows = connection.execute(sqlalchemy.select(TRIALS).where(of_study).order_by(TRIALS.c.number)).all()
+            for row in connection.execute(scored.where(of_study).order_by(VALUES.c.objective)):
+                infinite = math.inf if row.value_type == "INF_POS" else -math.inf
+                values.setdefault(row.trial_id, []).append(row.value if row.value_type == "FINITE" else infinite)
+            for row in connection.execute(marked.where(of_study, MARKS.c.key.in_(keys))):
+                marks.setdefault(row.trial_id, {})[row.key] = json.loads(row.value_json)
+        return [
+            FrozenTrial(
+                number=row.number,
+                trial_id=row.trial_id,
+                state=row.state,
+                value=None,
+                values=values.get(row.trial_id),
+                datetime_start=row.datetime_start,
+                datetime_complete=row.datetime_complete,
+                params={},
+                distributions={},
+                user_attrs=marks.get(row.trial_id, {}),
+                system_attrs={},
+                intermediate_values={},
+            )
+            for row in rows
+        ]
 
     def add_trials(
         self,

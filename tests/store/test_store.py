@@ -12,11 +12,14 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.distributions import FloatDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.testing.pytest_storages import StorageTestCase
 from optuna.trial import TrialState
 from sqlalchemy.exc import OperationalError
 
+from ris_hpo.search.lifecycle import status
+from ris_hpo.search.status import study_status
 from ris_hpo.store import attributes as names
 from ris_hpo.store.cache import Store, ticket
 from ris_hpo.store.open import open_store
@@ -217,3 +220,50 @@ def test_processes_never_claim_the_same_ticket_nor_overfill(url: str) -> None:
     taken = [number for _, mine in found for number in mine]
     assert len(taken) == len(set(taken)) == 60
     store.close()
+
+
+def test_the_outline_of_a_study_gives_the_same_status_as_its_whole_trials(store: Store) -> None:
+    study = optuna.create_study(storage=store, study_name="outlined")
+    study_id = store.get_study_id_from_name("outlined")
+    scores = [3.0, 1.0, float("inf"), float("-inf")]
+    for score in scores:
+        trial = study.ask({"x": FloatDistribution(0, 1)})
+        trial.report(score, 5)
+        for key, value in ((names.SECONDS, 7.5), (names.FLOOR, 0.5), (names.COMPONENTS, {"k_loc": 1.0})):
+            trial.set_user_attr(key, value)
+        study.tell(trial, score)
+    store.change_attribute(study_id, names.INVALID, lambda old: {"3": {"reason": "by hand", "time": "now"}})
+    store.fill(study_id, lambda present: [ticket() for _ in range(5)])
+    running, failed, paused = (store.claim(study_id, f"node:b:1:{place}:1.0:1") for place in range(3))
+    for number in (running, failed):
+        trial_id = store.get_trial_id_from_study_id_trial_number(study_id, number)
+        store.set_trial_intermediate_value(trial_id, 40, 2.5)
+    store.retire(study_id, failed, None, {names.CAUSE: "timeout", names.SECONDS: 3.0}, lambda trial: ticket())
+    store.release(study_id, paused, "node:b:1:2:1.0:1", {names.PAUSED: 0, names.RUNGS: [2.0], names.SECONDS: 1.0})
+    fresh = open_store(store.address, create=False)
+    light = fresh.outline(study_id)
+    assert fresh._studies == {}  # nothing whole was read
+    assert [trial.values for trial in light[:2]] == [[3.0], [1.0]]
+    assert light[1].params == {}
+    assert light[running].intermediate_values == {40: 2.5}
+    outlined = status(fresh, "outlined")
+    whole = study_status("outlined", fresh.get_all_trials(study_id))
+    assert outlined == whole
+    assert outlined.best.params
+    assert outlined.trials.paused == outlined.trials.running == outlined.trials.invalidated == 1
+    assert [trial.last_step for trial in outlined.failed] == [40]
+    assert len(fresh.outline(study_id)[1].params) == 1  # what is known whole stays whole
+    fresh.close()
+
+
+def test_a_large_study_is_not_read_again_for_a_few_trials(sqlite_store: Store, monkeypatch) -> None:
+    study_id = sqlite_store.create_new_study([optuna.study.StudyDirection.MINIMIZE], "large")
+    sqlite_store.fill(study_id, lambda present: [ticket() for _ in range(120)])
+    assert len(sqlite_store.get_all_trials(study_id)) == 120
+    for place in range(20):  # more than are read one by one in a small study
+        number = sqlite_store.claim(study_id, f"node:b:1:{place}:1.0:1")
+        trial_id = sqlite_store.get_trial_id_from_study_id_trial_number(study_id, number)
+        sqlite_store.set_trial_state_values(trial_id, TrialState.COMPLETE, [float(place)])
+    monkeypatch.setattr(sqlite_store.tickets, "get_all_trials", lambda *_, **__: pytest.fail("all of it was read"))
+    seen = sqlite_store.get_all_trials(study_id)
+    assert [trial.value for trial in seen[:20]] == [float(place) for place in range(20)]
