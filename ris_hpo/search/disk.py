@@ -128,11 +128,12 @@ def shortage(folder: Path, keep: KeepSpec) -> str | None:
     """Return why no trial should go on in a study's folder now, as one line; None where there is room.
 
     Args:
-        folder: of the study.
+        folder: of the study; where it is not there, nothing is short: it may be on the nodes of a cluster alone.
         keep: its limits.
     """
-    free = shutil.disk_usage(folder).free
-    if keep.free_gb is not None and free < keep.free_gb * 1e9:
+    if not folder.is_dir():
+        return None
+    if keep.free_gb is not None and (free := shutil.disk_usage(folder).free) < keep.free_gb * 1e9:
         return f"the disk of {folder} has {file_size(free)} free, keep.free_gb asks for {keep.free_gb:g} GB"
     if keep.quota_gb is not None and (size := folder_size(folder)) > keep.quota_gb * 1e9:
         return f"{folder} has {file_size(size)}, keep.quota_gb allows {keep.quota_gb:g} GB"

@@ -68,6 +68,7 @@ def test_the_limits_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     (tmp_path / "big").write_bytes(bytes(3000))
     assert shortage(tmp_path, KeepSpec()) is None
+    assert shortage(tmp_path / "on another machine", KeepSpec(quota_gb=1e-6, free_gb=1e9)) is None
     assert shortage(tmp_path, KeepSpec(quota_gb=3e-6)) is None
     assert "has 3.00 kB, keep.quota_gb allows 2e-06 GB" in str(shortage(tmp_path, KeepSpec(quota_gb=2e-6)))
     usage = namedtuple("usage", "total used free")(10**10, 0, 2 * 10**9)
