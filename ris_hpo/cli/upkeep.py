@@ -28,7 +28,7 @@ Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 
 
 def studies(storage: Storage = None, json_: options.Json = False) -> None:
-    """List all studies of the store: state, trials, best score, last activity, machines, disk."""
+    """List all studies of the store: state, owner, trials, best score, last activity, machines, disk."""
     from ris_hpo.search.upkeep import list_entries
     from ris_hpo.store.open import open_store
 
@@ -41,6 +41,7 @@ def studies(storage: Storage = None, json_: options.Json = False) -> None:
         (
             entry.study,
             entry.state,
+            entry.owner,
             f"{entry.trials.at_rest} of {entry.trials.asked_for}",
             None if entry.best is None else f"{entry.metric} {display.cell(entry.best)}",
             None if entry.last_activity is None else f"{entry.last_activity:%Y-%m-%d %H:%M}",
@@ -49,8 +50,8 @@ def studies(storage: Storage = None, json_: options.Json = False) -> None:
         )
         for entry in entries
     ]
-    titles = ["study", "state", "trials ended", "best", "last activity", "machines", "disk"]
-    display.table("", titles, rows, text={0, 1, 3, 4, 5})
+    titles = ["study", "state", "owner", "trials ended", "best", "last activity", "machines", "disk"]
+    display.table("", titles, rows, text={0, 1, 2, 4, 5, 6})
 
 
 def delete(

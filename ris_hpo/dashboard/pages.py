@@ -168,10 +168,8 @@ class Pages:
         return _templates.get_template(f"{name}.html.j2").render(root=self._root, refresh=REFRESH_S, **values)
 
     def _studies(self) -> str:
-        rows = []
-        for entry in list_entries(self._store):
-            owner = get_study(self._store, entry.study).user_attrs.get(names.STARTED_BY)
-            rows.append((self._store.get_study_id_from_name(entry.study), entry, owner))
+        entries = list_entries(self._store)
+        rows = [(self._store.get_study_id_from_name(entry.study), entry) for entry in entries]
         return self._render("studies", rows=rows)
 
     def _study(self, study_id: int) -> str:

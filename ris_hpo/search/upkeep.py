@@ -26,6 +26,7 @@ class StudyEntry:
 
     Attributes:
         study: its name.
+        owner: who made it, ``user@host``; None in studies of earlier versions.
         state: ``running`` where a trial runs, ``waiting`` where trials wait and none runs, ``ended`` where all have
             ended, ``empty`` where there are none.
         trials: counts by state.
@@ -37,6 +38,7 @@ class StudyEntry:
     """
 
     study: str
+    owner: str | None
     state: State
     trials: Tally
     metric: str
@@ -61,7 +63,7 @@ def list_entries(store: Store) -> list[StudyEntry]:
 
 def _entry(store: Store, name: str) -> StudyEntry:
     study = get_study(store, name)
-    trials = study.get_trials(deepcopy=False)
+    trials = store.outline(store.get_study_id_from_name(name))
     counts = tally(trials)
     times = [time for trial in trials for time in (trial.datetime_start, trial.datetime_complete) if time is not None]
     state: State = "ended" if counts.at_rest else "empty"
@@ -71,6 +73,7 @@ def _entry(store: Store, name: str) -> StudyEntry:
     folder = find_folder(store, name)
     return StudyEntry(
         study=name,
+        owner=study.user_attrs.get(names.STARTED_BY),
         state=state,
         trials=counts,
         metric=(study.metric_names or ["k_loc"])[0],

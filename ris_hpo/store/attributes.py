@@ -143,8 +143,8 @@ class Cause(StrEnum):
 RETRIED_CAUSES: Final = frozenset({Cause.LOST_WORKER, Cause.TIMEOUT, Cause.OUT_OF_MEMORY})
 """Failures that are not the trial's fault: a successor continues it. A bug would only happen again."""
 
-COUNTED: Final = frozenset({CAUSE, PREDECESSOR, PAUSED, DIVERGED, SECONDS})
-"""Attributes that say how a trial is counted, ranked and accounted for."""
+COUNTED: Final = frozenset({CAUSE, PREDECESSOR, PAUSED, DIVERGED, SECONDS, HOST, OWNER})
+"""Attributes that say how a trial is counted, ranked and accounted for, and where it ran."""
 
 OF_THE_SERVICE: Final = frozenset(
     {CONFIG_FINGERPRINT, SEED, SCENES, SECONDS, SCENES_PER_SECOND, PEAK_MEMORY, HOST, DEVICE, THREADS, CODE}

@@ -11,7 +11,7 @@ from ris_hpo.results.replay import replay
 from ris_hpo.search.upkeep import delete_study, list_entries, rename_study
 from ris_hpo.store.cache import Store
 from ris_hpo.store.folders import find_folder, study_folder
-from ris_hpo.store.owner import this_process
+from ris_hpo.store.owner import this_process, this_user
 from ris_hpo.workers.worker import job_for, run_worker
 
 from .conftest import elsewhere, id_of
@@ -32,6 +32,7 @@ def test_the_list_tells_where_each_study_stands(store: Store) -> None:
     begin(store, 3, name="later")
     first, second = list_entries(store)
     assert (first.study, first.state, first.trials.complete, first.hosts) == ("unit", "ended", 2, [this_process().host])
+    assert first.owner == this_user()
     assert first.best == min(trial.values[0] for trial in store.get_all_trials(store.get_study_id_from_name("unit")))
     assert first.bytes == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) > 0
     assert first.last_activity is not None
