@@ -184,9 +184,12 @@ def copy(
 ) -> None:
     """Copy a study with its files into another store: from SQLite to PostgreSQL, and back."""
     from ris_hpo.search.archive import copy_study
+    from ris_hpo.search.upkeep import require_at_rest
     from ris_hpo.store.open import open_store
 
-    store, target = open_store(storage, create=False), open_store(to)
+    store = open_store(storage, create=False)
+    require_at_rest(store, study, force=force)  # before the other store is made
+    target = open_store(to)
     moved = copy_study(store, study, target, new=name, force=force, dry_run=dry_run)
     _show_moved(moved, f"copied to {target.redacted}", dry_run=dry_run, json_=json_)
 

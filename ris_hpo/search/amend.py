@@ -62,7 +62,11 @@ def read_configurations(path: Path) -> list[dict[str, Any]]:
 
 
 def _rows(text: str) -> list[dict[str, Any]]:
-    rows = list(csv.DictReader(text.splitlines(), strict=True))
+    reader = csv.DictReader(text.splitlines(), strict=True)
+    titles = list(reader.fieldnames or ())
+    if repeated := sorted({title for title in titles if titles.count(title) > 1}):
+        raise ValueError(f"the first line has {', '.join(repeated)} twice")
+    rows = list(reader)
     for line, row in enumerate(rows, start=2):
         if None in row or None in row.values():
             raise ValueError(f"line {line} has another number of cells than the first line")

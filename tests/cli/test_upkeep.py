@@ -13,6 +13,7 @@ from pyarrow import parquet
 from ris_hpo.cli.display import write_parquet
 from ris_hpo.errors import ArchiveError, ConfigError, OutputError, SpaceError, StudyError
 from ris_hpo.store.open import open_store
+from ris_hpo.store.owner import Owner, this_process
 
 from .test_readme import ROOT, commands
 
@@ -68,6 +69,16 @@ def test_trials_are_a_table_a_file_and_records(cli, made_study: str, tmp_path: P
     table = parquet.read_table(tmp_path / "trials.parquet")
     assert table["k_loc"].to_pylist() == [2.5, 1.75, 4.0, 5.0]
     assert table["state"].to_pylist() == ["complete", "complete", "pruned", "fail"]
+
+
+def test_a_refused_copy_makes_no_store(cli, made_study: str, tmp_path: Path) -> None:
+    store = open_store()
+    store.claim(store.get_study_id_from_name(made_study), str(Owner(this_process(), 0)))
+    store.close()
+    before = {path.name for path in tmp_path.iterdir()}
+    refused = cli("copy", made_study, "--to", "other.db")
+    assert (refused.code, "is running" in refused.err) == (StudyError.exit_code, True)
+    assert {path.name for path in tmp_path.iterdir()} == before
 
 
 def test_values_of_several_types_are_text_in_a_parquet_file(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def test_a_file_of_configurations(tmp_path: Path, name: str, text: str) -> None:
     [
         ("own.txt", ""), ("own.json", "{"), ("own.json", "[1]"), ("own.json", "[]"), ("own.json", "3"),
         ("own.toml", "trial = 3"), ("own.toml", "[[trials]]\n"), ("own.csv", "a,b\n1\n"), ("own.csv", "a\n1,2\n"),
-        ("own.csv", ""), ("none.csv", None), ("own.csv", b"\xff\xfe\x00"),
+        ("own.csv", ""), ("own.csv", "a,a\n1,2\n"), ("none.csv", None), ("own.csv", b"\xff\xfe\x00"),
     ],
 )  # fmt: skip
 def test_a_file_that_holds_no_configurations_is_one_line(tmp_path: Path, name: str, text: str | bytes | None) -> None:
