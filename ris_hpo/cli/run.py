@@ -115,6 +115,7 @@ def run(
     A study keeps what it was made with; run again, it changes only what the options name.
     """
     from ris_hpo.api.study import NO_PROOF, Study, certificate_of
+    from ris_hpo.errors import StudyError
     from ris_hpo.programs.program import source
     from ris_hpo.search.files import checked, load_study, with_own_scenes
     from ris_hpo.search.lifecycle import as_made, create_or_resume_study, fill_budget, find_spec, stored_spec
@@ -143,7 +144,12 @@ def run(
         changes["budget.hours"] = None
     if no_stop:
         changes = dict.fromkeys([f"stop.{rule}" for rule in StopSpec.model_fields]) | changes
-    known = find_spec(open_store(storage), study) if space is None and study is not None else None
+    known = None
+    if space is None and study is not None:
+        there = open_store(storage, create=program is not None)
+        known = find_spec(there, study)
+        if known is None and program is None:  # a name mistyped must not begin a study of the default space
+            raise StudyError(f"no study '{study}' in {there.redacted}; to make it, name its --space")
     spec = known or load_study(space or "wide")
     if program is not None:
         spec = spec.replaced({"program": program})

@@ -179,11 +179,13 @@ def retry(
         return
     for each in found:
         reached = (
-            "from its start" if each.last_step is None else f"from its last checkpoint, at most {each.last_step:,}"
+            "from its start"
+            if each.last_step is None
+            else f"from its last checkpoint (step {each.last_step:,} or before), or from its start where none is left"
         )
         display.print_result(f"trial {each.number} ({each.cause}) {'would run' if dry_run else 'runs'} again {reached}")
     if not found:
-        display.print_result("no trial failed so")
+        display.print_result("no failed trial is among these")
     elif not dry_run:
         display.print_note(f"next: ris-hpo run --study {shlex.quote(title)}, unless it is running")
 

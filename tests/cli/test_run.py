@@ -173,7 +173,16 @@ def test_devices_and_engines_are_checked_before_a_study_is_made(cli, brief: Path
     unknown = cli("run", "--space", brief, "--set", "budgt.scenes=3")
     assert unknown.code == SpaceError.exit_code
     assert "did you mean 'budget.scenes'?" in unknown.err
+    mistyped = cli("run", "--study", "breif", "--gpus", "none")
+    assert mistyped.code in (StoreError.exit_code, StudyError.exit_code)
     assert cli("status").code in (StoreError.exit_code, StudyError.exit_code)  # no study came of any of these
+
+
+def test_a_study_that_is_not_there_is_not_made_of_the_default_space(cli, made_study: str) -> None:
+    refused = cli("run", "--study", "maid", "--gpus", "none")
+    assert refused.code == StudyError.exit_code
+    assert refused.err.splitlines()[-1].endswith("to make it, name its --space")
+    assert [each["study"] for each in cli("studies", "--json").json] == [made_study]
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def test_failed_trials_are_queued_again(cli, made_study: str) -> None:
     assert cli("retry").code == 2
     assert "would run again" in cli("retry", 3, "--dry-run").out
     assert cli("retry", "--all", "--json").json["retried"] == [{"number": 3, "cause": "bug", "last_step": 1000}]
-    assert cli("retry", "--cause", "bug").out == "no trial failed so\n"
+    assert cli("retry", "--cause", "bug").out == "no failed trial is among these\n"
     counts = cli("status", "--json").json["trials"]
     assert (counts["fail"], counts["retried"], counts["waiting"]) == (0, 1, 2)
 
