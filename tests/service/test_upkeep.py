@@ -41,7 +41,9 @@ def test_the_list_tells_where_each_study_stands(store: Store) -> None:
     assert (second.study, second.state, second.trials.waiting, second.best) == ("later", "waiting", 3, None)
     assert second.last_activity is second.bytes is None
     store.claim(store.get_study_id_from_name("later"), str(elsewhere()))
-    assert {entry.study: entry.state for entry in list_entries(store)} == {"unit": "ended", "later": "running"}
+    begin(store, 0, name="none")
+    states = {entry.study: entry.state for entry in list_entries(store)}
+    assert states == {"unit": "ended", "later": "running", "none": "empty"}
 
 
 def test_a_renamed_study_keeps_trials_folder_and_curves(store: Store) -> None:
