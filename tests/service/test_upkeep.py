@@ -8,13 +8,14 @@ import pytest
 
 from ris_hpo.errors import StudyError
 from ris_hpo.results.replay import replay
+from ris_hpo.search.lifecycle import create_or_resume_study
 from ris_hpo.search.upkeep import delete_study, list_entries, rename_study
 from ris_hpo.store.cache import Store
 from ris_hpo.store.folders import find_folder, study_folder
 from ris_hpo.store.owner import this_process, this_user
 from ris_hpo.workers.worker import job_for, run_worker
 
-from .conftest import elsewhere, id_of
+from .conftest import elsewhere, id_of, make_spec
 from .pools import begin
 
 
@@ -41,7 +42,7 @@ def test_the_list_tells_where_each_study_stands(store: Store) -> None:
     assert (second.study, second.state, second.trials.waiting, second.best) == ("later", "waiting", 3, None)
     assert second.last_activity is second.bytes is None
     store.claim(store.get_study_id_from_name("later"), str(elsewhere()))
-    begin(store, 0, name="none")
+    create_or_resume_study(store, make_spec("none"))
     states = {entry.study: entry.state for entry in list_entries(store)}
     assert states == {"unit": "ended", "later": "running", "none": "empty"}
 
